@@ -1,0 +1,1 @@
+"""How bytes are stored: one module per form, each reading a Catalog and drawing an Outline."""
