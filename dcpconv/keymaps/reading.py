@@ -1,0 +1,156 @@
+"""Reads a table from TOML and checks that it keeps the rules; every problem is listed at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from dcpconv.errors import KeymapError, LayoutError
+from dcpconv.keymaps.table import Keymap, Pattern, Row, Tie
+from dcpconv.layout import Layout
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Table(pydantic.BaseModel):
+    """The TOML file as written."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    title: str = ""
+    family: str = ""
+    config: str = ""
+    architectures: tuple[str, ...] = ()
+    root: str = ""
+    source: str = ""
+    keys: dict[str, tuple[str, str] | tuple[str, str, str]]
+    tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
+    ignore: dict[str, str] = {}
+
+
+def read_keymap(path: Path) -> Keymap:
+    """Reads and checks a table.
+
+    Raises:
+        KeymapError: The file cannot be read, or breaks a rule; every problem is listed with its
+            line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = _Table.model_validate(tomllib.loads(text))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
+    except pydantic.ValidationError as error:
+        facts = [
+            ("wrong", f"{'.'.join(map(str, item['loc']))}: {item['msg']}")
+            for item in error.errors()
+        ]
+        raise KeymapError(
+            "the keymap has fields of the wrong kind", [("file", path), *facts]
+        ) from None
+    return _Builder(path, text, table).build()
+
+
+class _Builder:
+    """Turns a validated table into a Keymap, collecting every problem on the way."""
+
+    def __init__(self, path: Path, text: str, table: _Table) -> None:
+        self.path = path
+        self.lines = text.splitlines()
+        self.table = table
+        self.problems: list[tuple[str, str]] = []
+
+    def build(self) -> Keymap:
+        table = self.table
+        rows = tuple(row for item in table.keys.items() if (row := self._row(*item)))
+        ties = []
+        known = {row.pattern.text for row in rows}
+        for key, value in table.tied.items():
+            owner, omitted = (value, False) if isinstance(value, str) else (value[0], True)
+            if owner not in known:
+                self._problem(key, f"its owner {owner} is no key of the table")
+            ties.append(Tie(key, owner, omitted))
+        ignored = tuple((Pattern(key), reason) for key, reason in table.ignore.items())
+        self._check_overlaps(rows, ties, ignored)
+        self._check_slots(rows)
+        if self.problems:
+            raise KeymapError("the keymap breaks the rules of a table", self.problems)
+        return Keymap(
+            name=table.name,
+            title=table.title or table.name,
+            family=table.family or table.name,
+            config=table.config,
+            architectures=table.architectures,
+            root=table.root,
+            rows=rows,
+            ties=tuple(ties),
+            ignored=ignored,
+            source=table.source,
+            file=self.path,
+        )
+
+    def _problem(self, key: str, what: str) -> None:
+        line = next((n for n, text in enumerate(self.lines, 1) if f'"{key}"' in text), 0)
+        self.problems.append((f"{self.path.name}:{line}", f"{key}: {what}"))
+
+    def _row(self, key: str, value: tuple[str, ...]) -> Row | None:
+        slots = tuple(slot.strip() for slot in value[0].split("|"))
+        when = value[2] if len(value) == 3 else ""
+        try:
+            layout = Layout(value[1])
+        except LayoutError as error:
+            self._problem(key, error.headline)
+            return None
+        if layout.terms != len(slots):
+            self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
+            return None
+        pattern = Pattern(key)
+        axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
+        repeated = set(pattern.names) & axes
+        if repeated or len(set(pattern.names)) != len(pattern.names):
+            self._problem(key, f"index {', '.join(sorted(repeated or pattern.names))} occurs twice")
+        return Row(pattern, slots, layout, when)
+
+    def _check_overlaps(
+        self,
+        rows: tuple[Row, ...],
+        ties: list[Tie],
+        ignored: tuple[tuple[Pattern, str], ...],
+    ) -> None:
+        own = [row.pattern for row in rows]
+        texts = {pattern.text for pattern in own}
+        patterns = [
+            *own,
+            *(Pattern(tie.key) for tie in ties if tie.key not in texts),
+            *(pattern for pattern, _ in ignored),
+        ]
+        seen: dict[str, list[Pattern]] = {}
+        for pattern in patterns:
+            for other in seen.setdefault(pattern.template, []):
+                fixed, others = dict(pattern.fixed), dict(other.fixed)
+                if all(fixed[at] == others[at] for at in fixed.keys() & others.keys()):
+                    self._problem(pattern.text, f"matches the same keys as {other.text}")
+            seen[pattern.template].append(pattern)
+
+    def _check_slots(self, rows: tuple[Row, ...]) -> None:
+        seen: dict[str, Row] = {}
+        for row in rows:
+            for term, slot in enumerate(row.slots):
+                first = seen.setdefault(slot, row)
+                if first is row:
+                    continue
+                if first.when == row.when or not (first.when and row.when):
+                    self._problem(
+                        row.pattern.text,
+                        f"slot {slot} is also held by {first.pattern.text}; give each row its own"
+                        " condition if only one of them exists at a time",
+                    )
+                elif first.axes(first.slots.index(slot)) != row.axes(term):
+                    self._problem(row.pattern.text, f"slot {slot} has other axes elsewhere")

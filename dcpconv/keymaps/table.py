@@ -1,0 +1,228 @@
+"""What a naming table says: rows, ties, ignored keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dcpconv.layout import Layout
+
+_INDEX = re.compile(r"\{([A-Z])\}")
+_DIGITS = frozenset("0123456789")
+
+Indices = Mapping[str, int]
+"""Values of the indices in a key: ``{"L": 3, "E": 0}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A key with named indices: ``layers.{L}.attention.wq.weight``.
+
+    Attributes:
+        text: As the table spells it.
+        names: Indices in the order they occur.
+        template: The key with every number replaced by ``{}``: what a lookup compares.
+        fixed: ``(position, number)`` of numbers that the table spells out.
+    """
+
+    text: str
+    names: tuple[str, ...] = field(init=False)
+    template: str = field(init=False)
+    fixed: tuple[tuple[int, int], ...] = field(init=False)
+    _positions: tuple[int, ...] = field(init=False)
+    _format: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        names, fixed, positions, parts = [], [], [], []
+        count = 0
+        for part in self.text.split("."):
+            found = _INDEX.fullmatch(part)
+            if found:
+                names.append(found.group(1))
+                positions.append(count)
+            elif part.isdigit():
+                fixed.append((count, int(part)))
+            else:
+                parts.append(part)
+                continue
+            parts.append("{}")
+            count += 1
+        object.__setattr__(self, "names", tuple(names))
+        object.__setattr__(self, "fixed", tuple(fixed))
+        object.__setattr__(self, "template", ".".join(parts))
+        object.__setattr__(self, "_positions", tuple(positions))
+        object.__setattr__(self, "_format", self.text)
+
+    def key(self, indices: Indices) -> str:
+        """The key for some index values; a missing index is a ``KeyError``."""
+        return self._format.format_map(indices) if self.names else self.text
+
+    def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
+        """Index values from the numbers of a key with the same template, or ``None`` if a number
+        that the table spells out differs."""
+        if any(numbers[at] != number for at, number in self.fixed):
+            return None
+        return {name: numbers[at] for name, at in zip(self.names, self._positions, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a table: a key, the slots it holds, how they are stored, and when it exists.
+
+    Attributes:
+        pattern: The key.
+        slots: One slot, or several in the order of the layout's alternatives.
+        layout: Axes of the stored tensor.
+        when: ``tied``, ``untied``, a feature of the model (``qk_norm``), or ``""`` for always.
+    """
+
+    pattern: Pattern
+    slots: tuple[str, ...]
+    layout: Layout
+    when: str = ""
+
+    def same_storage(self, other: Row) -> bool:
+        """Whether both rows store the same slots in the same way, so that bytes can be copied
+        without knowing any size."""
+        return (
+            self.slots == other.slots
+            and self.layout.text == other.layout.text
+            and set(self.pattern.names) == set(other.pattern.names)
+        )
+
+    def axes(self, term: int) -> frozenset[str]:
+        """What tells elements of a slot apart: indices of the key, axes of the layout."""
+        return frozenset((*self.pattern.names, *self.layout.axes(term)))
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """A second name for a tensor; ``omitted`` where Hugging Face files leave it out."""
+
+    key: str
+    owner: str
+    omitted: bool
+
+
+Kind = Literal["row", "tied", "ignored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a table says about one key.
+
+    Attributes:
+        row: The row, or for a tied key the row of its owner; ``None`` for an ignored key.
+        indices: Index values read from the key.
+        kind: Whether the key is a tensor of its own, a second name, or dropped.
+        reason: Why it is ignored.
+    """
+
+    row: Row | None
+    indices: dict[str, int]
+    kind: Kind = "row"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Keymap:
+    """The table of one naming.
+
+    Attributes:
+        name: ``hf-llama``, ``lingua``: what ``--to`` and ``--from`` take.
+        title: One line for ``dcpconv families``.
+        family: What users call the group: ``hf`` for every ``hf-*``.
+        config: Which module of ``configs`` reads and writes its parameter file, or ``""``.
+        architectures: ``ModelSpec.architecture`` values that use this table, first the default.
+        root: Key that the weights sit under in a training checkpoint, ``""`` for none.
+        rows: The table.
+        ties: Second names.
+        ignored: ``(pattern, reason)`` of keys that are dropped.
+        source: Where the facts come from.
+        file: The table's file, for errors.
+    """
+
+    name: str
+    title: str
+    family: str
+    config: str
+    architectures: tuple[str, ...]
+    root: str
+    rows: tuple[Row, ...]
+    ties: tuple[Tie, ...]
+    ignored: tuple[tuple[Pattern, str], ...]
+    source: str
+    file: Path
+    _by_template: dict[str, list[tuple[Pattern, Row | None, Kind, str]]] = field(
+        init=False, repr=False, compare=False
+    )
+    _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        templates: dict[str, list[tuple[Pattern, Row | None, Kind, str]]] = {}
+        slots: dict[str, list[tuple[Row, int]]] = {}
+        for row in self.rows:
+            templates.setdefault(row.pattern.template, []).append((row.pattern, row, "row", ""))
+            for term, slot in enumerate(row.slots):
+                slots.setdefault(slot, []).append((row, term))
+        owners = {row.pattern.text: row for row in self.rows}
+        for tie in self.ties:
+            # A key can be a tensor of its own when untied: its row answers then, and the tie only
+            # says which tensor it repeats.
+            if tie.key not in owners:
+                pattern = Pattern(tie.key)
+                templates.setdefault(pattern.template, []).append(
+                    (pattern, owners[tie.owner], "tied", "")
+                )
+        for pattern, reason in self.ignored:
+            templates.setdefault(pattern.template, []).append((pattern, None, "ignored", reason))
+        object.__setattr__(self, "_by_template", templates)
+        object.__setattr__(self, "_by_slot", slots)
+
+    def match(self, key: str) -> Match | None:
+        """What the table says about a key, or ``None`` if it does not know it."""
+        template, numbers = split_key(key)
+        for pattern, row, kind, reason in self._by_template.get(template, ()):
+            indices = pattern.indices(numbers)
+            if indices is not None:
+                return Match(row, indices, kind, reason)
+        return None
+
+    def knows(self, template: str) -> bool:
+        """Whether some key with this template is in the table."""
+        return template in self._by_template
+
+    def rows_like(self, template: str) -> list[Row | None]:
+        """What keys with this template may be; ``None`` for an ignored one."""
+        return [row for _, row, _, _ in self._by_template.get(template, ())]
+
+    def holders(self, slot: str) -> list[tuple[Row, int]]:
+        """Rows that hold a slot, each with the slot's place among the row's alternatives."""
+        return self._by_slot.get(slot, [])
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """Every slot the family can hold."""
+        return frozenset(self._by_slot)
+
+    def tie_of(self, key: str) -> Tie | None:
+        """The tie that names ``key`` as its second name."""
+        return next((tie for tie in self.ties if tie.key == key), None)
+
+
+def split_key(key: str) -> tuple[str, tuple[int, ...]]:
+    """A key with its numbers taken out.
+
+    >>> split_key("layers.3.attention.wq.weight")
+    ('layers.{}.attention.wq.weight', (3,))
+    """
+    parts = key.split(".")
+    numbers = []
+    for at, part in enumerate(parts):
+        if part and part[0] in _DIGITS and part.isdigit() and len(part) < 10:
+            numbers.append(int(part))
+            parts[at] = "{}"
+    return ".".join(parts), tuple(numbers)
