@@ -41,6 +41,7 @@ __all__ = [
     "StoredTensor",
     "UnreadableTensor",
     "add_frame_records",
+    "least_nbytes",
     "object_frame",
     "read_archive",
     "read_tensors",
@@ -144,6 +145,26 @@ def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
         elif isinstance(node, (list, tuple)):
             ahead.extend(reversed(node))
     return value, tuple(found.values())
+
+
+def least_nbytes(data: bytes, where: str) -> int:
+    """Bytes that the storages named by a ``data.pkl`` take together, wherever they lie.
+
+    Raises:
+        FormatError: The pickle is cut short, or names anything unknown.
+    """
+    found: dict[str, int] = {}
+
+    def count(pid: object) -> _Storage:
+        kind, key, _, numel = pid[1:] if isinstance(pid, tuple) and len(pid) == 5 else (None,) * 4
+        if not (isinstance(kind, Ref) and isinstance(key, str) and isinstance(numel, int)):
+            raise FormatError("pickle refers to something that is not a storage", [("file", where)])
+        dtype = BY_STORAGE.get(kind.name)
+        found[key] = numel * (dtype.itemsize if dtype else 1)
+        return _Storage(where, key, dtype, 0, found[key])
+
+    loads(data, allowed=_ALLOWED, where=where, persistent_load=count)
+    return sum(found.values())
 
 
 def _find_storage(archive: Archive, extents: dict[str, tuple[int, int]], pid: object) -> _Storage:
@@ -322,7 +343,7 @@ def tensor_call(
     strides = tuple(
         math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape))
     )
-    place = (0, tuple(shape), strides, requires_grad, OrderedDict())
+    place: tuple[object, ...] = (0, tuple(shape), strides, requires_grad, OrderedDict())
     if dtype.storage:
         kind, counted = Ref("torch", dtype.storage), numel
     else:
