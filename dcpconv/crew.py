@@ -1,0 +1,285 @@
+"""Threads that carry out units of work with buffers of their own, and stop together."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dcpconv.copying import Ladder, Sources, Tally, write, write_error
+from dcpconv.errors import DcpconvError
+from dcpconv.gather import read_runs
+from dcpconv.outline import OutFile
+from dcpconv.units import Literal, Run, Stretch, Tile, Unit, units
+
+
+class Pool:
+    """Memory for buffers, counted against a budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.in_flight = 0
+        self.peak = 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> memoryview:
+        """Memory that counts until it is given back."""
+        with self._lock:
+            if self.in_flight + nbytes > self.budget:
+                raise AssertionError(f"{self.in_flight} + {nbytes} bytes exceed {self.budget}")
+            self.in_flight += nbytes
+            self.peak = max(self.peak, self.in_flight)
+        return memoryview(bytearray(nbytes))
+
+    def give(self, view: memoryview | None) -> None:
+        """Stop counting ``view``; it may be used no more."""
+        with self._lock:
+            self.in_flight -= 0 if view is None else len(view)
+
+
+@dataclass(slots=True)
+class Desk:
+    """What one thread works with: three buffers of ``size`` bytes, each made when first used, and
+    the counts of what it moved.
+
+    Attributes:
+        pool: Where the buffers come from.
+        size: Bytes of each buffer.
+        tally: Bytes moved.
+        losses: ``(overflowed, underflowed)`` by file name and offset of the payload.
+    """
+
+    pool: Pool
+    size: int
+    tally: Tally = field(default_factory=Tally)
+    losses: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+    _tile: memoryview | None = None
+    _scratch: memoryview | None = None
+    _output: memoryview | None = None
+
+    @property
+    def tile(self) -> memoryview:
+        self._tile = self._tile or self.pool.take(self.size)
+        return self._tile
+
+    @property
+    def scratch(self) -> memoryview:
+        self._scratch = self._scratch or self.pool.take(self.size)
+        return self._scratch
+
+    @property
+    def output(self) -> memoryview:
+        self._output = self._output or self.pool.take(self.size)
+        return self._output
+
+    def clear(self) -> None:
+        for view in (self._tile, self._scratch, self._output):
+            self.pool.give(view)
+
+
+class _Output:
+    """A file being written; ``pending`` counts its units under way, and the listing of them."""
+
+    __slots__ = ("fd", "name", "path", "pending")
+
+    def __init__(self, directory: Path, file: OutFile) -> None:
+        self.name = file.name
+        self.path = directory / file.name
+        self.pending = 1
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.ftruncate(self.fd, file.nbytes)
+            except OSError:
+                os.close(self.fd)
+                raise
+        except OSError as error:
+            raise write_error(error, self.path) from error
+
+    def finish(self) -> None:
+        try:
+            os.fsync(self.fd)
+        finally:
+            os.close(self.fd)
+
+
+class Crew:
+    """Threads that share one iterator of units, so that what exists at a time is a unit each.
+
+    Args:
+        files: What to write.
+        target: Existing directory to create them in.
+        sources: Where to read.
+        ladder: How to copy long runs.
+        desks: One per thread, all of the same size.
+        progress: Called with payload bytes done since its last call.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: tuple[OutFile, ...],
+        target: Path,
+        sources: Sources,
+        ladder: Ladder,
+        desks: list[Desk],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.desks = desks
+        self._sources = sources
+        self._ladder = ladder
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        self._open: set[_Output] = set()
+        self._work = self._list(files, target)
+
+    def run(self) -> None:
+        """Do everything, or raise the first error once every thread has stopped."""
+        threads = [
+            threading.Thread(target=self._loop, args=(desk,), name="dcpconv", daemon=True)
+            for desk in self.desks
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            self._stop.set()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            for output in self._open:
+                os.close(output.fd)
+        if self._errors:
+            raise self._errors[0]
+
+    def _list(
+        self, files: tuple[OutFile, ...], target: Path
+    ) -> Iterator[tuple[_Output, Unit | None]]:
+        """Every unit with its file, and ``None`` once all units of a file are listed."""
+        for file in files:
+            output = _Output(target, file)
+            self._open.add(output)
+            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size):
+                yield output, unit
+            yield output, None
+
+    def _loop(self, desk: Desk) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    output, unit = next(self._work, (None, None))
+                    if output and unit:
+                        output.pending += 1
+                if not output:
+                    return
+                try:
+                    if unit:
+                        self._do(unit, output, desk)
+                    self._release(output)
+                except OSError as error:
+                    if isinstance(error, DcpconvError):
+                        raise
+                    raise write_error(error, output.path) from error
+        except BaseException as error:  # noqa: BLE001 - raised again by run()
+            self._errors.append(error)
+            self._stop.set()
+        finally:
+            desk.clear()
+
+    def _release(self, output: _Output) -> None:
+        with self._lock:
+            output.pending -= 1
+            if output.pending:
+                return
+            self._open.discard(output)
+        output.finish()
+
+    def _do(self, unit: Unit, output: _Output, desk: Desk) -> None:
+        if isinstance(unit, Run):
+            with self._sources.open(unit.file) as source:
+                self._ladder.copy(
+                    source,
+                    output.fd,
+                    source_offset=unit.source_offset,
+                    target_offset=unit.offset,
+                    nbytes=unit.nbytes,
+                    buffer=desk.tile,
+                    tally=desk.tally,
+                )
+            self._progress(unit.nbytes)
+        elif isinstance(unit, Literal):
+            write(output.fd, unit.data, unit.offset, system=self._ladder.system)
+        elif isinstance(unit, Tile):
+            self._cast(unit, output, desk)
+        else:
+            self._assemble(unit, output, desk)
+
+    def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> None:
+        """Put a stretch together and write it."""
+        payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Literal))
+        if payload == stretch.nbytes and self._is_hole(stretch):
+            desk.tally.holes += payload
+            self._progress(payload)
+            return
+        tile = desk.tile[: stretch.nbytes]
+        runs: dict[str, list[tuple[int, int, int]]] = {}
+        end = 0
+        for piece in stretch.pieces:
+            at = piece.offset - stretch.offset
+            tile[end:at] = bytes(at - end)
+            end = at + piece.nbytes
+            if isinstance(piece, Literal):
+                tile[at:end] = piece.data
+            elif isinstance(piece, Run):
+                runs.setdefault(piece.file, []).append((piece.source_offset, at, piece.nbytes))
+                desk.tally.buffered += piece.nbytes
+            else:
+                self._gather(piece, tile[at:end], desk)
+                if piece.box.is_relabelled:
+                    desk.tally.relabelled += piece.nbytes
+                else:
+                    desk.tally.buffered += piece.nbytes
+        read_runs(runs, sources=self._sources, into=tile)
+        write(output.fd, tile, stretch.offset, system=self._ladder.system)
+        if payload:
+            self._progress(payload)
+
+    def _is_hole(self, stretch: Stretch) -> bool:
+        for piece in stretch.pieces:
+            if isinstance(piece, Run):
+                with self._sources.open(piece.file) as source:
+                    if not source.is_hole(piece.source_offset, piece.nbytes):
+                        return False
+            elif isinstance(piece, Tile) and not piece.box.is_hole(
+                piece.start, piece.stop, sources=self._sources
+            ):
+                return False
+        return True
+
+    def _gather(self, tile: Tile, into: memoryview, desk: Desk) -> None:
+        tile.box.read(
+            tile.start, tile.stop, sources=self._sources, into=into, scratch=lambda: desk.scratch
+        )
+
+    def _cast(self, tile: Tile, output: _Output, desk: Desk) -> None:
+        from dcpconv.cast import cast  # noqa: PLC0415 - imports torch when called
+
+        fill = tile.box.fill
+        source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
+        result = desk.output[: tile.nbytes]
+        self._gather(tile, source, desk)
+        lost = cast(source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype)
+        write(output.fd, result, tile.offset, system=self._ladder.system)
+        desk.tally.cast += tile.nbytes
+        if any(lost):
+            place = (output.name, tile.payload)
+            known = desk.losses.get(place, (0, 0))
+            desk.losses[place] = (known[0] + lost[0], known[1] + lost[1])
+        self._progress(tile.nbytes)

@@ -1,0 +1,183 @@
+"""Every fast way to move bytes against moving them one element at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from dcpconv.copying import SYSTEM, Sources, System
+from dcpconv.engine import Moved, execute, fill
+from dcpconv.gather import Box, restrict
+from dcpconv.outline import OutFile, Outline
+from support.engine_cases import (
+    INTEGERS,
+    contiguous,
+    elements,
+    random_fill,
+    slow_file,
+    slow_fill,
+    store,
+)
+
+KIB = 1024
+
+
+def refuse(*_: object) -> NoReturn:
+    raise OSError(errno.EOPNOTSUPP, "refused by the test")
+
+
+def absent(*_: object) -> NoReturn:
+    raise AttributeError("no such call")
+
+
+RUNGS = [
+    pytest.param(SYSTEM, id="whatever-works"),
+    pytest.param(replace(SYSTEM, clone=refuse), id="kernel-copy"),
+    pytest.param(replace(SYSTEM, clone=refuse, copy=refuse), id="read-and-write"),
+    pytest.param(replace(SYSTEM, clone=refuse, copy=absent), id="no-copy-file-range"),
+    pytest.param(replace(SYSTEM, clone=refuse, copy=lambda *_: 0), id="copy-that-does-nothing"),
+    pytest.param(
+        replace(
+            SYSTEM,
+            clone=refuse,
+            copy=lambda a, b, c, d, n: os.copy_file_range(a, b, max(1, n // 3), c, d),
+            preadv=lambda fd, views, offset: os.preadv(
+                fd, [views[0][: len(views[0]) // 2 + 1]], offset
+            ),
+            pwrite=lambda fd, data, offset: os.pwrite(fd, memoryview(data)[:4001], offset),
+        ),
+        id="everything-comes-short",
+    ),
+]
+
+
+@pytest.mark.parametrize("itemsize", INTEGERS)
+@pytest.mark.parametrize("seed", range(60))
+def test_restrict_keeps_exactly_the_elements_of_the_interval(seed: int, itemsize: int) -> None:
+    rng = random.Random(seed)
+    box, _ = random_fill(rng, dtype=INTEGERS[itemsize])
+    start = rng.randint(0, box.numel)
+    stop = rng.randint(start, box.numel)
+    for part in box.parts:
+        pieces = restrict(part, start, stop, itemsize=itemsize)
+
+        every = elements(part, itemsize)
+        found: dict[int, int] = {}
+        for piece in pieces:
+            some = elements(piece, itemsize)
+            assert not found.keys() & some.keys()
+            found |= some
+        assert found == {t: s for t, s in every.items() if start <= t < stop}
+        assert all(count > 1 for piece in pieces for count, _, _ in piece.loops)
+
+
+@pytest.mark.parametrize("itemsize", INTEGERS)
+@pytest.mark.parametrize("seed", range(60))
+def test_a_box_read_in_tiles_is_the_box(tmp_path: Path, seed: int, itemsize: int) -> None:
+    rng = random.Random(seed)
+    box, files = random_fill(rng, dtype=INTEGERS[itemsize], widest=rng.choice([6, 6, 150]))
+    into = bytearray(rng.randbytes(box.nbytes))
+    view = memoryview(into)
+    room = memoryview(bytearray(4096))
+    with Sources(store(tmp_path, files)) as sources:
+        prepared = Box(box)
+        step = prepared.tile(rng.choice([16, 100, 5000]))
+        for start in range(0, box.numel, step):
+            stop = min(start + step, box.numel)
+            tile = view[start * itemsize : stop * itemsize]
+            prepared.read(start, stop, sources=sources, into=tile, scratch=lambda: room)
+
+    assert into == slow_fill(box, files)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fill_answers_the_whole_box(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    box, files = random_fill(rng, dtype=INTEGERS[rng.choice([1, 2, 4, 8])], widest=1000)
+    into = bytearray(box.nbytes)
+    fill(box, source=store(tmp_path, files), into=memoryview(into))
+
+    assert into == slow_fill(box, files)
+
+
+def random_outline(rng: random.Random) -> tuple[Outline, dict[str, bytes]]:
+    """Files of literals, gaps, relabelled boxes and runs from one byte to a quarter MiB."""
+    outputs: list[OutFile] = []
+    stored = {"long.bin": rng.randbytes(400 * KIB)}
+    for number in range(rng.randint(1, 3)):
+        at = 0
+        literals, payloads = [], []
+        for index in range(rng.randint(0, 12)):
+            at += rng.choice([0, 0, 3, 64, 5000, 70 * KIB])
+            kind = rng.choice(["literal", "box", "short", "long", "congruent"])
+            if kind == "literal":
+                data = rng.randbytes(rng.choice([0, 1, 900, 40 * KIB]))
+                literals.append((at, data))
+                at += len(data)
+                continue
+            dtype = INTEGERS[rng.choice([1, 2, 4, 8])]
+            box, files = random_fill(rng, dtype=dtype, widest=rng.choice([6, 2000]))
+            if kind == "box":
+                renamed = {file: f"{number}-{index}-{file}" for file in files}
+                stored |= {renamed[file]: data for file, data in files.items()}
+                parts = tuple(replace(part, file=renamed[part.file]) for part in box.parts)
+                box = replace(box, parts=parts)
+            else:
+                nbytes = rng.randint(1, 3000) if kind == "short" else rng.randint(20, 250) * KIB + 5
+                numel = nbytes // dtype.itemsize + 1
+                offset = rng.randint(0, 100 * KIB)
+                if kind == "congruent":
+                    offset += (at - offset) % 4096
+                box = replace(box, numel=numel, parts=(contiguous("long.bin", offset, numel),))
+            payloads.append((at, box))
+            at += box.nbytes
+        nbytes = at + rng.choice([0, 1, 9000])
+        outputs.append(OutFile(f"sub/{number}.out", nbytes, tuple(literals), tuple(payloads)))
+    return Outline(tuple(outputs)), stored
+
+
+@pytest.mark.parametrize("system", RUNGS)
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_rung_writes_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, jobs: int, system: System
+) -> None:
+    monkeypatch.setattr("dcpconv.units.UNIT", 64 * KIB)
+    outline, files = random_outline(random.Random(seed))
+    source = store(tmp_path / "source", files)
+    target = tmp_path / "target"
+    target.mkdir()
+    done: list[int] = []
+    budget = jobs * 48 * KIB
+    moved = execute(
+        outline,
+        source=source,
+        target=target,
+        jobs=jobs,
+        budget=budget,
+        progress=done.append,
+        system=system,
+    )
+
+    for file in outline.files:
+        assert (target / file.name).read_bytes() == slow_file(file, files), file.name
+    payload = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
+    assert sum(done) == payload == total(moved)
+    assert moved.peak_buffer <= budget
+
+
+def total(moved: Moved) -> int:
+    return (
+        moved.reflinked
+        + moved.copied
+        + moved.buffered
+        + moved.relabelled
+        + moved.cast
+        + moved.holes
+    )
