@@ -17,6 +17,8 @@ from dcpconv.errors import LossyCastError
 from dcpconv.gather import Box
 from dcpconv.outline import Fill, Outline
 
+__all__ = ["CastLoss", "Moved", "Sources", "execute", "fill"]
+
 TILE = 4 << 20
 """Bytes put together in a buffer at a time, budget permitting."""
 
