@@ -1,0 +1,46 @@
+"""dcpconv: model weights between the forms they are published in and trained in.
+
+    from dcpconv import convert, load_init_weights, open_checkpoint
+
+Nothing here imports torch until a dtype changes or a live model is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcpconv.conversion import convert
+    from dcpconv.errors import DcpconvError
+    from dcpconv.formats.opening import open_checkpoint
+    from dcpconv.init_weights import LoadReport, load_init_weights
+    from dcpconv.storage_reader import CheckpointReader
+
+__all__ = [
+    "CheckpointReader",
+    "DcpconvError",
+    "LoadReport",
+    "convert",
+    "load_init_weights",
+    "open_checkpoint",
+]
+
+_HOMES = {
+    "CheckpointReader": "dcpconv.storage_reader",
+    "DcpconvError": "dcpconv.errors",
+    "LoadReport": "dcpconv.init_weights",
+    "convert": "dcpconv.conversion",
+    "load_init_weights": "dcpconv.init_weights",
+    "open_checkpoint": "dcpconv.formats.opening",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dcpconv' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

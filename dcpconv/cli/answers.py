@@ -1,0 +1,68 @@
+"""How every command ends: a result and 0, or one message and 1 or 2."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count: 128 + SIGINT."""
+
+
+def answers(command: Callable[P, T]) -> Callable[P, T]:
+    """Turns every expected complaint of a command into one message on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        from dcpconv.errors import DcpconvError
+
+        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return command(*args, **kwargs)
+        except DcpconvError as error:
+            _stop(f"{type(error).__name__}: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _stop("interrupted; nothing was left half-written", INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of our stdout has gone (`| head`); Python would complain again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(2) from None
+        except OSError as error:
+            _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+
+    return run
+
+
+def say(text: str) -> None:
+    """One line of the result."""
+    sys.stdout.write(f"{text}\n")
+
+
+def say_json(value: Any) -> None:
+    """The whole result as JSON."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """Something worth knowing beside the result."""
+    sys.stderr.write(f"note: {text}\n")
+
+
+def _stop(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{text}\n")
+    raise typer.Exit(code)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    del number, frame
+    raise KeyboardInterrupt

@@ -1,0 +1,233 @@
+"""``dcpconv convert``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.words import count, parse_size, size
+
+if TYPE_CHECKING:
+    from dcpconv.conversion import Progress
+    from dcpconv.report import ConversionReport
+
+_LISTED = 4
+"""Names printed before the rest is only counted; --json has them all."""
+
+
+@answers
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="hf directory, torch file or DCP directory.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Where the result goes; must not exist yet.")
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="Form of DST: hf, torch or dcp.  Default: torch for *.pth and *.pt, hf when SRC is"
+            " a DCP, dcp otherwise.",
+            metavar="FORM",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Naming of DST (see `dcpconv families`).  Default: hf for the hf form, else the"
+            " source's own.",
+            metavar="FAMILY",
+        ),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
+        ),
+    ] = None,
+    keymap: Annotated[
+        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
+    ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            help="Key the weights sit under in a dcp or torch DST; '' for none.  Default: the"
+            " family's (model for lingua).",
+        ),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Take only what is under this key (model), or keys that match this pattern"
+            " ('layers.0.*').",
+            metavar="KEY",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Cast floating-point tensors of two or more dims: bf16, fp16, fp32.  Norm weights,"
+            " biases and integers keep their type.",
+        ),
+    ] = None,
+    cast_all: Annotated[
+        bool, typer.Option("--cast-all", help="With --dtype: cast vectors and scalars too.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave out a feature that DST's family cannot express (rope_scaling, ...), or let"
+            " a cast overflow (overflow).  Repeatable.",
+            metavar="NAME",
+        ),
+    ] = None,
+    assets: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
+        ),
+    ] = None,
+    chunks: Annotated[
+        int,
+        typer.Option(
+            help="Row chunks per tensor in a dcp DST: write for this many ranks, and each reads"
+            " only its own bytes.",
+            min=1,
+        ),
+    ] = 1,
+    max_file_size: Annotated[
+        str | None,
+        typer.Option(help="Most bytes of tensors in one file: 5GB, 512MiB.", metavar="SIZE"),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace DST, in one step, once the result is complete."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress, no report; errors still.")
+    ] = False,
+) -> None:
+    """Convert a checkpoint into another form, another naming, or both.
+
+    Memory does not grow with the model.  DST appears whole or not at all, and SRC is only read.
+
+    dcpconv convert weights/Llama-3.2-1B out/llama --to lingua     # before torchrun
+
+    dcpconv convert dump/checkpoints/0000001000 out/hf             # back, for evaluation
+    """
+    from dcpconv.conversion import convert as run
+    from dcpconv.errors import DcpconvError
+
+    if form not in {None, "hf", "torch", "dcp"}:
+        raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])
+    with _progress(quiet=quiet or dry_run or as_json) as progress:
+        report = run(
+            source,
+            target,
+            form=form,  # type: ignore[arg-type]  # checked above
+            to=to,
+            from_=from_,
+            keymap=keymap,
+            root=root,
+            only=only,
+            dtype=dtype,
+            cast_all=cast_all,
+            allow=allow or (),
+            assets=assets,
+            chunks=chunks,
+            max_file_size=parse_size(max_file_size),
+            jobs=jobs,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        say_json(report.to_json())
+        return
+    if not quiet:
+        for line in lines(report):
+            say(line)
+        for text in report.notes:
+            note(text)
+
+
+def lines(report: ConversionReport) -> Iterator[str]:
+    """The report as aligned lines, one fact each."""
+    for label, side in (("source", report.source), ("target", report.target)):
+        yield (
+            f"{label:<9} {side.form:<6} {side.family:<10} {count(side.files, 'file'):>8}"
+            f"  {count(side.tensors, 'key'):>10}  {size(side.nbytes):>10}"
+            f"  {'+'.join(side.dtypes) or '-'}  {side.path}"
+        )
+    yield f"copied    {report.copied:,} tensors as they are"
+    for item in report.relabelled:
+        yield (
+            f"relabel   {count(item.tensors, 'tensor')}  {item.source_layout} ->"
+            f" {item.target_layout}"
+        )
+    if report.cast:
+        yield f"cast      {count(report.cast, 'tensor')} to {report.target.dtypes[0]}"
+    for loss in report.lossy:
+        yield (
+            f"lossy     {loss.key}  {loss.overflowed:,} overflowed,"
+            f" {loss.underflowed:,} became zero"
+        )
+    yield from _listed("tied", [f"{key} = {owner}" for key, owner in report.tied])
+    yield from _listed("ignored", [f"{key}  {reason}" for key, reason in report.ignored])
+    yield from _listed("left", report.left)
+    yield from _listed("allowed", [f"{name}  {why}" for name, why in report.allowed])
+    if report.side_files:
+        yield f"beside    {', '.join(report.side_files)}"
+    if report.is_dry_run:
+        yield f"disk      {size(report.disk_nbytes)} needed; nothing was written (--dry-run)"
+        return
+    moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
+    yield f"moved     {moved or 'nothing'}"
+    speed = report.target.nbytes / report.seconds if report.seconds else 0.0
+    yield f"time      {report.seconds:.2f} s, {size(speed)}/s"
+
+
+def _listed(label: str, items: Any) -> Iterator[str]:
+    for item in items[:_LISTED]:
+        yield f"{label:<9} {item}"
+    if len(items) > _LISTED:
+        yield f"{label:<9} and {len(items) - _LISTED:,} more"
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on stderr, where a person is looking."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("convert", total=None)
+        yield lambda at: bar.update(task, completed=at.done, total=at.total)

@@ -1,0 +1,214 @@
+"""One conversion with everything about it decided, before anything is planned or moved."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dcpconv import configs
+from dcpconv.catalog import Catalog, Form, KeyPath
+from dcpconv.coverage import Coverage, Fault, Target, cover_as_stored
+from dcpconv.dtypes import DType
+from dcpconv.errors import FormatError, NotExpressibleError
+from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.keymaps import Keymap
+from dcpconv.matching import cover
+from dcpconv.outline import Outline, OutTensor
+from dcpconv.recognition import Weights
+from dcpconv.side_files import SideFiles, carried, generated
+from dcpconv.spec import ModelSpec
+from dcpconv.twins import differing
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversion, everything about it decided."""
+
+    catalog: Catalog
+    weights: Weights
+    wanted: Keymap | None
+    spec: ModelSpec | None
+    form: Form
+    target: Path
+    assets: Path | None
+    root: str | None
+    only: str | None
+    dtype: DType | None
+    cast_all: bool
+    allow: tuple[str, ...]
+
+    @property
+    def keeps_nesting(self) -> bool:
+        """Whether keys go over with their containers, optimizer and all."""
+        return self.wanted is None and self.form != "hf" and self.root is None
+
+    @property
+    def renames(self) -> bool:
+        """Whether the naming changes."""
+        return self.wanted is not None and self.wanted is not self.weights.keymap
+
+    def cover(self) -> tuple[Coverage, tuple[str, ...]]:
+        """The account of the conversion, and what to say about it."""
+        if self.keeps_nesting:
+            whole = replace(
+                self.weights, entries=self.catalog.tensors, tied=self.catalog.tied, rest=()
+            )
+            return cover_as_stored(whole), ()
+        if self.wanted is None:
+            return cover_as_stored(self.weights), ()
+        refused = self._refused()
+        if refused:
+            raise NotExpressibleError(
+                f"{self.wanted.name} cannot express this model; nothing was written",
+                [
+                    ("source", self.catalog.source),
+                    *(("refused", f"{fault.key}: {fault.why}") for fault in refused),
+                ],
+                hint="--allow NAME leaves a feature out; the logits will then differ",
+            )
+        coverage = self._cover(self.spec)
+        pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
+        if coverage and (unequal := differing(self.weights, pairs)):
+            key, owner = unequal[0]
+            if self.spec is None or self.weights.require_keymap().rows_like(key) == []:
+                raise FormatError(
+                    "two names of one tensor hold different values",
+                    [("source", self.catalog.source), ("key", key), ("owner", owner)],
+                    hint="load and save the model once, so that it is clear which one counts",
+                )
+            note = f"{key} and {owner} differ, so they are converted as two tensors"
+            return self._cover(self.spec.model_copy(update={"tied": False})), (note,)
+        return coverage, ()
+
+    def _cover(self, spec: ModelSpec | None) -> Coverage:
+        if self.wanted is None:
+            return cover_as_stored(self.weights)
+        return cover(self.weights, self.wanted, spec=spec, omit_ties=self.form == "hf")
+
+    def _is_stored_twice(self, key: str, owner: str) -> bool:
+        tied, entries = self.weights.tied, self.weights.entries
+        return owner in entries and tied.get(key, key) != tied.get(owner, owner)
+
+    def _refused(self) -> tuple[Fault, ...]:
+        return tuple(fault for fault in self._refusals() if fault.key not in self.allow)
+
+    def _refusals(self) -> tuple[Fault, ...]:
+        if self.spec is None or self.wanted is None or not self.renames:
+            return ()
+        family = self.wanted.name if self.wanted.family == "hf" else self.wanted.config
+        return tuple(Fault(item.name, item.reason) for item in configs.refusals(family, self.spec))
+
+    @property
+    def allowed(self) -> tuple[tuple[str, str], ...]:
+        """What the target leaves out because the user said so."""
+        return tuple((f.key, f.why) for f in self._refusals() if f.key in self.allow)
+
+    def path_of(self, key: str) -> KeyPath:
+        """Where a target key nests in the result."""
+        if self.form == "hf":
+            return (key,)
+        if self.keeps_nesting:
+            return self.catalog.path_of(key)
+        root = self.root
+        if root is None:
+            root = self.wanted.root if self.wanted else ""
+        return (*(part for part in root.split(".") if part), key)
+
+    def dtype_of(self, target: Target) -> DType:
+        """Element type of a target tensor: ``--dtype`` leaves vectors and integers alone."""
+        if self.dtype is None or not target.dtype.is_floating_point:
+            return target.dtype
+        return self.dtype if self.cast_all or len(target.shape) >= 2 else target.dtype
+
+    def outline(self, tensors: tuple[OutTensor, ...], *, max_file_size: int | None) -> Outline:
+        """Where every byte of the result will be."""
+        modulus = _block_size(self.target)
+        objects: Mapping[KeyPath, object] = (
+            {self.catalog.path_of(key): value for key, value in self.catalog.objects.items()}
+            if self.keeps_nesting
+            else {}
+        )
+        if self.form == "hf":
+            wordless = [t.key for t in tensors if t.dtype.safetensors is None]
+            if wordless:
+                raise FormatError(
+                    "safetensors has no code for an element type",
+                    [("key", f"{key}") for key in wordless],
+                )
+            size = max_file_size or safetensors.MAX_FILE_SIZE
+            return safetensors.outline(tensors, modulus=modulus, max_file_size=size)
+        if self.form == "dcp":
+            return dcp.outline(tensors, objects, modulus=modulus, max_file_size=max_file_size)
+        return torchfile.outline(tensors, objects, filename=self.target.name, modulus=modulus)
+
+    def side_files(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:
+        """Config and tokenizer to stand beside the weights."""
+        if self.form == "torch":
+            return SideFiles()
+        directory = self.catalog.path
+        is_own = self.catalog.source.is_dir() or self.catalog.form == "hf"
+        has_config = is_own and configs.find_config(directory) is not None
+        if self.wanted is not None and (self.renames or not has_config):
+            return generated(
+                self.wanted,
+                self.spec,
+                form=self.form,
+                target=self.target,
+                source=directory,
+                assets=self.assets,
+                dtype=_most_used(tensors),
+            )
+        if not is_own:
+            return SideFiles()
+        changed = self.spec is not None and self.spec.tied and not coverage.is_tied
+        return carried(
+            self.assets or directory,
+            dtype=self.dtype,
+            tied=False if self.wanted and changed else None,
+        )
+
+    def notes(self, coverage: Coverage) -> tuple[str, ...]:
+        """What else to say."""
+        notes = [
+            f"{name} is not expressible in {coverage.target} and was left out ({why})"
+            for name, why in self.allowed
+        ]
+        dropped = [] if self.keeps_nesting else [*self.weights.rest]
+        if dropped:
+            tops = sorted({str(self.catalog.path_of(key)[0]) for key in dropped})
+            notes.append(
+                f"{len(dropped)} entries beside the weights stay behind: {', '.join(tops[:6])}"
+            )
+        return tuple(notes)
+
+
+def _most_used(tensors: Iterable[OutTensor]) -> DType | None:
+    nbytes: Counter[DType] = Counter()
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point:
+            nbytes[tensor.dtype] += sum(chunk.fill.nbytes for chunk in tensor.chunks)
+    return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
+
+
+def _block_size(target: Path) -> int:
+    """Block size to line payloads up with: 4096 bytes, or the file system's where it is larger."""
+    directory = target.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    if not hasattr(os, "statvfs"):
+        return 4096
+    block = os.statvfs(directory).f_frsize
+    return block if 4096 < block <= 65536 and block & (block - 1) == 0 else 4096
+
+
+def disk_nbytes(outline: Outline, side: SideFiles) -> int:
+    """Bytes of every file of a result."""
+    beside = sum(
+        len(file.text.encode()) if file.text is not None else (file.origin or Path()).stat().st_size
+        for file in side.files
+    )
+    commit = sum(len(data) for _, data in outline.commit)
+    return sum(file.nbytes for file in outline.files) + commit + beside

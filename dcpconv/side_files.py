@@ -1,0 +1,166 @@
+"""What stands beside the weights: parameter files, tokenizers, and what Hugging Face adds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.catalog import Form
+from dcpconv.configs import config_name, to_text, write_config
+from dcpconv.dtypes import DType
+from dcpconv.errors import NotExpressibleError, SpecError
+from dcpconv.keymaps import Keymap
+from dcpconv.spec import ModelSpec
+
+_CARRIED = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+)
+"""What a published model keeps beside its weights, besides texts for people."""
+
+_LARGEST_CARRIED = 100 << 20
+"""Bytes; no tokenizer is larger, and weights under an odd name should not slip through."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file to stand beside the weights: written text, or a copy of ``origin``."""
+
+    name: str
+    text: str | None = None
+    origin: Path | None = None
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        return self.text.encode() if self.text is not None else (self.origin or Path()).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class SideFiles:
+    """Files beside the weights and what the user should know about them."""
+
+    files: tuple[SideFile, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def carried(directory: Path, *, dtype: DType | None, tied: bool | None) -> SideFiles:
+    """Copies of what stands beside the weights of the same family.
+
+    Args:
+        directory: Where the source, or ``--assets``, keeps it.
+        dtype: Element type the tensors were cast to; ``config.json`` then says so.
+        tied: Whether head and embedding are one tensor, where that differs from the config.
+    """
+    names: dict[str, Path] = {}
+    for pattern in _CARRIED:
+        for path in sorted(directory.glob(pattern)):
+            if path.is_file() and path.stat().st_size <= _LARGEST_CARRIED:
+                names[path.name] = path
+    files = []
+    for name, path in names.items():
+        if name == "config.json" and (dtype is not None or tied is not None):
+            files.append(SideFile(name, text=_patched(path, dtype=dtype, tied=tied)))
+        else:
+            files.append(SideFile(name, origin=path))
+    return SideFiles(tuple(files))
+
+
+def generated(
+    keymap: Keymap,
+    spec: ModelSpec | None,
+    *,
+    form: Form,
+    target: Path,
+    source: Path,
+    assets: Path | None,
+    dtype: DType | None,
+) -> SideFiles:
+    """The parameter file of another family, and the tokenizer that it needs.
+
+    Args:
+        keymap: The family that is written.
+        spec: The model's numbers; without them no parameter file can be written.
+        form: Form of the result.
+        target: Where the result will be, as the user typed it: Lingua's file names the tokenizer.
+        source: Directory of the source.
+        assets: Where the user says that tokenizer and config are.
+        dtype: Element type of most tensors.
+    """
+    name = config_name(keymap.config) if keymap.config else None
+    if name is None:
+        return SideFiles()
+    if spec is None:
+        note = f"no {name} was written: no config was found beside the source; see --assets"
+        return SideFiles(notes=(note,))
+    files: list[SideFile] = []
+    notes: list[str] = []
+    tokenizer: tuple[str, str] | None = None
+    directory = assets or source
+    if keymap.config == "lingua":
+        kind, origin = _lingua_tokenizer(directory)
+        if origin is not None:
+            files.append(SideFile("tokenizer.model", origin=origin))
+            tokenizer = (kind, (target / "tokenizer.model").as_posix())
+        else:
+            notes.append(
+                "no tokenizer.model beside the source: params.json names Lingua's bytes tokenizer"
+            )
+    elif form == "hf" and assets is not None:
+        beside = carried(assets, dtype=None, tied=None)
+        files += [file for file in beside.files if file.name not in {"config.json", "params.json"}]
+    try:
+        fields = write_config(
+            keymap.name if keymap.family == "hf" else keymap.config,
+            spec,
+            dtype=dtype.label if dtype else None,
+            tokenizer=tokenizer,
+        )
+    except (SpecError, NotExpressibleError) as error:
+        return SideFiles(tuple(files), (*notes, f"no {name} was written: {error.headline}"))
+    files.insert(0, SideFile(name, text=to_text(fields)))
+    return SideFiles(tuple(files), tuple(notes))
+
+
+def _lingua_tokenizer(directory: Path) -> tuple[str, Path | None]:
+    """Lingua's name for a tokenizer and the file it reads.
+
+    Source: ``lingua/tokenizer.py``: ``tiktoken`` reads a BPE rank file, which Llama 3 repositories
+    keep in ``original/``; ``sp`` a SentencePiece model.
+    """
+    tiktoken = directory / "original" / "tokenizer.model"
+    if tiktoken.is_file():
+        return "tiktoken", tiktoken
+    plain = directory / "tokenizer.model"
+    if plain.is_file():
+        # A rank file is text, base64 and a number per line; SentencePiece is a protocol buffer.
+        head = plain.read_bytes()[:256]
+        is_text = b"\n" in head and all(32 <= byte < 127 or byte == 10 for byte in head)
+        return ("tiktoken" if is_text else "sp"), plain
+    return "bytes", None
+
+
+def _patched(path: Path, *, dtype: DType | None, tied: bool | None) -> str:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return path.read_text(encoding="utf-8")
+    if dtype is not None:
+        for name in ("dtype", "torch_dtype"):
+            if name in fields or name == "dtype":
+                fields[name] = dtype.name
+    if tied is not None:
+        fields["tie_word_embeddings"] = tied
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
