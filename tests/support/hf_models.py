@@ -1,0 +1,143 @@
+"""Tiny Hugging Face models with random weights, one per ``model_type``.
+
+Sizes are odd on purpose: 3 layers, 6 heads over 2 kv heads, head_dim 16, vocab 131, so that a
+swapped axis cannot hide; head_dim is above 4, where relabelling RoPE would be its own inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.utils import logging
+
+from support.models.layers import randomise
+
+SIZES: Mapping[str, object] = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "intermediate_size": 152,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "phi3": {},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "rms_norm_eps": 1e-6,
+    },
+    "olmo2": {},
+    "glm": {"head_dim": 16},
+    "ernie4_5_moe": {
+        "tie_word_embeddings": False,
+        "moe_intermediate_size": 52,
+        "moe_k": 2,
+        "moe_num_experts": 5,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2,
+    },
+    "granitemoeshared": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 52,
+        "attention_multiplier": 0.25,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 6,
+        "moe_intermediate_size": 52,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 20,
+        "q_lora_rank": 28,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 14,
+        "num_nextn_predict_layers": 0,
+    },
+}
+"""What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
+
+
+def tiny(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
+) -> Any:
+    """A model of ``model_type`` in eval mode, every stored tensor random, norms and biases too.
+
+    Args:
+        model_type: As in ``config.json``; a key of ``MODEL_TYPES``.
+        seed: Decides the values.
+        dtype: Of all parameters.
+        **overrides: Fields of the config, e.g. ``tie_word_embeddings=True``.
+    """
+    fields = {**SIZES, **MODEL_TYPES[model_type], **overrides}
+    config = CONFIG_MAPPING[model_type](**fields)
+    # Eager attention is the one implementation that every one of these models has.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return randomise(model, seed).to(dtype)
+
+
+def save_hf(
+    model: Any,
+    directory: Path,
+    *,
+    max_shard_size: str | int | None = None,
+    config_style: Literal["4", "5"] = "5",
+) -> Path:
+    """``save_pretrained`` into ``directory``; returns it.
+
+    Args:
+        model: From ``tiny()``.
+        directory: Made if absent.
+        max_shard_size: Largest shard file, such as ``"100KB"``; one file without it.
+        config_style: Rewrite ``config.json`` as transformers 4 spells it, or leave it.
+    """
+    logging.disable_progress_bar()
+    options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(directory, **options)
+    if config_style == "4":
+        path = directory / "config.json"
+        path.write_text(json.dumps(_as_version_4(json.loads(path.read_text())), indent=2) + "\n")
+    return directory
+
+
+def _as_version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of transformers 4.57: RoPE at the top level, ``torch_dtype``, ``num_experts``."""
+    rope = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts")
+    config["transformers_version"] = "4.57.6"
+    return config
