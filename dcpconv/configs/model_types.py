@@ -1,0 +1,158 @@
+"""What transformers' classes fill in where config.json is silent, by ``model_type``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """One class of transformers.
+
+    Attributes:
+        class_name: What ``architectures`` lists.
+        defaults: Value of each config.json field that is left out.  Sizes are never left out:
+            transformers writes every field that only the class knows.
+        implied: ``ModelSpec`` fields that the class's code fixes and no file states.
+    """
+
+    class_name: str
+    defaults: Mapping[str, object]
+    implied: Mapping[str, object] = field(default_factory=dict)
+
+
+_LLAMA: dict[str, object] = {
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10_000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MISTRAL: dict[str, object] = _LLAMA | {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+_QWEN: dict[str, object] = {
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32_768,
+    "rope_theta": 10_000.0,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_GEMMA: dict[str, object] = {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 8192,
+    "rope_theta": 10_000.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+MODEL_TYPES: Mapping[str, ModelType] = {
+    "llama": ModelType("LlamaForCausalLM", _LLAMA),
+    "mistral": ModelType("MistralForCausalLM", _MISTRAL),
+    "mixtral": ModelType(
+        "MixtralForCausalLM",
+        _MISTRAL
+        | {
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen2": ModelType(
+        "Qwen2ForCausalLM",
+        _QWEN | {"num_key_value_heads": 32, "max_window_layers": 28},
+        {"qkv_bias": True},
+    ),
+    "qwen2_moe": ModelType(
+        "Qwen2MoeForCausalLM",
+        _QWEN
+        | {
+            "num_key_value_heads": 16,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "qwen3": ModelType(
+        "Qwen3ForCausalLM",
+        _QWEN | {"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
+        {"qk_norm": True},
+    ),
+    "qwen3_moe": ModelType(
+        "Qwen3MoeForCausalLM",
+        _QWEN
+        | {
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        {"qk_norm": True},
+    ),
+    "phi3": ModelType(
+        "Phi3ForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+            "sliding_window": None,
+            "bos_token_id": 1,
+            "eos_token_id": 32_000,
+            "pad_token_id": 32_000,
+        },
+    ),
+    "gemma": ModelType(
+        "GemmaForCausalLM",
+        _GEMMA | {"num_key_value_heads": 16},
+        {"norm": "rmsnorm_plus_one"},
+    ),
+    "gemma2": ModelType(
+        "Gemma2ForCausalLM",
+        _GEMMA
+        | {
+            "num_key_value_heads": 4,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
+        {"norm": "rmsnorm_plus_one", "post_norms": True},
+    ),
+    "glm": ModelType(
+        "GlmForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+            "eos_token_id": [151_329, 151_336, 151_338],
+            "pad_token_id": 151_329,
+        },
+        {"o_bias": False},
+    ),
+    "granite": ModelType(
+        "GraniteForCausalLM",
+        _LLAMA | {"attention_multiplier": 1.0},
+    ),
+}
+"""Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""

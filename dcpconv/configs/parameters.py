@@ -1,0 +1,101 @@
+"""Text from outside becomes checked values, and every bad field is named at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dcpconv.errors import SpecError
+
+Record = TypeVar("Record", bound=BaseModel)
+
+LARGEST_FILE = 16 * 2**20
+"""Bytes.  Published parameter files are below 100 kB; anything near this is not one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing a family cannot hold.
+
+    Attributes:
+        name: What ``--allow`` takes: a name from ``ModelSpec.features`` or of a family's own rule.
+        reason: The value, and why it does not fit.
+    """
+
+    name: str
+    reason: str
+
+
+def read_fields(path: Path) -> dict[str, object]:
+    """The JSON object in ``path``.
+
+    Raises:
+        SpecError: The file cannot be read, is absurdly large, or holds anything else.
+    """
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise SpecError("parameter file is too large to be one", [("file", path)])
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError("parameter file cannot be read", [("file", path), ("why", error)]) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(
+            "parameter file is not JSON", [("file", path), ("why", error or "nested too deeply")]
+        ) from None
+    if not isinstance(value, dict):
+        raise SpecError(
+            "parameter file is not a JSON object",
+            [("file", path), ("found", type(value).__name__)],
+        )
+    return value
+
+
+def checked(record: type[Record], fields: Mapping[str, object], file: Path) -> Record:
+    """``fields`` as a ``record``.
+
+    Raises:
+        SpecError: Facts list every field that does not fit, with what was expected and found.
+    """
+    try:
+        return record.model_validate(fields)
+    except ValidationError as error:
+        problems = _problems(error)
+    count = f"{len(problems)} field{'s' if len(problems) > 1 else ''}"
+    raise SpecError(
+        f"parameter file has {count} that cannot be used",
+        [("file", file), *(("field", problem) for problem in problems)],
+    )
+
+
+def _problems(error: ValidationError) -> list[str]:
+    # A union complains once per member, so complaints are gathered by the field that was read.
+    expected: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        field = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "missing":
+            want, have = "a value", "nothing"
+        else:
+            want = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            have = _short(item["input"])
+        if want not in expected.setdefault(field, []):
+            expected[field].append(want)
+        found.setdefault(field, have)
+    return [
+        f"{field}: expected {' or '.join(wants)}, found {found[field]}"
+        if field
+        else "; ".join(wants)
+        for field, wants in expected.items()
+    ]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
