@@ -102,7 +102,8 @@ def write_config(
     """The parameter file of ``family`` for ``spec``, as ``to_text`` should print it.
 
     Args:
-        family: ``lingua``, ``hf`` (the class that ``spec`` names) or ``hf-<model_type>``.
+        family: ``lingua``, ``hf`` (the class that ``spec`` names) or ``hf-<model_type>``, which
+            leaves ``spec`` its own class where both name their tensors alike.
         spec: What to describe.
         dtype: Label or torch name of the written tensors, by default what ``spec`` says.
         tokenizer: Lingua's name for its kind, and its path; only Lingua's file has it.
@@ -126,4 +127,7 @@ def to_text(fields: Mapping[str, object]) -> str:
 
 
 def _model_type(family: str, spec: ModelSpec) -> str:
-    return family.removeprefix("hf-") if family.startswith("hf-") else spec.architecture
+    if not family.startswith("hf-"):
+        return spec.architecture
+    named = family.removeprefix("hf-")
+    return spec.architecture if hf.SAME_KEYS.get(spec.architecture) == named else named

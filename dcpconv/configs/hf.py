@@ -22,6 +22,9 @@ EXPRESSES: Mapping[str, frozenset[str]] = {
 }
 """Features that a class can hold, for every class we write."""
 
+SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
+"""Classes whose tensors are named as another class names them, so that one table serves both."""
+
 _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 """Fields of a RoPE mapping that ``ModelSpec`` holds itself."""
 

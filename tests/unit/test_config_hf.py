@@ -353,6 +353,8 @@ def test_the_text_does_not_depend_on_the_order_of_what_is_carried_over() -> None
     [
         pytest.param("hf-llama", {"architecture": "mistral"}, [], id="mistral-without-window"),
         pytest.param("hf-llama", {"sliding_window": 16}, ["sliding_window"], id="window"),
+        pytest.param("hf-llama", {"architecture": "mistral", "sliding_window": 16}, [],
+                     id="mistral-keeps-its-window"),
         pytest.param("hf-llama", {"sliding_window": 64}, [], id="window-that-does-not-bite"),
         pytest.param("hf-llama", {"qkv_bias": True}, ["qkv_bias"], id="only-qkv"),
         pytest.param("hf-llama", {"o_bias": True}, ["o_bias"], id="only-o"),
@@ -365,6 +367,21 @@ def test_the_text_does_not_depend_on_the_order_of_what_is_carried_over() -> None
 )  # fmt: skip
 def test_refusals(family: str, changes: dict[str, Any], names: list[str]) -> None:
     assert [refusal.name for refusal in refusals(family, change(changes))] == names
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "written"),
+    [
+        ("hf", "llama", "llama"),
+        ("hf", "mistral", "mistral"),
+        ("hf-llama", "mistral", "mistral"),
+        ("hf-mistral", "llama", "mistral"),
+        ("hf-llama", "novel", "llama"),
+    ],
+)
+def test_the_class_that_is_written(family: str, architecture: str, written: str) -> None:
+    fields = write_config(family, change({"architecture": architecture}))
+    assert fields["model_type"] == written
 
 
 def test_writing_for_a_class_we_do_not_know_lists_those_we_do() -> None:
