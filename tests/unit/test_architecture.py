@@ -65,8 +65,6 @@ PLACE = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 # The table of contents is exempt: it names what is public, wherever that lives.
 SOURCES = [file for file in FILES if file != PACKAGE / "__init__.py"]
-    file for file in FILES if file != PACKAGE / "__init__.py"
-]  # it names only what is public
 
 
 def _name(file: Path) -> str:
