@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 from dcpconv.catalog import TensorEntry
@@ -81,7 +81,7 @@ class _Account:
         return Coverage(
             source=self.source.name,
             target=self.target.name,
-            targets=tuple(made.values()),
+            targets=self._in_source_order(made.values()),
             missing=tuple(self.missing),
             unknown=tuple(self.unknown),
             misshapen=tuple(self.misshapen),
@@ -91,6 +91,11 @@ class _Account:
             left=self.weights.rest,
             is_tied=is_tied,
         )
+
+    def _in_source_order(self, targets: Iterable[Target]) -> tuple[Target, ...]:
+        """Targets in the order of their first source tensor, so that a disk is read forwards."""
+        place = {entry.key: n for n, entry in enumerate(self.weights.entries.values())}
+        return tuple(sorted(targets, key=lambda target: place[target.pieces[0].entry.key]))
 
     def _read_source(self) -> None:
         for key in self.weights.entries:
