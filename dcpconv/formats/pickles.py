@@ -73,9 +73,12 @@ def loads(
     unpickler = _Unpickler(io.BytesIO(data), allowed, persistent_load, where)
     try:
         value = unpickler.load()
-    except FormatError:
-        if not unpickler.refused:
+    except FormatError as error:
+        if not unpickler.refused and "file" in dict(error.facts):
             raise
+        if not unpickler.refused:
+            facts = [("file", where), *error.facts]
+            raise FormatError(error.headline, facts, hint=error.hint) from error
     except Exception as error:  # a hostile pickle can raise anything
         if not unpickler.refused:
             reason = f"{type(error).__name__}: {error}"

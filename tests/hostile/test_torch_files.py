@@ -183,8 +183,9 @@ BAD_TENSORS = [
 def test_tensors_outside_their_storage_are_refused(tmp_path: Path, tensor: Call) -> None:
     good = v2(0, (4,), (1,), *good_tail())
     assert read_file(tmp_path, torch_file({"w": good}, {"0": bytes(16)})).tensors["w"].shape == (4,)
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError) as caught:
         read_file(tmp_path, torch_file({"w": tensor}, {"0": bytes(16)}))
+    assert caught.value.facts[0] == ("file", str(tmp_path / "bad.pth"))
 
 
 VALUE = {
