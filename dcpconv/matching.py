@@ -114,26 +114,37 @@ class _Account:
                 self.sizes[name] = max(seen) + 1
 
     def _settle_ties(self) -> bool:
-        """Decides whether embedding and head are one tensor, and which key is the second name."""
+        """Decides whether embedding and head are one tensor, and which key is the second name.
+
+        The config decides where there is one; else a shared storage, a key that only tied models
+        have, or a head that is absent.
+        """
         entries, shared = self.weights.entries, self.weights.tied
         is_tied = self.spec.tied if self.spec else None
-        for tie in self.source.ties:
-            here, owner_here = tie.key in entries, tie.owner in entries
-            if here and shared.get(tie.key, tie.key) == shared.get(tie.owner, tie.owner):
-                is_tied = True if is_tied is None else is_tied
-            if is_tied is None and self.source.match(tie.key) and not self._is_row(tie.key):
-                is_tied = True if here else None
-            if is_tied is None and self._is_row(tie.key):
-                is_tied = not here
-            if is_tied and here and not owner_here:
-                # Only the second name was kept (safetensors drops either): it stands for both.
-                self.second.pop(tie.key, None)
-                row = self._row(tie.owner)
-                self.present[tie.key] = (row, {})
-                self.stand_in[tie.owner] = tie.key
+        for second, owner in self._tie_pairs():
+            here, owner_here = second in entries, owner in entries
+            if is_tied is None:
+                if here and owner_here and self._is_row(second):
+                    is_tied = shared.get(second, second) == shared.get(owner, owner)
+                elif here or self._is_row(second):
+                    is_tied = True
+            if is_tied and here and owner_here:
+                self.second[second] = owner
             elif is_tied and here:
-                self.second[tie.key] = tie.owner
+                # Only the second name was kept (safetensors drops either): it stands for both.
+                self.second.pop(second, None)
+                self.present[second] = (self._row(owner), {})
+                self.stand_in[owner] = second
         return bool(is_tied)
+
+    def _tie_pairs(self) -> dict[str, str]:
+        """``second name -> owner``: the table's own, and the head beside the embedding."""
+        pairs = {tie.key: tie.owner for tie in self.source.ties}
+        embeddings = [row.pattern.text for row, _ in self.source.holders("embed")]
+        for row, _ in self.source.holders("head"):
+            if row.when == "untied" and embeddings:
+                pairs.setdefault(row.pattern.text, embeddings[0])
+        return pairs
 
     def _is_row(self, key: str) -> bool:
         return any(row.pattern.text == key for row in self.source.rows)
