@@ -121,7 +121,7 @@ class _Account:
         """
         entries, shared = self.weights.entries, self.weights.tied
         is_tied = self.spec.tied if self.spec else None
-        for second, owner in self._tie_pairs():
+        for second, owner in self._tie_pairs().items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:
                 if here and owner_here and self._is_row(second):
