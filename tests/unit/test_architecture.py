@@ -37,10 +37,11 @@ LAYERS = (
     ),
     Row("decide", ("recognition", "coverage", "matching", "plan")),
     Row("do", ("copying", "gather", "units", "cast", "crew", "engine", "twins", "publish")),
-    Row("adapt", ("storage_reader",)),
+    Row("adapt", ("supply", "live", "storage_reader"), frozenset({"huggingface_hub"})),
     Row(
         "verbs",
         (
+            "naming",
             "report",
             "side_files",
             "parameters",
@@ -54,7 +55,7 @@ LAYERS = (
     ),
     Row("shell", ("cli",), frozenset({"rich", "typer", "click"})),
 )
-TORCH = frozenset({"cast", "storage_reader", "init_weights"})
+TORCH = frozenset({"cast", "live", "storage_reader", "init_weights"})
 """Modules that work on tensors, and so may import torch when they are imported."""
 
 PLACE = {
