@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv import configs
 from dcpconv.catalog import Catalog, Form
 from dcpconv.coverage import Coverage
 from dcpconv.dtypes import BY_LABEL, BY_NAME, DType
 from dcpconv.engine import Moved, execute
-from dcpconv.errors import DcpconvError, FormatError, SpecError
+from dcpconv.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.job import Job, disk_nbytes
-from dcpconv.keymaps import Keymap, read_keymap, resolve_family
+from dcpconv.keymaps import Keymap, read_keymap
+from dcpconv.naming import find_spec, named_keymap, target_keymap
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.plan import make_plan, row_chunks, whole
 from dcpconv.publish import check_space, staging
@@ -96,11 +96,11 @@ def convert(
     catalog = select(open_checkpoint(source), only)
     form = form or default_form(catalog, typed_target, to)
     own = read_keymap(Path(keymap)) if keymap else None
-    spec, spec_note = _find_spec(catalog, assets)
+    spec, spec_note = find_spec(catalog, assets)
     weights = recognise(
         catalog,
         spec=spec,
-        keymap=_named(from_, own, spec),
+        keymap=named_keymap(from_, own, spec),
         root=_source_root(root, form, to, catalog),
     )
     wanted = _target_keymap(to, own, weights, spec, form)
@@ -220,35 +220,6 @@ def _write(
     return moved
 
 
-def _find_spec(
-    catalog: Catalog, assets: str | os.PathLike[str] | None
-) -> tuple[ModelSpec | None, tuple[str, ...]]:
-    """The config beside the source, or in ``assets``.
-
-    A config that cannot be read is only a note here: keys and bytes can be kept without it, and
-    what cannot says that it needs one.
-    """
-    for place in (assets, catalog.source):
-        if place is None or configs.find_config(Path(place)) is None:
-            continue
-        try:
-            return configs.read_spec(Path(place)), ()
-        except SpecError as error:
-            if place is assets:
-                raise
-            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
-            return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
-    return None, ()
-
-
-def _named(name: str | None, own: Keymap | None, spec: ModelSpec | None) -> Keymap | None:
-    if name is None:
-        return None
-    if own is not None and name == own.name:
-        return own
-    return resolve_family(name, spec.architecture if spec else None)
-
-
 def _target_keymap(
     to: str | None,
     own: Keymap | None,
@@ -258,20 +229,14 @@ def _target_keymap(
 ) -> Keymap | None:
     """The table of the result, or ``None`` to keep keys as they are stored."""
     if to is not None:
-        if own is not None and to == own.name:
-            return own
-        return resolve_family(to, spec.architecture if spec else _architecture(weights.keymap))
+        return target_keymap(to, own, weights.keymap, spec)
     if own is not None and weights.keymap is not own:
         return own
     if form == "hf" and weights.keymap is not None:
         if weights.keymap.family == "hf":
             return weights.keymap
-        return resolve_family("hf", spec.architecture if spec else _architecture(weights.keymap))
+        return target_keymap("hf", None, weights.keymap, spec)
     return None
-
-
-def _architecture(keymap: Keymap | None) -> str | None:
-    return keymap.architectures[0] if keymap and keymap.architectures else None
 
 
 def _source_root(root: str | None, form: Form, to: str | None, catalog: Catalog) -> str | None:

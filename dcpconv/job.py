@@ -16,6 +16,7 @@ from dcpconv.errors import FormatError, NotExpressibleError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.keymaps import Keymap
 from dcpconv.matching import cover
+from dcpconv.naming import refused_features, without
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.recognition import Weights
 from dcpconv.side_files import SideFiles, carried, generated
@@ -93,13 +94,12 @@ class Job:
         return owner in entries and tied.get(key, key) != tied.get(owner, owner)
 
     def _refused(self) -> tuple[Fault, ...]:
-        return tuple(fault for fault in self._refusals() if fault.key not in self.allow)
+        return without(self._refusals(), self.allow)
 
     def _refusals(self) -> tuple[Fault, ...]:
         if self.spec is None or self.wanted is None or not self.renames:
             return ()
-        family = self.wanted.name if self.wanted.family == "hf" else self.wanted.config
-        return tuple(Fault(item.name, item.reason) for item in configs.refusals(family, self.spec))
+        return refused_features(self.wanted, self.spec)
 
     @property
     def allowed(self) -> tuple[tuple[str, str], ...]:

@@ -1,0 +1,80 @@
+"""What the user and the files say about a model: its config, its naming, the naming to reach."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from dcpconv import configs
+from dcpconv.catalog import Catalog
+from dcpconv.coverage import Fault
+from dcpconv.errors import SpecError
+from dcpconv.keymaps import Keymap, resolve_family
+from dcpconv.spec import ModelSpec
+
+
+def find_spec(
+    catalog: Catalog, assets: str | os.PathLike[str] | None
+) -> tuple[ModelSpec | None, tuple[str, ...]]:
+    """The config beside the source, or in ``assets``, and what to say about it.
+
+    A config that cannot be read is only a note here: keys and bytes can be kept without it, and
+    what cannot says that it needs one.
+
+    Raises:
+        SpecError: The config in ``assets`` cannot be read.
+    """
+    for place in (assets, catalog.source):
+        if place is None or configs.find_config(Path(place)) is None:
+            continue
+        try:
+            return configs.read_spec(Path(place)), ()
+        except SpecError as error:
+            if place is assets:
+                raise
+            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
+            return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
+    return None, ()
+
+
+def named_keymap(name: str | None, own: Keymap | None, spec: ModelSpec | None) -> Keymap | None:
+    """The table that ``name`` means: the user's own or one of ours; ``None`` for no name.
+
+    Raises:
+        KeymapError: No such family, or none of its tables is for this architecture.
+    """
+    if name is None:
+        return None
+    if own is not None and name == own.name:
+        return own
+    return resolve_family(name, spec.architecture if spec else None)
+
+
+def target_keymap(
+    name: str, own: Keymap | None, source: Keymap | None, spec: ModelSpec | None
+) -> Keymap:
+    """The table to reach; what the config does not say, the source's table does.
+
+    Raises:
+        KeymapError: No such family, or none of its tables is for this architecture.
+    """
+    if own is not None and name == own.name:
+        return own
+    return resolve_family(name, spec.architecture if spec else architecture_of(source))
+
+
+def architecture_of(keymap: Keymap | None) -> str | None:
+    """The model a table is made for first, if it says."""
+    return keymap.architectures[0] if keymap and keymap.architectures else None
+
+
+def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
+    """What the target's config file cannot say about the model, ``key`` being the feature."""
+    family = target.name if target.family == "hf" else target.config
+    return tuple(Fault(item.name, item.reason) for item in configs.refusals(family, spec))
+
+
+def without(faults: Sequence[Fault], allowed: Sequence[str]) -> tuple[Fault, ...]:
+    """The faults that the user did not allow by name."""
+    return tuple(fault for fault in faults if fault.key not in allowed)
