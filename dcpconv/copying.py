@@ -40,6 +40,9 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _STRIDE = 16 << 20
 """Bytes per system call: long enough to cost nothing, short enough to stop soon after Ctrl-C."""
 
+_CACHED = 1 << 20
+"""Bytes per read and write: they stay in a core's cache between the two."""
+
 
 def _clone(source: int, target: int, source_offset: int, target_offset: int, nbytes: int) -> None:
     request = struct.pack("qQQQ", source, source_offset, nbytes, target_offset)
@@ -333,8 +336,9 @@ def _buffered_copy(
     buffer: memoryview,
     system: System,
 ) -> None:
-    for start in range(0, nbytes, len(buffer)):
-        view = buffer[: min(len(buffer), nbytes - start)]
+    step = min(len(buffer), _CACHED)
+    for start in range(0, nbytes, step):
+        view = buffer[: min(step, nbytes - start)]
         source.read(offset + start, [view], len(view))
         write(fd, view, target + start, system=system)
 

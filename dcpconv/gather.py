@@ -101,11 +101,17 @@ def _merged(loops: Iterable[Loop]) -> tuple[Loop, ...]:
 class Box:
     """A ``Fill`` prepared for being read tile by tile.
 
+    Attributes:
+        fill: What it consists of.
+        itemsize: Bytes per element as read.
+        is_relabelled: Whether any part is more than one run.
+        is_fragmented: Whether any part has runs too short to read one by one.
+
     Raises:
         ValueError: The parts do not have as many elements as the box.
     """
 
-    __slots__ = ("_ends", "_targets", "fill", "is_relabelled", "itemsize")
+    __slots__ = ("_ends", "_targets", "fill", "is_fragmented", "is_relabelled", "itemsize")
 
     def __init__(self, fill: Fill) -> None:
         covered = sum(part.numel for part in fill.parts)
@@ -114,6 +120,10 @@ class Box:
         self.fill = fill
         self.itemsize = fill.source_dtype.itemsize
         self.is_relabelled = not all(part.is_contiguous for part in fill.parts)
+        self.is_fragmented = any(
+            not part.is_contiguous and _run(part.loops) * self.itemsize < SHORT_RUN
+            for part in fill.parts
+        )
         self._targets = [part.target for part in fill.parts]
         self._ends = list(accumulate((_end(part) for part in fill.parts), max))
 

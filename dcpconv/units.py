@@ -15,6 +15,11 @@ UNIT = 64 << 20
 """Bytes of one unit of work, about: no thread is left alone with one huge tensor."""
 
 
+CACHED = 1 << 20
+"""Bytes to buffer at a time where only the order changes: fits in a core's cache, 1.5 to 2 times as
+fast as 4 MiB.  Boxes of short runs are read in longer tiles, for fewer and longer reads."""
+
+
 @dataclass(frozen=True, slots=True)
 class Literal:
     """Bytes to write as they are."""
@@ -84,13 +89,14 @@ def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
         ValueError: Pieces overlap or exceed the file, or leave out elements of a box.
     """
     long = min(LONG_RUN, tile)
+    room = min(CACHED, tile)
     held: list[Piece] = []
     for piece in _pieces(file, block=block, tile=tile, long=long):
         alone = _is_alone(piece, long)
         if held:
             begin, last = held[0].offset, held[-1]
             is_near = piece.offset - last.offset - last.nbytes < block
-            if alone or not is_near or piece.offset + piece.nbytes - begin > tile:
+            if alone or not is_near or piece.offset + piece.nbytes - begin > room:
                 yield _stretch(held)
                 held = []
         if alone:
@@ -151,6 +157,8 @@ def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterat
     if start == stop:
         return
     itemsize = box.fill.target_dtype.itemsize
+    if not box.is_fragmented:
+        tile = min(tile, CACHED)
     step = box.tile(tile // max(itemsize, box.itemsize) * box.itemsize)
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
