@@ -185,7 +185,8 @@ _ALLOWED: Final[dict[tuple[str, str], Callable[..., object]]] = {
     (_SHARDED, "TensorProperties"): _Properties,
     (_CHECKPOINT, "_MEM_FORMAT_ENCODING"): _ignored,
     (_SHARDED, "MEM_FORMAT_ENCODING"): _ignored,
-    # Python 3.11.0 to 3.11.3 pickle the member of an enum as an attribute of its class.
+    # Python 3.11.0 to 3.11.4 pickle an enum's member as an attribute of its class.
+    # Source: CPython pull request 105519, which went back to the value.
     ("builtins", "getattr"): _ignored,
     (_CHECKPOINT, "MetadataIndex"): _Index,
     (_CHECKPOINT, "StorageMeta"): _Ignored,
