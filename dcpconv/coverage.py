@@ -7,13 +7,24 @@ written, tied, or missing.  All of it is found before anything is moved, and all
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from dcpconv.catalog import TensorEntry
 from dcpconv.dtypes import DType
 from dcpconv.errors import CoverageError
 from dcpconv.layout import Box, Placement
 from dcpconv.recognition import Weights
+
+
+SCHEMA = 1
+"""Version of ``Coverage.to_json``; it grows when a field changes its meaning or goes away."""
+
+How = Literal["copied", "derived", "tied"]
+"""A target is one source tensor as it is, made of relabelled or several parts, or a second name."""
+
+MISFITS = ("problems", "refused", "missing", "unknown", "misshapen")
+"""Fields of a coverage that say no, in the order they are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +68,67 @@ class Target:
     slots: tuple[str, ...] = ()
     indices: tuple[int, ...] = ()
 
+    @property
+    def how(self) -> How:
+        """How it comes about."""
+        if self.tied_to is not None:
+            return "tied"
+        is_whole = len(self.pieces) == 1 and self.relabelled is None
+        return "copied" if is_whole and self.pieces[0].entry.shape == self.shape else "derived"
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A key that does not fit, and why."""
+    """A key that does not fit, and why.
+
+    Attributes:
+        key: Bare key, or the name of a feature.
+        why: The reason, in words.
+        slots: What it holds, where a table says.
+        expected: Shape or element type it should have, where that is the trouble.
+        found: What it has instead.
+    """
 
     key: str
     why: str
+    slots: tuple[str, ...] = ()
+    expected: str = ""
+    found: str = ""
+
+    @classmethod
+    def unlike(
+        cls, key: str, expected: object, found: object, slots: tuple[str, ...] = ()
+    ) -> Fault:
+        """A tensor of another shape or element type than it should have."""
+        return cls(key, f"{expected} expected, {found} found", slots, str(expected), str(found))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {
+            "key": self.key,
+            "why": self.why,
+            "slots": list(self.slots),
+            "expected": self.expected,
+            "found": self.found,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One side of a check, as the user named it.
+
+    Attributes:
+        path: Path, hub id, or the class of a live model; empty for a family by name.
+        form: How bytes are stored, ``keys`` for a list of keys, ``module`` for a live model,
+            ``config`` for a parameter file, or empty for a family by name.
+        keys: Tensors in it.
+        files: Files with tensor data.
+    """
+
+    path: str = ""
+    form: str = ""
+    keys: int = 0
+    files: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +147,12 @@ class Coverage:
         tied: ``(key, owner)`` source keys that repeat another tensor.
         left: Stored keys beside the weights that do not take part: optimizer state.
         is_tied: Whether embedding and head are one tensor.
+        problems: What is wrong with the source's files, one sentence each.
+        read: Where the source's keys were found.
+        asked: Where the target's keys were found.
+        evidence: Why these namings, one sentence each.
+        suggestions: What may help, one sentence each.
+        notes: What else a user should know.
     """
 
     source: str
@@ -95,15 +166,63 @@ class Coverage:
     tied: tuple[tuple[str, str], ...] = ()
     left: tuple[str, ...] = ()
     is_tied: bool = False
+    problems: tuple[str, ...] = ()
+    read: End = field(default_factory=End)
+    asked: End = field(default_factory=End)
+    evidence: tuple[str, ...] = ()
+    suggestions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return not (self.missing or self.unknown or self.misshapen or self.refused)
+        return not any(getattr(self, label) for label in MISFITS)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values; ``docs/check.md`` describes the fields."""
+        return {
+            "schema": SCHEMA,
+            "fits": bool(self),
+            "source": {"family": self.source, **asdict(self.read)},
+            "target": {"family": self.target, **asdict(self.asked)},
+            "written": [
+                {
+                    "key": target.key,
+                    "shape": list(target.shape),
+                    "dtype": target.dtype.name,
+                    "slots": list(target.slots),
+                    "how": target.how,
+                    "from": list(dict.fromkeys(piece.entry.key for piece in target.pieces)),
+                }
+                for target in self.targets
+            ],
+            "problems": list(self.problems),
+            "refused": [fault.to_json() for fault in self.refused],
+            "missing": [fault.to_json() for fault in self.missing],
+            "unknown": [fault.to_json() for fault in self.unknown],
+            "misshapen": [fault.to_json() for fault in self.misshapen],
+            "ignored": [fault.to_json() for fault in self.ignored],
+            "tied": [{"key": key, "owner": owner} for key, owner in self.tied],
+            "left": list(self.left),
+            "evidence": list(self.evidence),
+            "suggestions": list(self.suggestions),
+            "notes": list(self.notes),
+        }
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Everything that does not fit, as lines of an error."""
+        for problem in self.problems:
+            yield "problem", problem
         for label in ("refused", "missing", "unknown", "misshapen"):
             for fault in getattr(self, label):
                 yield label, f"{fault.key}{f'  {fault.why}' if fault.why else ''}"
+
+    def counts(self) -> str:
+        """How much of each kind does not fit: ``2 missing, 1 unknown``."""
+        words = ((len(getattr(self, label)), label) for label in MISFITS)
+        return ", ".join(
+            f"{count} {label[:-1] if label == 'problems' and count == 1 else label}"
+            for count, label in words
+            if count
+        )
 
     def require(self, source: object, *, hint: str | None = None) -> None:
         """Raises unless everything fits.
@@ -113,13 +232,8 @@ class Coverage:
         """
         if self:
             return
-        counts = [
-            f"{len(faults)} {label}"
-            for label in ("refused", "missing", "unknown", "misshapen")
-            if (faults := getattr(self, label))
-        ]
         raise CoverageError(
-            f"the checkpoint does not fit: {', '.join(counts)}; nothing was written",
+            f"the checkpoint does not fit: {self.counts()}; nothing was written",
             [
                 ("source", f"{source} ({self.source})"),
                 ("target", f"{self.target} ({len(self.targets)} keys matched)"),

@@ -77,7 +77,7 @@ class _Account:
             )
         for key, (row, indices) in self.present.items():
             if key not in self.consumed and key not in self.second:
-                self.unknown.append(Fault(key, self._why_unused(row, indices)))
+                self.unknown.append(Fault(key, self._why_unused(row, indices), row.slots))
         return Coverage(
             source=self.source.name,
             target=self.target.name,
@@ -166,9 +166,8 @@ class _Account:
                     continue  # needed only where elements change places; said there
             found = self.weights.entries[key].shape
             if found != self.shapes[row]:
-                self.misshapen.append(
-                    Fault(key, f"{list(self.shapes[row])} expected, {list(found)} found")
-                )
+                expected = list(self.shapes[row])
+                self.misshapen.append(Fault.unlike(key, expected, list(found), row.slots))
 
     def _targets(self, *, is_tied: bool) -> Iterator[Target]:
         for row in self.target.rows:
@@ -221,12 +220,15 @@ class _Account:
                 relabelled = relabelled or (srow.layout.text, row.layout.text)
             pieces.extend(self._pieces(row, term, srow, sterm, indices, lacking))
         if lacking:
-            self.missing.append(Fault(key, "; ".join(lacking)))
+            self.missing.append(Fault(key, "; ".join(lacking), row.slots))
             return None
+        if not pieces:
+            return None  # what would supply it is misshapen
         dtypes = {piece.entry.dtype for piece in pieces}
         if len(dtypes) > 1:
             labels = ", ".join(sorted(dtype.label for dtype in dtypes))
-            self.misshapen.append(Fault(key, f"made of tensors of different types: {labels}"))
+            why = f"made of tensors of different types: {labels}"
+            self.misshapen.append(Fault(key, why, row.slots))
             return None
         whole = pieces[0].wanted is None
         shape = pieces[0].entry.shape if whole else row.layout.shape(self.sizes)
