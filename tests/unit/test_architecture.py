@@ -53,6 +53,8 @@ LAYERS = (
             "init_weights",
             "keylist",
             "sides",
+            "contracts",
+            "suggestions",
             "checking",
             "inspection",
         ),
