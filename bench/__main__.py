@@ -1,0 +1,90 @@
+"""``python -m bench``: the tables of ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import loop, scale
+from bench.cases import CASES, PEERS, prepare
+from bench.data import write_llama
+from bench.measure import Result, beside_floor, table
+from bench.writing import write_page
+
+
+def main() -> int:
+    """Measures, prints, and with ``--write`` keeps the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=2.5, help="size of the model, in GB")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of every case and of its floor")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out"), help="directory on the disk to measure"
+    )
+    parser.add_argument("--only", default="", help="run only rows whose name contains this")
+    parser.add_argument("--no-peers", action="store_true", help="leave out what others do")
+    parser.add_argument("--no-scale", action="store_true", help="leave out the 671B shape")
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/benchmarks.md and its plot"
+    )
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
+    sections: dict[str, list[Result]] = {}
+    notes: list[str] = []
+    try:
+        sections["ordinary disk"] = _disk(work, options)
+        for kind in ("xfs", "btrfs"):
+            found = loop.mounted(kind, work, gigabytes=options.gb * 4 + 2)
+            if isinstance(found, str):
+                _say(f"{kind}: skipped, {found}")
+                notes.append(f"{kind}: skipped, {found}")
+                continue
+            with found as directory:
+                sections[kind] = loop.rows(directory, gb=options.gb, only=options.only)
+        growth = [] if options.no_scale else scale.rows(work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for title, results in sections.items():
+        _say(f"\n{title}\n{table(results)}")
+    for line in growth:
+        _say(str(line))
+    if options.write:
+        write_page(sections, growth, notes, gb=options.gb, pairs=options.pairs)
+    return 0
+
+
+def _disk(work: Path, options: argparse.Namespace) -> list[Result]:
+    hf = write_llama(work / "hf", gigabytes=options.gb)
+    sources = prepare(hf, work)
+    results = []
+    for case in (*CASES, *(() if options.no_peers else PEERS)):
+        if options.only not in case.name:
+            continue
+        result = beside_floor(
+            case.name,
+            case.run(sources[case.source]),
+            source=sources[case.source],
+            work=work,
+            pairs=options.pairs if case.target is not None else max(1, options.pairs - 1),
+            target=case.target,
+        )
+        _say(table([result]).splitlines()[-1])
+        results.append(result)
+    for path in sources.values():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return results
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
