@@ -5,7 +5,9 @@ torch is imported when the first element is cast, so that a lossless conversion 
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import NamedTuple
 
 from dcpconv.dtypes import DType
 
@@ -26,8 +28,9 @@ def cast(
         target_dtype: Element type to write.
 
     Returns:
-        ``(overflowed, underflowed)``: finite values that became infinite or NaN, and nonzero
-        values that became zero.
+        ``(overflowed, underflowed)``: finite values beyond the target type, which became infinite,
+        NaN or its largest value (``float8_e4m3fn``, in some versions of torch), and nonzero values
+        that became zero.
     """
     import torch  # noqa: PLC0415 - only a cast needs it
 
@@ -35,31 +38,47 @@ def cast(
         return 0, 0
     values = torch.frombuffer(source, dtype=getattr(torch, source_dtype.name))
     result = torch.frombuffer(into, dtype=getattr(torch, target_dtype.name))
-    may_overflow, may_underflow = _risks(source_dtype, target_dtype)
+    risk = _risk(source_dtype, target_dtype)
     overflowed = underflowed = 0
     for start in range(0, len(values), _STEP):
         before, after = values[start : start + _STEP], result[start : start + _STEP]
         after.copy_(before)
-        if may_overflow or may_underflow:
+        if risk.overflow or risk.underflow:
             # Types of one byte have few operators of their own; both widenings are exact.
             before = before.float() if source_dtype.itemsize == 1 else before
             after = after.float() if target_dtype.itemsize == 1 else after
-        if may_overflow:
-            finite = int(after.isfinite().sum())
-            if finite < len(after):
-                overflowed += int(before.isfinite().sum()) - finite
-        if may_underflow:
+        if risk.overflow:
+            low, high = (float(edge) for edge in after.aminmax())
+            if not -risk.largest < low <= high < risk.largest:  # also where one is NaN
+                lost = ~after.isfinite() | (before.abs() > risk.limit)
+                overflowed += int((lost & before.isfinite()).sum())
+        if risk.underflow:
             underflowed += int(before.count_nonzero()) - int(after.count_nonzero())
     return overflowed, underflowed
 
 
+class _Risk(NamedTuple):
+    """What can happen to a value; beyond ``limit`` it is clamped to ``largest``."""
+
+    overflow: bool
+    underflow: bool
+    largest: float
+    limit: float
+
+
 @cache
-def _risks(source: DType, target: DType) -> tuple[bool, bool]:
-    """Whether a value of ``source`` can be too large, or too small, for ``target``."""
+def _risk(source: DType, target: DType) -> _Risk:
     import torch  # noqa: PLC0415 - only a cast needs it
 
     if not (source.is_floating_point and target.is_floating_point):
-        return False, False
+        return _Risk(overflow=False, underflow=False, largest=math.inf, limit=math.inf)
     old = torch.finfo(getattr(torch, source.name))
     new = torch.finfo(getattr(torch, target.name))
-    return old.max > new.max, old.tiny * old.eps < new.tiny * new.eps
+    return _Risk(
+        overflow=old.max > new.max or old.min < new.min,
+        # e8m0 has no zero
+        underflow=target.name != "float8_e8m0fnu" and old.tiny * old.eps < new.tiny * new.eps,
+        largest=new.max,
+        # every other type turns to infinity or NaN by itself
+        limit=464.0 if target.name == "float8_e4m3fn" else math.inf,
+    )
