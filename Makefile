@@ -37,8 +37,8 @@ lint: $(VENV)/.lint  ## check style and formatting
 type: $(VENV)/.lint  ## check types (mypy, strict, tests included)
 	@$(PY) -m mypy
 
-bench: $(VENV)/.installed  ## measure speed and memory against a plain file copy
-	@$(PY) tests/bench/run.py $(BENCH_ARGS)
+bench: $(VENV)/.bench  ## measure speed and memory against a plain file copy
+	@$(PY) -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.installed  ## write the generated pages of docs/ anew
 	@$(PY) docs/generate.py
@@ -67,4 +67,8 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.lint: $(VENV)/.installed
 	@$(PIP) --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	@$(PIP) --editable '.[test,bench]'
 	@touch $@
