@@ -31,8 +31,7 @@ fmt: $(VENV)/.lint  ## format the code and apply the safe fixes
 	@$(PY) -m ruff format .
 
 lint: $(VENV)/.lint  ## check style and formatting
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check . ; checked=$$?; $(PY) -m ruff format --check . && exit $$checked
 
 type: $(VENV)/.lint  ## check types (mypy, strict, tests included)
 	@$(PY) -m mypy
