@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -37,8 +38,13 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
             # The reader of our stdout has gone (`| head`); Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(2) from None
+        except typer.Exit:
+            raise
         except OSError as error:
             _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2)
+        except Exception:  # noqa: BLE001  exit code 1 means "no", and Python's own would be 1
+            traceback.print_exc()
+            _stop("this is a mistake in dcpconv, not in your files; please report it", 2)
 
     return run
 
