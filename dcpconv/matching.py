@@ -314,6 +314,27 @@ def _holds(spec: ModelSpec, when: str, indices: dict[str, int]) -> bool:
     return when in spec.features()
 
 
+def expected(
+    table: Keymap, spec: ModelSpec
+) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
+    """Key, shape and slots of every tensor that a model has in a naming, from its numbers alone.
+
+    The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
+    names of a tied tensor are not among them.
+    """
+    sizes = spec.axes()
+    for row in table.rows:
+        try:
+            shape = row.layout.shape(sizes)
+        except LayoutError:
+            shape = None
+        for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
+            indices = dict(zip(row.pattern.names, values, strict=True))
+            exists = {"": True, "tied": spec.tied, "untied": not spec.tied}.get(row.when)
+            if exists if exists is not None else _holds(spec, row.when, indices):
+                yield row.pattern.key(indices), shape, row.slots
+
+
 def solve(row: Row, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     """Adds to ``sizes`` what a stored shape reveals: dims with exactly one axis of unknown size.
 
