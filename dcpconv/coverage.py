@@ -16,7 +16,6 @@ from dcpconv.errors import CoverageError
 from dcpconv.layout import Box, Placement
 from dcpconv.recognition import Weights
 
-
 SCHEMA = 1
 """Version of ``Coverage.to_json``; it grows when a field changes its meaning or goes away."""
 
@@ -57,6 +56,7 @@ class Target:
         relabelled: ``(source layout, target layout)`` where elements change places.
         slots: What it holds, for reports; empty where no table was needed.
         indices: Layer and expert numbers in the key.
+        values: Elements in C order of a tensor that follows from the config, without any source.
     """
 
     key: str
@@ -67,6 +67,7 @@ class Target:
     relabelled: tuple[str, str] | None = None
     slots: tuple[str, ...] = ()
     indices: tuple[int, ...] = ()
+    values: tuple[float, ...] | None = None
 
     @property
     def how(self) -> How:

@@ -69,7 +69,7 @@ def _hint(path: Path) -> str | None:
         return explained
     inner = [item for item in path.iterdir() if item.is_dir() and dcp.is_dcp(item)]
     if inner:
-        return f"{len(inner)} DCP directories are inside, such as {sorted(inner)[-1]}; name one"
+        return f"{len(inner)} DCP directories are inside, such as {max(inner)}; name one"
     files = [item for item in sorted(path.iterdir()) if torchfile.is_torch_file(item)]
     if files:
         return f"name the file: {', '.join(str(item) for item in files[:3])}"

@@ -2,24 +2,31 @@
 
 Source:
     safetensors README, "Format": eight bytes of header length, a JSON header, the tensors' bytes
-    without holes.  transformers 5.23 ``modeling_utils.py`` for the names of files and index.
+    without holes.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcpconv.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.dtypes import BY_SAFETENSORS
 from dcpconv.errors import FormatError
+from dcpconv.formats.shard_files import (
+    INDEX,
+    SINGLE,
+    choose,
+    index_problems,
+    parse_index,
+    strays,
+    unnamed,
+)
 from dcpconv.outline import Fill, OutFile, Outline, OutTensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
 
@@ -50,42 +57,89 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
     """
     found = problems if problems is not None else []
     directory = path if path.is_dir() else path.parent
-    weight_map = _read_index(directory) if path.is_dir() else None
-    names = _shard_files(path, weight_map, found)
+    weight_map = None
+    present: Collection[str] = (path.name,)
+    if path.is_dir():
+        present = {file.name for file in path.glob("*.safetensors") if file.is_file()}
+        weight_map = _read_index(directory)
+        found.extend(strays(present, weight_map) if problems is not None else ())
+    names = choose(present, weight_map, found) if path.is_dir() else [path.name]
+    return gather(
+        names,
+        lambda name: _read_file(directory, name),
+        weight_map=weight_map,
+        directory=directory,
+        source=path,
+        found=found,
+        is_strict=problems is None,
+    )
+
+
+Headed = tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]
+"""Size of a shard file in bytes, its tensors, and where slices of the distributed form begin."""
+
+
+def gather(
+    names: Iterable[str],
+    read: Callable[[str], Headed],
+    *,
+    weight_map: Mapping[str, str] | None,
+    directory: Path,
+    source: Path,
+    found: list[str],
+    is_strict: bool,
+) -> Catalog:
+    """Puts the headers of shard files together, wherever the files are.
+
+    Args:
+        names: The files.
+        read: Header of one file; raises FormatError.
+        weight_map: Key -> file name, where there is an index.
+        directory: What ``Extent.file`` is relative to.
+        source: What the user named.
+        found: Problems so far; more are added.
+        is_strict: Raise what was found.
+
+    Raises:
+        FormatError: Only if ``is_strict``.
+    """
     files: dict[str, int] = {}
     chunks: dict[str, list[tuple[Chunk, TensorEntry]]] = {}
     for name in names:
         try:
-            size, entries, offsets = _read_file(directory, name)
+            size, entries, offsets = read(name)
         except FormatError as error:
-            if problems is None:
+            if is_strict:
                 raise
             facts = "; ".join(f"{label} {value}" for label, value in error.facts)
             found.append(f"{error.headline}: {facts}")
             continue
         files[name] = size
         for entry in entries:
-            chunk = entry.chunks[0]
-            at = offsets.get(entry.key, (0,) * len(entry.shape))
-            if entry.key in chunks and entry.key not in offsets:
+            at = offsets.get(entry.key)
+            if at is None and entry.key in chunks:
                 found.append(f"{entry.key} is in {name} and in {_file_of(chunks[entry.key])}")
                 continue
-            if len(at) != len(entry.shape):
+            if at is not None and len(at) != len(entry.shape):
                 found.append(f"{name}: DCP_SHARDING_INFO of {entry.key} has {len(at)} dims")
                 continue
-            placed = Chunk(at, chunk.sizes, chunk.extent)
+            chunk = entry.chunks[0]
+            placed = chunk if at is None else Chunk(at, chunk.sizes, chunk.extent)
             chunks.setdefault(entry.key, []).append((placed, entry))
-    found.extend(_index_problems(weight_map, chunks, files))
-    if problems is None and found:
+    files_of = {key: _file_of(parts) for key, parts in chunks.items()}
+    found.extend(index_problems(weight_map, files_of, files))
+    if is_strict and found:
         raise FormatError(
             "the shard files do not hold what they should",
-            [("source", path), *(("problem", text) for text in found)],
+            [("source", source), *(("problem", text) for text in found)],
             hint="fetch the named files again",
         )
+    if not is_strict:
+        found.extend(unnamed(weight_map, files_of))
     tensors = {key: _assemble(key, parts) for key, parts in chunks.items()}
     if weight_map is not None:
         tensors = {key: tensors[key] for key in weight_map if key in tensors} | tensors
-    return Catalog("hf", directory, path, files, tensors)
+    return Catalog("hf", directory, source, files, tensors)
 
 
 def outline(
@@ -271,49 +325,11 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not path.is_file() or (directory / SINGLE).is_file():
         return None  # a lone model.safetensors is what from_pretrained reads first
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("weight_map names something that is no file")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return parse_index(path.read_bytes(), path)
+    except OSError as error:
         raise FormatError(
             "the index cannot be read", [("file", path), ("because", error)]
         ) from None
-    return dict(weight_map)
-
-
-def _shard_files(path: Path, weight_map: dict[str, str] | None, found: list[str]) -> list[str]:
-    if path.is_file():
-        return [path.name]
-    if weight_map is not None:
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if "/" in name or "\\" in name or name.startswith(".")]
-        if outside:
-            raise FormatError(
-                "the index names files outside its directory",
-                [("index", path / INDEX), *(("file", name) for name in outside)],
-            )
-        absent = [name for name in names if not (path / name).is_file()]
-        found.extend(f"{name} is named by the index but absent" for name in absent)
-        return [name for name in names if name not in absent]
-    if (path / SINGLE).is_file():
-        return [SINGLE]
-    return sorted(file.name for file in path.glob("*.safetensors"))
-
-
-def _index_problems(
-    weight_map: dict[str, str] | None,
-    chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]],
-    files: Mapping[str, int],
-) -> list[str]:
-    problems = []
-    for key, name in (weight_map or {}).items():
-        if name not in files:
-            continue  # the file itself is reported
-        if key not in chunks:
-            problems.append(f"the index puts {key} into {name}, which does not hold it")
-        elif _file_of(chunks[key]) != name:
-            problems.append(f"the index puts {key} into {name}; {_file_of(chunks[key])} holds it")
-    return problems
 
 
 def _file_of(parts: list[tuple[Chunk, TensorEntry]]) -> str:

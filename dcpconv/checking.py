@@ -1,0 +1,212 @@
+"""Does a checkpoint fit?  Every reason at once, from headers alone.
+
+Nothing is converted and no tensor is read; torch is imported only by whoever passes a live model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dcpconv.catalog import TensorEntry
+from dcpconv.contracts import (
+    compare_keys,
+    compare_results,
+    dtype_faults,
+    nothing_known,
+    share_keys,
+)
+from dcpconv.coverage import Coverage, Fault, cover_as_stored
+from dcpconv.dtypes import BY_LABEL
+from dcpconv.errors import KeymapError, LayoutError
+from dcpconv.keymaps import Keymap, keymaps, read_keymap, resolve_family
+from dcpconv.matching import cover
+from dcpconv.naming import named_keymap, refused_features, target_keymap, without
+from dcpconv.recognition import Weights, recognise
+from dcpconv.sides import Named, Side, open_side, open_target
+from dcpconv.spec import ModelSpec
+from dcpconv.suggestions import suggest
+
+_NO_CONFIG = (
+    "no config beside the source: sizes, layers and experts are taken from its keys and shapes;"
+    " --assets DIR names one"
+)
+
+
+def check(
+    source: Named,
+    *,
+    to: str | None = None,
+    against: Named | None = None,
+    from_: str | None = None,
+    keymap: str | os.PathLike[str] | None = None,
+    assets: str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    dtypes: bool = False,
+) -> Coverage:
+    """The account of every key on both sides; true if everything fits.
+
+    Without ``to`` and ``against``: whether the files are whole and every key of the source's own
+    naming is there.
+
+    Args:
+        source: A checkpoint of any form, a hub id, a key list, a live model or state_dict.
+        to: Naming that the source should be convertible into; with ``against``, the target's own.
+        against: What has the keys and shapes that the source should have: another checkpoint of
+            any form and naming, a hub id, a ``config.json`` or ``params.json``, a key list, a live
+            model (the meta device is enough) or a state_dict.
+        from_: Naming of the source, where keys leave a choice.
+        keymap: A table of your own, which ``to`` and ``from_`` may then name.
+        assets: Directory with the source's config, where there is none beside it.
+        allow: Features that may be lost although the target cannot express them, by name.
+        dtypes: Element types must agree too, with the target's or those the config names;
+            otherwise differences are notes.
+
+    Raises:
+        NotACheckpointError: The source or target is absent or nothing we know.
+        FormatError: The source cannot be read at all, or the target is damaged.
+        AmbiguousFamilyError: Several namings fit and lead to different bytes.
+        KeymapError: No such family.
+        LayoutError: A size is needed that neither config nor shapes reveal.
+    """
+    problems: list[str] = []
+    directory = os.fspath(assets) if assets is not None else None
+    own = read_keymap(Path(keymap)) if keymap is not None else None
+    side = open_side(source, assets=directory, problems=problems)
+    stated = from_ if from_ is not None else _known(side.family)
+    weights = recognise(side.catalog, spec=side.spec, keymap=named_keymap(stated, own, side.spec))
+    notes = [*side.notes]
+    try:
+        if against is not None:
+            target = open_target(against)
+            coverage, wanted = _against(
+                side, weights, target, own=own, to=to, from_=from_, allow=allow
+            )
+            notes.extend(target.notes)
+        else:
+            target, wanted = side, {}
+            coverage = _by_table(side, weights, own=own, to=to, allow=allow)
+    except LayoutError as error:
+        hint = "--assets DIR names the model's config.json or params.json"
+        raise LayoutError(error.headline, error.facts, hint=hint) from None
+    if side.spec is None and weights.keymap is not None and not target.is_config:
+        notes.append(_NO_CONFIG)
+    made = ((t.key, t, wanted[t.key]) for t in coverage.targets if t.key in wanted)
+    unlike = tuple(dtype_faults(made) if wanted else _unlike_config(weights, target.spec))
+    if unlike and not dtypes:
+        notes.append(_mixed(unlike))
+    if weights.alternatives:
+        names = ", ".join(table.name for table in weights.alternatives)
+        notes.append(f"the keys also fit {names}; --from NAME chooses")
+    coverage = replace(
+        coverage,
+        problems=tuple(problems),
+        misshapen=(*coverage.misshapen, *(unlike if dtypes else ())),
+        read=side.end,
+        asked=target.end if against is not None else coverage.asked,
+        evidence=weights.evidence,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    return coverage or replace(coverage, suggestions=suggest(coverage, weights))
+
+
+def _by_table(
+    side: Side, weights: Weights, *, own: Keymap | None, to: str | None, allow: Sequence[str]
+) -> Coverage:
+    """The account against a naming: the one asked for, or the source's own."""
+    if to is not None:
+        wanted = target_keymap(to, own, weights.keymap, side.spec)
+        return _into(wanted, weights, side.spec, allow=allow)
+    if weights.keymap is None:
+        coverage = cover_as_stored(weights)
+        why = "no naming table knows these keys: only the files were checked"
+        return replace(coverage, notes=(why,))
+    settled = replace(weights, alternatives=())  # whichever it is, its keys are complete or not
+    return cover(settled, weights.keymap, spec=side.spec, omit_ties=weights.keymap.family == "hf")
+
+
+def _into(
+    wanted: Keymap, weights: Weights, spec: ModelSpec | None, *, allow: Sequence[str]
+) -> Coverage:
+    if weights.keymap is None:
+        return nothing_known(weights, wanted, spec)
+    is_renamed = wanted.name != weights.keymap.name
+    refused = refused_features(wanted, spec) if spec is not None and is_renamed else ()
+    return cover(
+        weights,
+        wanted,
+        spec=spec,
+        omit_ties=wanted.family == "hf",
+        refused=without(refused, allow),
+    )
+
+
+def _against(
+    side: Side,
+    weights: Weights,
+    target: Side,
+    *,
+    own: Keymap | None,
+    to: str | None,
+    from_: str | None,
+    allow: Sequence[str],
+) -> tuple[Coverage, Mapping[str, TensorEntry]]:
+    """The account against given keys, whatever says them; and what they are."""
+    if target.is_config and target.spec is not None:
+        name = to or target.family
+        wanted = named_keymap(name, own, None) if to else _of_config(name, target.spec)
+        assert wanted is not None  # noqa: S101  a name was given
+        return _into(wanted, weights, target.spec, allow=allow), {}
+    stated = to if to is not None else _known(target.family)
+    wanted_keys = recognise(
+        target.catalog, spec=target.spec, keymap=named_keymap(stated, own, target.spec)
+    )
+    is_tied = any(one.spec is not None and one.spec.tied for one in (side, target))
+    source_table, target_table = weights.keymap, wanted_keys.keymap
+    are_alike = source_table is None or target_table is None or _same(weights, wanted_keys)
+    if not are_alike and to is None and from_ is None:
+        are_alike = share_keys(weights, wanted_keys)
+    if are_alike or target_table is None:
+        return compare_keys(weights, wanted_keys, is_tied=is_tied), wanted_keys.entries
+    coverage = cover(weights, target_table, spec=side.spec or target.spec)
+    return compare_results(coverage, wanted_keys), wanted_keys.entries
+
+
+def _same(weights: Weights, wanted: Weights) -> bool:
+    """Whether the source's naming is one that the target may be in."""
+    tables = (wanted.keymap, *wanted.alternatives)
+    return weights.keymap is not None and weights.keymap.name in {t.name for t in tables if t}
+
+
+def _of_config(family: str, spec: ModelSpec) -> Keymap:
+    """The table of the model that a parameter file describes."""
+    try:
+        return resolve_family(family, spec.architecture)
+    except KeymapError:
+        for table in keymaps().values():
+            if spec.architecture in table.architectures:
+                return table
+        raise
+
+
+def _known(family: str) -> str | None:
+    """A family that a key list states, unless its table is not among ours: then keys decide."""
+    return family if family in keymaps() else None
+
+
+def _unlike_config(weights: Weights, spec: ModelSpec | None) -> Iterator[Fault]:
+    """Matrices whose element type is not the one that the config names."""
+    stated = BY_LABEL.get(spec.dtype) if spec is not None and spec.dtype is not None else None
+    for key, entry in weights.entries.items() if stated is not None else ():
+        if entry.dtype != stated and entry.dtype.is_floating_point and len(entry.shape) > 1:
+            yield Fault.unlike(key, stated, entry.dtype)
+
+
+def _mixed(faults: Sequence[Fault]) -> str:
+    """One sentence about element types."""
+    first, count = faults[0], len(faults)
+    keys = f"{first.key} is" if count == 1 else f"{count} keys are not of the type expected:"
+    more = "" if count == 1 else f" {first.key} is"
+    return f"{keys}{more} {first.found} where {first.expected} was expected"

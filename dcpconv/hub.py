@@ -1,0 +1,243 @@
+"""Checkpoints on a Hugging Face hub: a check moves their headers only, a conversion their files.
+
+Source: huggingface_hub 0.30 to 2.4: ``HfApi.model_info`` lists files with sizes, ``hf_hub_url``
+serves ranges of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.catalog import Catalog
+from dcpconv.errors import DcpconvError, FormatError, NotACheckpointError
+from dcpconv.formats.safetensors import Headed, gather, parse_entries, parse_header
+from dcpconv.formats.shard_files import INDEX, SINGLE, choose, parse_index, strays
+
+_ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_FIRST = 64 * 1024
+"""Bytes of each file asked for first: the header of most shard files, in one round trip."""
+_AT_ONCE = 8
+"""Requests in flight; latency is what a check of many shard files waits for."""
+_CONFIGS = ("config.json", "params.json")
+_ASIDE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+"""What a conversion downloads: weights, config, tokenizer."""
+
+
+class HubError(DcpconvError, OSError):
+    """The hub cannot be reached, or does not give what was asked for."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``hf://...``, or ``org/name`` where no such path is here.
+
+    >>> is_hub_id("hf://org/name@main"), is_hub_id("a/b/c"), is_hub_id("./a")
+    (True, False, False)
+    """
+    if name.startswith("hf://"):
+        return True
+    found = _ID.fullmatch(name)
+    return bool(found) and not name.startswith((".", "/")) and not Path(name).exists()
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """A local path for what the user named; a hub id is downloaded into the hub's own cache.
+
+    Raises:
+        HubError: There is no such repository, or it cannot be reached.
+        NotACheckpointError: The repository has no safetensors.
+    """
+    name = os.fspath(source)
+    if not is_hub_id(name):
+        return Path(source)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  slow import
+
+    repository = _Repository.open(name)
+    has_shards = any(not file.startswith("consolidated") for file in repository.weights())
+    # Meta and Mistral put the same weights a second time beside those that transformers reads.
+    beside = ["*/*", *(["consolidated*"] if has_shards else [])]
+    with _complaints(name):
+        path = snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=list(_ASIDE),
+            ignore_patterns=beside,
+        )
+    return Path(path)
+
+
+def read_catalog(name: str, *, problems: list[str] | None = None) -> tuple[Catalog, str | None]:
+    """What a repository holds, from ranged reads of its headers, and the path of its config.
+
+    Extents name remote files, so nothing can be converted from this catalog; see ``locate``.
+
+    Args:
+        name: ``org/name``, with ``@revision`` or not.
+        problems: Collects what is wrong with the files instead of raising.
+
+    Raises:
+        HubError: There is no such repository, or it cannot be reached.
+        NotACheckpointError: The repository has no safetensors.
+        FormatError: A file is truncated or malformed.
+    """
+    repository = _Repository.open(name)
+    weights = repository.weights()
+    found = problems if problems is not None else []
+    weight_map = None
+    if INDEX in repository.files and SINGLE not in weights:
+        weight_map = parse_index(repository.read(INDEX), f"{name}/{INDEX}")
+    found.extend(strays(weights, weight_map) if problems is not None else ())
+    names = choose(weights, weight_map, found)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        reads = {file: pool.submit(repository.header, file) for file in names}
+        catalog = gather(
+            names,
+            lambda file: reads[file].result(),
+            weight_map=weight_map,
+            directory=Path(repository.name),
+            source=Path(name),
+            found=found,
+            is_strict=problems is None,
+        )
+    config = next((file for file in _CONFIGS if file in repository.files), None)
+    return catalog, str(repository.download(config)) if config else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    """A model repository at one revision.
+
+    Attributes:
+        asked: As the user named it.
+        name: ``org/name``.
+        revision: Commit that the name led to, so that every file is of the same one.
+        files: Size in bytes of every file at the top.
+    """
+
+    asked: str
+    name: str
+    revision: str | None
+    files: dict[str, int]
+
+    @classmethod
+    def open(cls, asked: str) -> _Repository:
+        found = _ID.fullmatch(asked)
+        if found is None:
+            raise NotACheckpointError(
+                "this is no name of a model on a hub",
+                [("found", asked), ("expected", "org/name or hf://org/name@revision")],
+            )
+        from huggingface_hub import HfApi  # noqa: PLC0415  slow import
+
+        name, revision = found.groups()
+        with _complaints(asked):
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        return cls(
+            asked, name, info.sha or revision, {f: n for f, n in files.items() if "/" not in f}
+        )
+
+    def weights(self) -> list[str]:
+        """Names of the safetensors."""
+        names = [name for name in self.files if name.endswith(".safetensors")]
+        if names:
+            return names
+        others = [n for n in self.files if n.endswith((".bin", ".pth", ".pt", ".distcp"))]
+        raise NotACheckpointError(
+            "the repository has no safetensors",
+            [("repository", self.asked), ("found", ", ".join(others or self.files) or "no files")],
+            hint="headers of other forms cannot be read from afar; download it and name the path"
+            if others
+            else None,
+        )
+
+    def header(self, file: str) -> Headed:
+        """Size, tensors and slices of one file."""
+        size, where = self.files[file], f"{self.asked}/{file}"
+        first = self._range(file, 0, min(_FIRST, size))
+
+        def read(offset: int, nbytes: int) -> bytes:
+            if offset + nbytes <= len(first):
+                return first[offset : offset + nbytes]
+            return first[offset:] + self._range(file, len(first), offset + nbytes - len(first))
+
+        start, header = parse_header(read, size, where)
+        if "DCP_SHARDING_INFO" in (header.get("__metadata__") or {}):
+            raise FormatError(
+                "the repository holds slices in transformers' distributed form",
+                [("file", where)],
+                hint="download it and name the path",
+            )
+        return size, parse_entries(header, start, size, file, where), {}
+
+    def read(self, file: str) -> bytes:
+        """A whole small file."""
+        return self.download(file).read_bytes()
+
+    def download(self, file: str) -> Path:
+        """A whole small file, through the hub's own cache."""
+        from huggingface_hub import hf_hub_download  # noqa: PLC0415  slow import
+
+        with _complaints(self.asked):
+            return Path(hf_hub_download(self.name, file, revision=self.revision))
+
+    def _range(self, file: str, offset: int, nbytes: int) -> bytes:
+        if nbytes <= 0:
+            return b""
+        from huggingface_hub import hf_hub_url  # noqa: PLC0415  slow import
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415  slow
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        url = hf_hub_url(self.name, file, revision=self.revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + nbytes - 1}"}
+        with _complaints(self.asked):
+            response = get_session().get(url, headers=headers, timeout=60)
+            hf_raise_for_status(response)
+        data: bytes = response.content
+        if response.status_code == 200:
+            data = data[offset : offset + nbytes]
+        if len(data) != nbytes:
+            raise HubError(
+                "the hub sent less than it was asked for",
+                [("file", file), ("expected", f"{nbytes} bytes, found {len(data)}")],
+            )
+        return data
+
+
+@contextmanager
+def _complaints(asked: str) -> Iterator[None]:
+    """Turns whatever a download may raise into one error that names the repository."""
+    try:
+        yield
+    except DcpconvError:
+        raise
+    except Exception as error:  # noqa: BLE001  the client below it has many of its own
+        raise HubError(
+            "the hub did not answer as it should",
+            [("name", asked), ("because", (str(error).strip() or repr(error)).splitlines()[0])],
+            hint=_hint(error),
+        ) from None
+
+
+def _hint(error: Exception) -> str:
+    from huggingface_hub.errors import (  # noqa: PLC0415  slow import
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "accept the model's terms on the hub and log in: `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository is there, the revision is not"
+    if isinstance(error, RepositoryNotFoundError):
+        return "neither a path here nor a model there; a private one needs `hf auth login`"
+    return "is HF_ENDPOINT right?  A downloaded copy can be named by its path"
