@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcpconv.conversion import convert
+    from dcpconv.drop_in import dcp_to_torch_save, torch_save_to_dcp
     from dcpconv.errors import DcpconvError
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.init_weights import LoadReport, load_init_weights
+    from dcpconv.runs import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
     from dcpconv.storage_reader import CheckpointReader
 
 __all__ = [
@@ -22,8 +24,13 @@ __all__ = [
     "DcpconvError",
     "LoadReport",
     "convert",
+    "dcp_to_torch_save",
+    "find_checkpoints",
+    "find_latest_checkpoint",
     "load_init_weights",
     "open_checkpoint",
+    "resolve_checkpoint",
+    "torch_save_to_dcp",
 ]
 
 _HOMES = {
@@ -31,8 +38,13 @@ _HOMES = {
     "DcpconvError": "dcpconv.errors",
     "LoadReport": "dcpconv.init_weights",
     "convert": "dcpconv.conversion",
+    "dcp_to_torch_save": "dcpconv.drop_in",
+    "find_checkpoints": "dcpconv.runs",
+    "find_latest_checkpoint": "dcpconv.runs",
     "load_init_weights": "dcpconv.init_weights",
     "open_checkpoint": "dcpconv.formats.opening",
+    "resolve_checkpoint": "dcpconv.runs",
+    "torch_save_to_dcp": "dcpconv.drop_in",
 }
 
 

@@ -5,29 +5,32 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from dcpconv.catalog import Catalog, Form
+from dcpconv.configs import read_spec
 from dcpconv.coverage import Coverage
 from dcpconv.dtypes import BY_LABEL, BY_NAME, DType
 from dcpconv.engine import Moved, execute
-from dcpconv.errors import DcpconvError, FormatError
+from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.job import Job, disk_nbytes
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.naming import find_spec, named_keymap, target_keymap
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.plan import make_plan, row_chunks, whole
-from dcpconv.publish import check_space, staging
+from dcpconv.publish import check_space, check_target, staging
 from dcpconv.recognition import Weights, recognise
-from dcpconv.report import ConversionReport, LossyCast, Relabelled, Side
+from dcpconv.report import ConversionReport
 from dcpconv.side_files import SideFiles
 from dcpconv.spec import ModelSpec
+from dcpconv.summary import labels, lossy_casts, summarise
 
-AS_STORED = "as stored"
+Engine = Literal["stream", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ def convert(
     chunks: int = 1,
     max_file_size: int | None = None,
     jobs: int | None = None,
+    engine: Engine = "stream",
+    trust: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -80,6 +85,10 @@ def convert(
         chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         jobs: Threads.
+        engine: ``torch`` reads and writes with torch's own functions, the whole model in memory;
+            for files that ours declines, and for comparison.
+        trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
+            refuses, which runs code that the file names.
         overwrite: Replace an existing target, in one step once the result is complete.
         dry_run: Do everything but write.
         progress: Called with the bytes done, from worker threads.
@@ -93,65 +102,102 @@ def convert(
     """
     started = time.perf_counter()
     source, typed_target = Path(source), Path(target)
-    catalog = select(open_checkpoint(source), only)
-    form = form or default_form(catalog, typed_target, to)
-    own = read_keymap(Path(keymap)) if keymap else None
-    spec, spec_note = find_spec(catalog, assets)
-    weights = recognise(
-        catalog,
-        spec=spec,
-        keymap=named_keymap(from_, own, spec),
-        root=_source_root(root, form, to, catalog),
-    )
-    wanted = _target_keymap(to, own, weights, spec, form)
-    job = Job(
-        catalog=catalog,
-        weights=weights,
-        wanted=wanted,
-        spec=spec,
-        form=form,
-        target=typed_target,
-        assets=Path(assets) if assets else None,
-        root=root,
-        only=only,
-        dtype=_dtype(dtype),
-        cast_all=cast_all,
-        allow=tuple(allow),
-    )
-    coverage, notes = job.cover()
-    coverage.require(source, hint=_coverage_hint(coverage, spec, assets))
-    tensors = make_plan(
-        coverage,
-        path_of=job.path_of,
-        regions=(lambda shape: row_chunks(shape, chunks)) if form == "dcp" else whole,
-        dtype_of=job.dtype_of,
-    )
-    outline = job.outline(tensors, max_file_size=max_file_size)
-    side = job.side_files(coverage, tensors)
-    notes = (*catalog.notes, *spec_note, *notes, *side.notes, *job.notes(coverage))
-    report = _report(job, coverage, tensors, outline, side, notes)
-    if dry_run:
-        return report
-    moved = _write(outline, tensors, side, job, jobs=jobs, overwrite=overwrite, progress=progress)
-    return replace(
-        report,
-        moved={
-            name: nbytes
-            for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
-            if (nbytes := getattr(moved, name))
-        },
-        lossy=_lossy(moved, tensors, outline),
-        seconds=time.perf_counter() - started,
-        is_dry_run=False,
-    )
+    if not dry_run:
+        is_file = (form or default_form("hf", typed_target, to)) == "torch"
+        check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)
+    opened: AbstractContextManager[Catalog]
+    if _by_torch(engine, trust=trust) and not dry_run:
+        from dcpconv import torch_engine  # noqa: PLC0415 - imports torch
+
+        own_form = torch_engine.form_of(source)
+        wanted_form = form or default_form(own_form, typed_target, to)
+        changes = (to, from_, keymap, root, only, dtype, assets, max_file_size)
+        if (
+            {own_form, wanted_form} == {"torch", "dcp"}
+            and chunks == 1
+            and not any(change is not None for change in changes)
+        ):
+            return torch_engine.convert_plain(
+                source, typed_target, form=wanted_form, overwrite=overwrite, trust=trust
+            )
+        opened = torch_engine.rewritten(source, typed_target, overwrite=overwrite, trust=trust)
+    else:
+        opened = nullcontext(open_checkpoint(source))
+    with opened as everything:
+        catalog = select(everything, only)
+        form = form or default_form(catalog.form, typed_target, to)
+        own = read_keymap(Path(keymap)) if keymap else None
+        spec, spec_note = find_spec(catalog, assets)
+        weights = recognise(
+            catalog,
+            spec=spec,
+            keymap=named_keymap(from_, own, spec),
+            root=_source_root(root, form, to, catalog),
+        )
+        wanted = _target_keymap(to, own, weights, spec, form)
+        job = Job(
+            catalog=catalog,
+            weights=weights,
+            wanted=wanted,
+            spec=spec,
+            form=form,
+            target=typed_target,
+            assets=Path(assets) if assets else None,
+            root=root,
+            only=only,
+            dtype=_dtype(dtype),
+            cast_all=cast_all,
+            allow=tuple(allow),
+        )
+        if job.renames and spec is None and spec_note:
+            read_spec(source)  # raises: another naming needs what the config says
+        coverage, notes = job.cover()
+        coverage.require(source, hint=_coverage_hint(coverage, spec, assets))
+        tensors = make_plan(
+            coverage,
+            path_of=job.path_of,
+            regions=(lambda shape: row_chunks(shape, chunks)) if form == "dcp" else whole,
+            dtype_of=job.dtype_of,
+        )
+        outline = job.outline(tensors, max_file_size=max_file_size)
+        side = job.side_files(coverage, tensors)
+        notes = (*catalog.notes, *spec_note, *notes, *side.notes, *job.notes(coverage))
+        report = summarise(job, coverage, tensors, outline, side, notes)
+        if dry_run:
+            return report
+        moved = _write(
+            outline, tensors, side, job, jobs=jobs, overwrite=overwrite, progress=progress
+        )
+        return replace(
+            report,
+            moved={
+                name: nbytes
+                for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
+                if (nbytes := getattr(moved, name))
+            },
+            lossy=lossy_casts(moved, tensors, outline),
+            seconds=time.perf_counter() - started,
+            is_dry_run=False,
+        )
 
 
-def default_form(catalog: Catalog, target: Path, to: str | None = None) -> Form:
+def _by_torch(engine: str, *, trust: bool) -> bool:
+    if engine not in {"stream", "torch"}:
+        raise DcpconvError(f"there is no engine {engine!r}", [("expected", "stream or torch")])
+    if trust and engine != "torch":
+        raise DcpconvError(
+            "only torch itself can be told to trust a file; the streaming engine runs nothing",
+            hint="pass --engine torch --trust, if you trust whoever wrote the file",
+        )
+    return engine == "torch"
+
+
+def default_form(source: Form, target: Path, to: str | None = None) -> Form:
     """The form that a target's name and the source suggest."""
     if target.suffix in {".pth", ".pt", ".bin"}:
         return "torch"
     family_is_hf = to is None or to == "hf" or to.startswith("hf-")
-    return "hf" if catalog.form == "dcp" and family_is_hf else "dcp"
+    return "hf" if source == "dcp" and family_is_hf else "dcp"
 
 
 def select(catalog: Catalog, only: str | None) -> Catalog:
@@ -206,15 +252,19 @@ def _write(
         source=job.catalog.source,
     ) as stage:
         check_space(job.target, disk_nbytes(outline, side))
-        moved = execute(
-            outline,
-            source=job.catalog.path,
-            target=stage.path,
-            jobs=jobs,
-            progress=advance,
-            labels=_labels(tensors, outline),
-            allow_overflow="overflow" in job.allow,
-        )
+        try:
+            moved = execute(
+                outline,
+                source=job.catalog.path,
+                target=stage.path,
+                jobs=jobs,
+                progress=advance,
+                labels=labels(tensors, outline),
+                allow_overflow="overflow" in job.allow,
+            )
+        except LossyCastError as error:
+            hint = "choose bf16 or fp32; --allow overflow writes infinities instead"
+            raise LossyCastError(error.headline, error.facts, hint=hint) from error
         beside = [(file.name, file.read()) for file in side.files]
         stage.publish([*beside, *outline.commit])
     return moved
@@ -264,94 +314,3 @@ def _coverage_hint(
     if coverage.unknown and spec is None and assets is None:
         return "--assets DIR names a config; --keymap FILE adds keys to a table"
     return None
-
-
-def _labels(tensors: Iterable[OutTensor], outline: Outline) -> dict[tuple[str, int], str]:
-    """Key of the tensor behind every payload, for casts."""
-    keys = {
-        id(chunk.fill): tensor.key
-        for tensor in tensors
-        for chunk in tensor.chunks
-        if chunk.fill.is_cast
-    }
-    if not keys:
-        return {}
-    return {
-        (file.name, offset): keys[id(fill)]
-        for file in outline.files
-        for offset, fill in file.payloads
-        if id(fill) in keys
-    }
-
-
-def _lossy(moved: Moved, tensors: Iterable[OutTensor], outline: Outline) -> tuple[LossyCast, ...]:
-    labels = _labels(tensors, outline)
-    found: dict[str, LossyCast] = {}
-    for loss in moved.losses:
-        key = labels[loss.file, loss.offset]
-        known = found.get(key, LossyCast(key, 0, 0))
-        found[key] = LossyCast(
-            key, known.overflowed + loss.overflowed, known.underflowed + loss.underflowed
-        )
-    return tuple(found.values())
-
-
-def _labels_by_bytes(nbytes: Mapping[str, int]) -> tuple[str, ...]:
-    return tuple(sorted(nbytes, key=lambda label: -nbytes[label]))
-
-
-def _report(
-    job: Job,
-    coverage: Coverage,
-    tensors: tuple[OutTensor, ...],
-    outline: Outline,
-    side: SideFiles,
-    notes: tuple[str, ...],
-) -> ConversionReport:
-    source_bytes: Counter[str] = Counter()
-    for entry in job.catalog.tensors.values():
-        source_bytes[entry.dtype.label] += entry.nbytes
-    target_bytes: Counter[str] = Counter()
-    for tensor in tensors:
-        target_bytes[tensor.dtype.label] += sum(chunk.fill.nbytes for chunk in tensor.chunks)
-    layouts = Counter(
-        target.relabelled for target in coverage.targets if target.relabelled is not None
-    )
-    cast = sum(any(chunk.fill.is_cast for chunk in tensor.chunks) for tensor in tensors)
-    family = job.weights.keymap.name if job.weights.keymap else AS_STORED
-    return ConversionReport(
-        source=Side(
-            str(job.catalog.source),
-            job.catalog.form,
-            family,
-            len(job.catalog.tensors),
-            len(job.catalog.files),
-            job.catalog.nbytes,
-            _labels_by_bytes(source_bytes),
-        ),
-        target=Side(
-            str(job.target),
-            job.form,
-            job.wanted.name if job.wanted else family,
-            len(tensors),
-            len(outline.files),
-            sum(fill.nbytes for file in outline.files for _, fill in file.payloads),
-            _labels_by_bytes(target_bytes),
-        ),
-        copied=len(tensors) - sum(layouts.values()) - cast,
-        relabelled=tuple(
-            Relabelled(source, target, count) for (source, target), count in layouts.items()
-        ),
-        cast=cast,
-        lossy=(),
-        tied=tuple((t.key, t.tied_to) for t in coverage.targets if t.tied_to is not None),
-        ignored=tuple((fault.key, fault.why) for fault in coverage.ignored),
-        left=() if job.keeps_nesting else job.weights.rest,
-        allowed=job.allowed,
-        side_files=tuple(file.name for file in side.files),
-        notes=notes,
-        moved={},
-        disk_nbytes=disk_nbytes(outline, side),
-        seconds=0.0,
-        is_dry_run=True,
-    )

@@ -14,6 +14,7 @@ from dcpconv.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.dtypes import DType
 from dcpconv.errors import FormatError, NotExpressibleError
 from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats.nesting import key_of
 from dcpconv.keymaps import Keymap
 from dcpconv.matching import cover
 from dcpconv.naming import refused_features, without
@@ -125,12 +126,27 @@ class Job:
 
     def outline(self, tensors: tuple[OutTensor, ...], *, max_file_size: int | None) -> Outline:
         """Where every byte of the result will be."""
-        modulus = _block_size(self.target)
+        modulus = block_size(self.target)
         objects: Mapping[KeyPath, object] = (
             {self.catalog.path_of(key): value for key, value in self.catalog.objects.items()}
             if self.keeps_nesting
             else {}
         )
+        opaque = [
+            (key_of(path), value.reason)
+            for path, value in objects.items()
+            if isinstance(value, dcp.OpaqueObject)
+        ]
+        if opaque:
+            raise FormatError(
+                "the checkpoint holds objects that cannot be read without trust",
+                [
+                    ("source", self.catalog.source),
+                    *(("object", f"{key}: {why}") for key, why in opaque),
+                ],
+                hint="--only model leaves them behind; or, if you trust whoever wrote this,"
+                " --engine torch --trust",
+            )
         if self.form == "hf":
             wordless = [t.key for t in tensors if t.dtype.safetensors is None]
             if wordless:
@@ -148,8 +164,9 @@ class Job:
         """Config and tokenizer to stand beside the weights."""
         if self.form == "torch":
             return SideFiles()
-        directory = self.catalog.path
-        is_own = self.catalog.source.is_dir() or self.catalog.form == "hf"
+        source = self.catalog.source
+        directory = source if source.is_dir() else source.parent
+        is_own = source.is_dir() or self.catalog.form == "hf"
         has_config = is_own and configs.find_config(directory) is not None
         if self.wanted is not None and (self.renames or not has_config):
             return generated(
@@ -160,6 +177,7 @@ class Job:
                 source=directory,
                 assets=self.assets,
                 dtype=_most_used(tensors),
+                left_out=dict(self.allowed),
             )
         if not is_own:
             return SideFiles()
@@ -193,7 +211,7 @@ def _most_used(tensors: Iterable[OutTensor]) -> DType | None:
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
 
 
-def _block_size(target: Path) -> int:
+def block_size(target: Path) -> int:
     """Block size to line payloads up with: 4096 bytes, or the file system's where it is larger."""
     directory = target.absolute()
     while not directory.exists():

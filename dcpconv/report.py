@@ -7,6 +7,9 @@ from typing import Any
 
 from dcpconv.catalog import Form
 
+AS_STORED = "as stored"
+"""The naming of a result whose keys are those of the source, where no table was needed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Side:

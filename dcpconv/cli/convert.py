@@ -107,6 +107,22 @@ def convert(
     jobs: Annotated[
         int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="stream, or torch: torch's own functions, with the whole model in memory, for"
+            " files that the streaming engine declines.",
+            metavar="ENGINE",
+        ),
+    ] = "stream",
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="With --engine torch: run the code that a pickle in SRC names, where torch's"
+            " restricted unpickler refuses it.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace DST, in one step, once the result is complete."),
@@ -149,6 +165,8 @@ def convert(
             chunks=chunks,
             max_file_size=parse_size(max_file_size),
             jobs=jobs,
+            engine=engine,  # type: ignore[arg-type]  # checked inside
+            trust=trust,
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,

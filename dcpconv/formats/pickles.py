@@ -43,7 +43,9 @@ __all__ = [
     "loads",
 ]
 
-TRUST_HINT: Final = "if you trust whoever wrote this file, pass --trust and torch itself reads it"
+TRUST_HINT: Final = (
+    "if you trust whoever wrote this file, pass --engine torch --trust and torch itself reads it"
+)
 _DAMAGED_HINT: Final = "the file was cut short or altered; fetch or save it again"
 
 

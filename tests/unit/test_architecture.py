@@ -48,8 +48,12 @@ LAYERS = (
             "report",
             "side_files",
             "parameters",
+            "runs",
             "job",
+            "summary",
+            "torch_engine",
             "conversion",
+            "drop_in",
             "init_weights",
             "keylist",
             "sides",
@@ -62,7 +66,7 @@ LAYERS = (
     ),
     Row("shell", ("cli",), frozenset({"rich", "typer", "click"})),
 )
-TORCH = frozenset({"cast", "live", "storage_reader", "init_weights"})
+TORCH = frozenset({"cast", "live", "storage_reader", "init_weights", "torch_engine"})
 """Modules that work on tensors, and so may import torch when they are imported."""
 
 PLACE = {
