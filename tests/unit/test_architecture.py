@@ -46,6 +46,7 @@ LAYERS = (
         "verbs",
         (
             "report",
+            "load_report",
             "side_files",
             "parameters",
             "runs",
@@ -54,6 +55,7 @@ LAYERS = (
             "torch_engine",
             "conversion",
             "drop_in",
+            "load_report",
             "init_weights",
             "keylist",
             "sides",
@@ -64,7 +66,7 @@ LAYERS = (
         ),
         frozenset({"huggingface_hub"}),
     ),
-    Row("shell", ("cli",), frozenset({"rich", "typer", "click"})),
+    Row("shell", ("cli", "__main__"), frozenset({"rich", "typer", "click"})),
 )
 TORCH = frozenset({"cast", "live", "storage_reader", "init_weights", "torch_engine"})
 """Modules that work on tensors, and so may import torch when they are imported."""
