@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def generated(
     source: Path,
     assets: Path | None,
     dtype: DType | None,
+    left_out: Mapping[str, str],
 ) -> SideFiles:
     """The parameter file of another family, and the tokenizer that it needs.
 
@@ -98,6 +100,8 @@ def generated(
         source: Directory of the source.
         assets: Where the user says that tokenizer and config are.
         dtype: Element type of most tensors.
+        left_out: Features that the family cannot express and the user overruled, by name; the file
+            keeps them under ``dcpconv``, which Lingua's ``generate.py`` and ``eval.py`` pass over.
     """
     name = config_name(keymap.config) if keymap.config else None
     if name is None:
@@ -130,6 +134,8 @@ def generated(
         )
     except (SpecError, NotExpressibleError) as error:
         return SideFiles(tuple(files), (*notes, f"no {name} was written: {error.headline}"))
+    if left_out:
+        fields = {**fields, "dcpconv": {"left_out": dict(left_out)}}
     files.insert(0, SideFile(name, text=to_text(fields)))
     return SideFiles(tuple(files), tuple(notes))
 
