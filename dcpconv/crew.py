@@ -191,20 +191,28 @@ class Crew:
                         output.pending += 1
                 if not output:
                     return
-                try:
-                    if unit:
-                        self._do(unit, output, desk)
-                        output.write_back(unit)
-                    self._release(output)
-                except OSError as error:
-                    if isinstance(error, DcpconvError):
-                        raise
-                    raise write_error(error, output.path) from error
+                done = self._write(output, unit, desk)
+                if done:
+                    self._progress(done)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._errors.append(error)
             self._stop.set()
         finally:
             desk.clear()
+
+    def _write(self, output: _Output, unit: Unit | None, desk: Desk) -> int:
+        """Do one unit, or end the listing of a file; returns payload bytes."""
+        try:
+            done = 0
+            if unit:
+                done = self._do(unit, output, desk)
+                output.write_back(unit)
+            self._release(output)
+        except OSError as error:
+            if isinstance(error, DcpconvError):
+                raise
+            raise write_error(error, output.path) from error
+        return done
 
     def _release(self, output: _Output) -> None:
         with self._lock:
@@ -214,7 +222,7 @@ class Crew:
             self._open.discard(output)
         output.finish()
 
-    def _do(self, unit: Unit, output: _Output, desk: Desk) -> None:
+    def _do(self, unit: Unit, output: _Output, desk: Desk) -> int:
         if isinstance(unit, Run):
             with self._sources.open(unit.file) as source:
                 self._ladder.copy(
@@ -226,21 +234,20 @@ class Crew:
                     buffer=desk.tile,
                     tally=desk.tally,
                 )
-            self._progress(unit.nbytes)
-        elif isinstance(unit, Literal):
+            return unit.nbytes
+        if isinstance(unit, Literal):
             write(output.fd, unit.data, unit.offset, system=self._ladder.system)
-        elif isinstance(unit, Tile):
-            self._cast(unit, output, desk)
-        else:
-            self._assemble(unit, output, desk)
+            return 0
+        if isinstance(unit, Tile):
+            return self._cast(unit, output, desk)
+        return self._assemble(unit, output, desk)
 
-    def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> None:
+    def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> int:
         """Put a stretch together and write it."""
         payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Literal))
         if payload == stretch.nbytes and self._is_hole(stretch):
             desk.tally.holes += payload
-            self._progress(payload)
-            return
+            return payload
         tile = desk.tile[: stretch.nbytes]
         runs: dict[str, list[tuple[int, int, int]]] = {}
         end = 0
@@ -261,8 +268,7 @@ class Crew:
                     desk.tally.buffered += piece.nbytes
         read_runs(runs, sources=self._sources, into=tile)
         write(output.fd, tile, stretch.offset, system=self._ladder.system)
-        if payload:
-            self._progress(payload)
+        return payload
 
     def _is_hole(self, stretch: Stretch) -> bool:
         for piece in stretch.pieces:
@@ -281,7 +287,7 @@ class Crew:
             tile.start, tile.stop, sources=self._sources, into=into, scratch=lambda: desk.scratch
         )
 
-    def _cast(self, tile: Tile, output: _Output, desk: Desk) -> None:
+    def _cast(self, tile: Tile, output: _Output, desk: Desk) -> int:
         from dcpconv.cast import cast  # noqa: PLC0415 - imports torch when called
 
         fill = tile.box.fill
@@ -295,4 +301,4 @@ class Crew:
             place = (output.name, tile.payload)
             known = desk.losses.get(place, (0, 0))
             desk.losses[place] = (known[0] + lost[0], known[1] + lost[1])
-        self._progress(tile.nbytes)
+        return tile.nbytes

@@ -89,8 +89,8 @@ def execute(
         target: Existing empty directory.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         budget: Bytes of buffers that all threads may hold together.
-        progress: Called from the threads with payload bytes done since its last call; all calls
-            together add up to the payload bytes of ``outline``.  What it raises stops the work.
+        progress: Called from the threads with bytes done since its last call; all calls together
+            add up to the bytes of all payloads that have parts.  What it raises stops the work.
         allow_overflow: Keep going where a cast turns finite values infinite.
         labels: Key of the payload at ``(OutFile.name, offset)``, for error messages.
         system: System calls to copy with.
@@ -158,26 +158,27 @@ def fill(fill: Fill, *, source: Path | Sources, into: memoryview) -> None:
         FormatError: A source file is missing, unreadable or too short.
         ValueError: ``into`` has another length, or parts leave elements out.
     """
-    if isinstance(source, Path):
-        with Sources(source) as opened:
-            fill_from(opened, fill, into)
-    else:
-        fill_from(source, fill, into)
-
-
-def fill_from(sources: Sources, fill: Fill, into: memoryview) -> None:
-    """``fill`` with files that are already open."""
-    box = Box(fill)
-    if into.nbytes != fill.numel * box.itemsize:
-        expected = fill.numel * box.itemsize
-        raise ValueError(f"into holds {into.nbytes} bytes, but the box has {expected}")
-    if not into.nbytes:
+    nbytes = fill.numel * fill.source_dtype.itemsize
+    if into.nbytes != nbytes:
+        raise ValueError(f"into holds {into.nbytes} bytes, but the box has {nbytes}")
+    if not nbytes:
         return
     view = into.cast("B") if into.ndim != 1 or into.format != "B" else into
-    step = box.tile(TILE) if box.is_relabelled else fill.numel
-    for start in range(0, fill.numel, step):
-        stop = min(start + step, fill.numel)
-        tile = view[start * box.itemsize : stop * box.itemsize]
+    if fill.data is not None:
+        view[:] = fill.data
+    elif isinstance(source, Path):
+        with Sources(source) as opened:
+            _read(Box(fill), opened, view)
+    else:
+        _read(Box(fill), source, view)
+
+
+def _read(box: Box, sources: Sources, into: memoryview) -> None:
+    numel = box.fill.numel
+    step = box.tile(TILE) if box.is_relabelled else numel
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        tile = into[start * box.itemsize : stop * box.itemsize]
         box.read(start, stop, sources=sources, into=tile)
 
 

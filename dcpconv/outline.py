@@ -58,12 +58,14 @@ class Fill:
         target_dtype: Element type of the box; a cast where it differs.
         numel: Elements in the box; the parts cover each exactly once.
         parts: In order of ``target``.
+        data: The bytes themselves, for a box that no source holds; there are no parts then.
     """
 
     source_dtype: DType
     target_dtype: DType
     numel: int
     parts: tuple[Part, ...]
+    data: bytes | None = None
 
     @property
     def nbytes(self) -> int:

@@ -131,9 +131,10 @@ def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Piec
                 f"or exceed {file.nbytes}"
             )
         end = offset + nbytes
-        if isinstance(what, bytes):
-            yield Literal(offset, what)
-        else:
+        data = what if isinstance(what, bytes) else what.data
+        if data is not None:
+            yield Literal(offset, data)
+        elif isinstance(what, Fill):
             yield from _payload(offset, what, block=block, tile=tile, long=long)
 
 
