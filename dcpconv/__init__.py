@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dcpconv.checking import check
     from dcpconv.conversion import convert
+    from dcpconv.coverage import Coverage
     from dcpconv.drop_in import dcp_to_torch_save, torch_save_to_dcp
     from dcpconv.errors import DcpconvError
     from dcpconv.formats.opening import open_checkpoint
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointReader",
+    "Coverage",
     "DcpconvError",
     "LoadReport",
+    "check",
     "convert",
     "dcp_to_torch_save",
     "find_checkpoints",
@@ -35,8 +39,10 @@ __all__ = [
 
 _HOMES = {
     "CheckpointReader": "dcpconv.storage_reader",
+    "Coverage": "dcpconv.coverage",
     "DcpconvError": "dcpconv.errors",
     "LoadReport": "dcpconv.init_weights",
+    "check": "dcpconv.checking",
     "convert": "dcpconv.conversion",
     "dcp_to_torch_save": "dcpconv.drop_in",
     "find_checkpoints": "dcpconv.runs",

@@ -21,7 +21,7 @@ _KNOWN_MARKS = (
 )
 _RENAMES = 3
 """Likely renames told: more are noise."""
-_CLOSE = 0.75
+_CLOSE = 0.6
 """Similarity of two keys, as difflib counts, from which one may be the other misspelt."""
 
 
@@ -90,9 +90,19 @@ def _renames(unknown: list[str], missing: list[str]) -> Iterator[str]:
     for template in list(found)[: 10 * _RENAMES]:
         if template in wanted:
             continue  # the same name with other numbers
-        close = difflib.get_close_matches(template, wanted, n=1, cutoff=_CLOSE)
-        if close:
-            yield f"did you mean {_shown(close[0])}? the source has {_shown(template)}"
+        close = max(wanted, key=lambda other: _likeness(template, other), default="")
+        if _likeness(template, close) >= _CLOSE:
+            yield f"did you mean {_shown(close)}? the source has {_shown(template)}"
+
+
+def _likeness(one: str, other: str) -> float:
+    """How alike two keys are where they differ: a common beginning or end is no likeness."""
+    mine, theirs = one.split("."), other.split(".")
+    while mine and theirs and mine[0] == theirs[0]:
+        del mine[0], theirs[0]
+    while mine and theirs and mine[-1] == theirs[-1]:
+        del mine[-1], theirs[-1]
+    return difflib.SequenceMatcher(None, ".".join(mine), ".".join(theirs)).ratio()
 
 
 def _shown(template: str) -> str:

@@ -1,0 +1,153 @@
+"""``dcpconv check``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+
+from dcpconv.cli.answers import answers, say
+
+if TYPE_CHECKING:
+    from dcpconv.coverage import Coverage
+
+P = ParamSpec("P")
+
+_COULD_NOT_TELL = 2
+
+
+def judges(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose exit code is an answer: 0 yes, 1 no, and 2 whatever else may happen."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except typer.Exit as end:
+            raise typer.Exit(min(end.exit_code, _COULD_NOT_TELL)) from None
+
+    return run
+
+
+@judges
+@answers
+def check(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A checkpoint of any form, a hub id (org/name), or a key list."
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="Could SRC become a complete checkpoint of this family?  With --against: the"
+            " family of TARGET.",
+            metavar="FAMILY",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Has SRC the keys and shapes of this?  A checkpoint of any form and family, a hub"
+            " id, a config.json or params.json, or a key list from `dcpconv keys`.",
+            metavar="TARGET",
+        ),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
+        ),
+    ] = None,
+    keymap: Annotated[
+        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
+    ] = None,
+    assets: Annotated[
+        str | None,
+        typer.Option(help="Directory with the config, where SRC has none.", metavar="DIR"),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A feature that may be lost, since the family cannot express it.  Repeatable.",
+            metavar="NAME",
+        ),
+    ] = None,
+    dtypes: Annotated[
+        bool,
+        typer.Option("--dtypes", help="Element types must agree too; else differences are notes."),
+    ] = False,
+    report: Annotated[
+        str,
+        typer.Option(
+            help="text, json, junit (a test case per slot) or github (annotations; the table goes"
+            " to -o or the job's summary).",
+            metavar="KIND",
+        ),
+    ] = "text",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Write the report here; stdout then gets the text.",
+            metavar="FILE",
+        ),
+    ] = None,
+) -> None:
+    """Say whether a checkpoint fits, with every reason, from headers alone.
+
+    Without --to and --against: are the files whole, and is every key of SRC's own naming there?
+    Exit codes: 0 it fits, 1 it does not, 2 could not tell.
+
+    dcpconv check weights/Llama-3.2-1B --to lingua
+
+    dcpconv check out/checkpoint --against expected.json --report junit -o check.xml
+    """
+    from dcpconv.checking import check as run
+    from dcpconv.errors import DcpconvError
+    from dcpconv.reports import KINDS
+
+    if report not in KINDS:
+        raise DcpconvError(
+            f"there is no report {report!r}", [("expected", f"one of {', '.join(KINDS)}")]
+        )
+    coverage = run(
+        source,
+        to=to,
+        against=against,
+        from_=from_,
+        keymap=keymap,
+        assets=assets,
+        allow=allow or (),
+        dtypes=dtypes,
+    )
+    _deliver(coverage, report, output)
+    if not coverage:
+        raise typer.Exit(1)
+
+
+def _deliver(coverage: Coverage, report: str, output: str | None) -> None:
+    """Writes the report where it belongs, and something for people to stdout."""
+    from dcpconv.reports import KINDS, github, text
+
+    if report == "github":
+        for line in github.commands(coverage):
+            say(line)
+        # GitHub makes this file per step; several commands add to it.
+        summary = os.environ.get("GITHUB_STEP_SUMMARY")
+        if output is None and summary:
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(github.summary(coverage))
+    elif output is None:
+        sys.stdout.write(KINDS[report](coverage))
+    if output is not None:
+        Path(output).write_text(KINDS[report](coverage), encoding="utf-8")
+    if output is not None or report == "github":
+        sys.stdout.write(text.render(coverage))

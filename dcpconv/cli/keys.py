@@ -1,0 +1,52 @@
+"""``dcpconv keys``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcpconv.cli.answers import answers
+
+
+@answers
+def keys(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")
+    ],
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
+        ),
+    ] = None,
+    keymap: Annotated[
+        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Write the list of keys, shapes and types of a checkpoint: commit it, and check against it.
+
+    dcpconv keys out/checkpoint -o expected.json
+
+    dcpconv check out/other --against expected.json
+    """
+    from dcpconv.keylist import to_text
+    from dcpconv.keymaps import read_keymap
+    from dcpconv.naming import named_keymap
+    from dcpconv.recognition import recognise
+    from dcpconv.sides import open_side
+
+    side = open_side(source)
+    own = read_keymap(Path(keymap)) if keymap is not None else None
+    named = named_keymap(from_ or None, own, side.spec)
+    text = to_text(recognise(side.catalog, spec=side.spec, keymap=named))
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        Path(output).write_text(text, encoding="utf-8")
