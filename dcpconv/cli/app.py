@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from dcpconv.cli.check import check
 from dcpconv.cli.convert import convert
 from dcpconv.cli.families import families
 from dcpconv.cli.inspect import inspect
+from dcpconv.cli.keys import keys
 from dcpconv.cli.params import params
 
 app = typer.Typer(
@@ -24,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(convert)
+app.command()(check)
+app.command()(keys)
 app.command()(inspect)
 app.command()(params)
 app.command()(families)
