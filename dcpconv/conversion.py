@@ -27,6 +27,7 @@ from dcpconv.publish import check_space, check_target, staging
 from dcpconv.recognition import Weights, recognise
 from dcpconv.report import ConversionReport
 from dcpconv.side_files import SideFiles
+from dcpconv.space import spared
 from dcpconv.spec import ModelSpec
 from dcpconv.summary import labels, lossy_casts, summarise
 
@@ -251,7 +252,11 @@ def _write(
         is_file=job.form == "torch",
         source=job.catalog.source,
     ) as stage:
-        check_space(job.target, disk_nbytes(outline, side))
+        check_space(
+            job.target,
+            disk_nbytes(outline, side),
+            reflinkable=spared(outline, source=job.catalog.path, stage=stage.path),
+        )
         try:
             moved = execute(
                 outline,

@@ -35,8 +35,8 @@ LAYERS = (
         ("formats", "keymaps", "configs"),
         frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
     ),
-    Row("decide", ("recognition", "coverage", "derived", "matching", "plan")),
-    Row("do", ("copying", "gather", "units", "cast", "crew", "engine", "twins", "publish")),
+    Row("decide", ("recognition", "coverage", "derived", "sizes", "matching", "plan")),
+    Row("do", ("copying", "gather", "units", "cast", "crew", "engine", "space", "twins", "publish")),
     Row(
         "adapt",
         ("naming", "hub", "supply", "live", "storage_reader"),
@@ -46,7 +46,6 @@ LAYERS = (
         "verbs",
         (
             "report",
-            "load_report",
             "side_files",
             "parameters",
             "runs",
@@ -62,6 +61,7 @@ LAYERS = (
             "contracts",
             "suggestions",
             "checking",
+            "reports",
             "inspection",
         ),
         frozenset({"huggingface_hub"}),
