@@ -18,6 +18,7 @@ from dcpconv.dtypes import BY_LABEL, BY_NAME, DType
 from dcpconv.engine import Moved, execute
 from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.hub import locate
 from dcpconv.job import Job, disk_nbytes
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.naming import find_spec, named_keymap, target_keymap
@@ -68,7 +69,8 @@ def convert(
     """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
 
     Args:
-        source: A safetensors directory or file, a ``torch.save`` file, or a DCP directory.
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub id
+            (``org/name[@revision]``, ``hf://...``), which is downloaded into the hub's cache.
         target: Where the result goes.
         form: ``hf``, ``torch`` or ``dcp``; by default from the target's name (``*.pth``, ``*.pt``
             and ``*.bin`` are torch files), else ``hf`` for a DCP source and ``dcp`` otherwise.
@@ -102,7 +104,7 @@ def convert(
         NoSpaceError: The disk cannot hold the result.
     """
     started = time.perf_counter()
-    source, typed_target = Path(source), Path(target)
+    source, typed_target = locate(source), Path(target)
     if not dry_run:
         is_file = (form or default_form("hf", typed_target, to)) == "torch"
         check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)

@@ -66,7 +66,11 @@ LAYERS = (
         ),
         frozenset({"huggingface_hub"}),
     ),
-    Row("shell", ("cli", "__main__"), frozenset({"rich", "typer", "click"})),
+    Row(
+        "shell",
+        ("cli", "__main__", "pytest_plugin"),
+        frozenset({"rich", "typer", "click", "pytest"}),
+    ),
 )
 TORCH = frozenset({"cast", "live", "storage_reader", "init_weights", "torch_engine"})
 """Modules that work on tensors, and so may import torch when they are imported."""
