@@ -1,0 +1,151 @@
+"""What a checkpoint can supply under the keys of some naming: a conversion nobody writes down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.catalog import Catalog, TensorEntry
+from dcpconv.coverage import Coverage, Target, cover_as_stored
+from dcpconv.dtypes import BY_NAME
+from dcpconv.errors import AmbiguousFamilyError, NotExpressibleError
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.keymaps import Keymap, read_keymap
+from dcpconv.matching import cover
+from dcpconv.naming import find_spec, named_keymap, refused_features, target_keymap, without
+from dcpconv.recognition import Weights, recognise
+from dcpconv.spec import ModelSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every tensor of a model, by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a source is to be understood.
+
+    Attributes:
+        to: Naming to supply, or ``None`` to decide from the keys that are wanted.
+        from_: Naming of the source, where its keys leave a choice.
+        keymap: File with a table of the user's own.
+        assets: Directory with the config, where the source has none.
+        allow: Features to leave out although the naming cannot express them.
+    """
+
+    to: str | None = None
+    from_: str | None = None
+    keymap: Path | None = None
+    assets: Path | None = None
+    allow: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """A source under the keys of some naming.
+
+    Attributes:
+        catalog: The source.
+        weights: Its weights and their naming.
+        coverage: Every target with the source bytes it is made of, and all that does not fit.
+        root: What stands before every key where it is wanted: ``model.``, or empty.
+        notes: What a user should know, one sentence each.
+    """
+
+    catalog: Catalog
+    weights: Weights
+    coverage: Coverage
+    root: str = ""
+    notes: tuple[str, ...] = ()
+
+    def targets(self) -> dict[str, Target]:
+        """Every tensor that can be supplied, by the key it is wanted under."""
+        return {self.root + target.key: target for target in self.coverage.targets}
+
+
+def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
+    """Opens a source and accounts for its keys.
+
+    Args:
+        source: A checkpoint of any form.
+        options: How to understand it.
+        wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+
+    Raises:
+        AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
+            changes the bytes.
+        NotExpressibleError: The naming cannot hold this model; all reasons are listed.
+        FormatError: A file is truncated, malformed or unsafe.
+    """
+    catalog = open_checkpoint(source)
+    own = read_keymap(options.keymap) if options.keymap else None
+    spec, notes = find_spec(catalog, options.assets)
+    weights = recognise(catalog, spec=spec, keymap=named_keymap(options.from_, own, spec))
+    model = _model_weights(wanted) if wanted is not None else None
+    target = target_keymap(options.to, own, weights.keymap, spec) if options.to else None
+    if target is None and own is not None and own is not weights.keymap:
+        target = own
+    if target is None and model is not None:
+        target = _table_of(model, weights, spec)
+    root = ""
+    if target is None:
+        weights = _as_wanted(weights, wanted)
+        coverage = cover_as_stored(weights)
+    else:
+        is_renamed = target is not weights.keymap
+        features = refused_features(target, spec) if spec and is_renamed else ()
+        refused = without(features, options.allow)
+        if refused:
+            raise NotExpressibleError(
+                f"{target.name} cannot express this model",
+                [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
+                hint="allow=[NAME] leaves a feature out; the logits will then differ",
+            )
+        notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
+        coverage = cover(weights, target, spec=spec)
+        if model is not None:
+            root = _root_of(model, target)
+    return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
+
+
+def _model_weights(wanted: Shapes) -> Catalog:
+    """The model as a checkpoint without bytes, so that its naming is found like any other."""
+    dtype = BY_NAME["float32"]  # no table looks at it
+    entries = {key: TensorEntry(key, dtype, shape, ()) for key, shape in wanted.items()}
+    return Catalog("torch", Path(), Path("model"), {}, entries)
+
+
+def _table_of(model: Catalog, weights: Weights, spec: ModelSpec | None) -> Keymap | None:
+    """The naming of a model; ``None`` where names alone must do.
+
+    A source whose own table knows every key of the model is taken to spell the model's naming.
+    """
+    if weights.keymap is not None:
+        same = recognise(model, keymap=weights.keymap)
+        if same.entries and not same.rest and all(map(weights.keymap.match, same.entries)):
+            return weights.keymap
+    found = recognise(model, spec=spec)
+    if found.keymap is None or weights.keymap is None:
+        return None
+    if found.alternatives:
+        raise AmbiguousFamilyError(
+            "several namings fit the keys of the model, and they lead to different bytes",
+            [("fits", table.name) for table in (found.keymap, *found.alternatives)],
+            hint="choose one with to=NAME",
+        )
+    return found.keymap
+
+
+def _root_of(model: Catalog, target: Keymap) -> str:
+    return recognise(model, keymap=target).root
+
+
+def _as_wanted(weights: Weights, wanted: Shapes | None) -> Weights:
+    """The weights under those keys of a checkpoint that a model spells likewise: with or without
+    the container they were saved in."""
+    if wanted is None:
+        return weights
+    stored = weights.catalog.tensors
+    if sum(key in stored for key in wanted) <= sum(key in weights.entries for key in wanted):
+        return weights
+    return Weights(weights.catalog, stored, weights.catalog.tied, weights.keymap, "", ())
