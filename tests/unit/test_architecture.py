@@ -62,6 +62,7 @@ LAYERS = (
             "suggestions",
             "checking",
             "reports",
+            "testing",
             "inspection",
         ),
         frozenset({"huggingface_hub"}),
