@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target
+from dcpconv.derived import derive
 from dcpconv.errors import LayoutError
 from dcpconv.keymaps import Keymap, Row
 from dcpconv.layout import Placement
 from dcpconv.recognition import Weights
+from dcpconv.sizes import solve
 from dcpconv.spec import ModelSpec
 
 _INDEX_AXES = ("L", "E", "S")
@@ -47,8 +49,10 @@ class _Account:
         self, weights: Weights, target: Keymap, spec: ModelSpec | None, *, omit_ties: bool
     ) -> None:
         self.weights = weights
-        self.source = weights.require_keymap()
-        self.target = target
+        source = weights.require_keymap()
+        # Where one side fuses axes of equal size, both sides have to call them the same.
+        same = {**source.same_sizes, **target.same_sizes}
+        self.source, self.target = source.with_axes(same), target.with_axes(same)
         self.spec = spec
         self.omit_ties = omit_ties
         self.unknown: list[Fault] = []
@@ -62,12 +66,18 @@ class _Account:
         self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
         self.placements: dict[tuple[Row, int], Placement] = {}
         self.shapes: dict[Row, tuple[int, ...]] = {}
+        self.derivable = {
+            row.pattern.text: row
+            for row in self.target.rows
+            if row.pattern.text in self.target.derived
+        }
 
     def run(self, refused: tuple[Fault, ...]) -> Coverage:
         self._read_source()
         is_tied = self._settle_ties()
         self._check_shapes()
         made = {target.key: target for target in self._targets(is_tied=is_tied)}
+        made.update(self._derived(made))
         for tie in self.target.ties if is_tied else ():
             owner = made.get(tie.owner)
             if owner is None or tie.key in made or (tie.omitted and self.omit_ties):
@@ -95,7 +105,12 @@ class _Account:
     def _in_source_order(self, targets: Iterable[Target]) -> tuple[Target, ...]:
         """Targets in the order of their first source tensor, so that a disk is read forwards."""
         place = {entry.key: n for n, entry in enumerate(self.weights.entries.values())}
-        return tuple(sorted(targets, key=lambda target: place[target.pieces[0].entry.key]))
+        return tuple(
+            sorted(
+                targets,
+                key=lambda target: place[target.pieces[0].entry.key] if target.pieces else -1,
+            )
+        )
 
     def _read_source(self) -> None:
         for key in self.weights.entries:
@@ -104,6 +119,8 @@ class _Account:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
             elif match.row is None:
                 self.ignored.append(Fault(key, match.reason))
+            elif reason := self._beyond(match.indices):
+                self.ignored.append(Fault(key, reason))
             elif match.kind == "tied":
                 self.second[key] = match.row.pattern.key(match.indices)
             else:
@@ -112,6 +129,17 @@ class _Account:
             seen = [at[name] for _, at in self.present.values() if name in at]
             if seen and name not in self.sizes:
                 self.sizes[name] = max(seen) + 1
+
+    def _beyond(self, indices: dict[str, int]) -> str | None:
+        """Why a key is dropped whose index the config does not count, where the table says so."""
+        return next(
+            (
+                reason
+                for name, reason in self.source.beyond.items()
+                if indices.get(name, -1) >= self.sizes.get(name, 2**31)
+            ),
+            None,
+        )
 
     def _settle_ties(self) -> bool:
         """Decides whether embedding and head are one tensor, and which key is the second name.
@@ -176,9 +204,34 @@ class _Account:
                 indices = dict(zip(row.pattern.names, values, strict=True))
                 if not self._is_expected(row, indices, is_tied=is_tied):
                     continue
+                if row.pattern.text in self.derivable and not self._has_all(row):
+                    continue
                 target = self._target(row, indices)
                 if target is not None:
                     yield target
+
+    def _derived(self, made: Mapping[str, Target]) -> dict[str, Target]:
+        """Keys of the target that no tensor supplies and that follow from the config."""
+        found = {}
+        dtype = next((target.dtype for target in made.values()), None)
+        for key, rule in self.target.derived.items():
+            row = self.derivable.get(key)
+            names = row.pattern.names if row else ()
+            for values in product(*(range(self.sizes.get(name, 0)) for name in names)):
+                indices = dict(zip(names, values, strict=True))
+                name = row.pattern.key(indices) if row else key
+                if name in made or (row and not self._is_needed(row, indices)):
+                    continue
+                shape = row.layout.shape(self.sizes) if row else None
+                derived = derive(rule, name, spec=self.spec, shape=shape, dtype=dtype)
+                found[name] = derived
+        return found
+
+    def _is_needed(self, row: Row, indices: dict[str, int]) -> bool:
+        if self.spec is not None:
+            return self.spec.has(row.when, indices.get("L", 0))
+        alike = (r for r in self.target.rows if r.when == row.when and r is not row)
+        return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
 
     def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
         if row.when == "tied":
@@ -188,8 +241,11 @@ class _Account:
         if not row.when:
             return True
         if self.spec is not None:
-            return _holds(self.spec, row.when, indices)
+            return self.spec.has(row.when, indices.get("L", 0))
         return any(self._supplies(slot, indices) for slot in row.slots)
+
+    def _has_all(self, row: Row) -> bool:
+        return all(self.source.holders(slot) for slot in row.slots)
 
     def _supplies(self, slot: str, indices: dict[str, int]) -> bool:
         return any(
@@ -301,19 +357,6 @@ class _Account:
         return f"nothing in {self.target.name} uses it"
 
 
-def _holds(spec: ModelSpec, when: str, indices: dict[str, int]) -> bool:
-    """Whether a model has the tensors that a table marks with ``when``."""
-    experts = spec.experts
-    is_moe = experts is not None and indices.get("L", 0) >= experts.first_dense_layers
-    if when == "moe":
-        return is_moe
-    if when == "dense":
-        return not is_moe
-    if when == "shared_experts":
-        return is_moe and experts is not None and experts.shared_count > 0
-    return when in spec.features()
-
-
 def expected(
     table: Keymap, spec: ModelSpec
 ) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
@@ -330,38 +373,6 @@ def expected(
             shape = None
         for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
             indices = dict(zip(row.pattern.names, values, strict=True))
-            exists = {"": True, "tied": spec.tied, "untied": not spec.tied}.get(row.when)
-            if exists if exists is not None else _holds(spec, row.when, indices):
+            exists = {"tied": spec.tied, "untied": not spec.tied}.get(row.when)
+            if spec.has(row.when, indices.get("L", 0)) if exists is None else exists:
                 yield row.pattern.key(indices), shape, row.slots
-
-
-def solve(row: Row, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Adds to ``sizes`` what a stored shape reveals: dims with exactly one axis of unknown size.
-
-    A fused dim such as ``(h e)`` reveals nothing by itself: 512 rows may be 8 heads of 64 or 16
-    of 32.
-    """
-    if row.layout.terms > 1 or len(row.layout.nodes) != len(shape):
-        return
-    for node, length in zip(row.layout.nodes, shape, strict=True):
-        names = _axis_names(node)
-        unknown = [name for name in names if name not in sizes]
-        if len(unknown) != 1 or names.count(unknown[0]) != 1:
-            continue
-        known = 1
-        for name in names:
-            known *= sizes.get(name, 1)
-        if known and length % known == 0:
-            sizes[unknown[0]] = length // known
-    if "p" in sizes:
-        sizes.setdefault("e", 2 * sizes["p"])
-    elif sizes.get("e", 1) % 2 == 0:
-        sizes["p"] = sizes["e"] // 2
-
-
-def _axis_names(node: object) -> list[str]:
-    nodes = getattr(node, "nodes", None)
-    if nodes is not None:
-        return [name for child in nodes for name in _axis_names(child)]
-    name = getattr(node, "name", "1")
-    return [] if name.isdigit() else [name]

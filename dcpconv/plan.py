@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 
 from dcpconv.catalog import KeyPath, c_strides
 from dcpconv.coverage import Coverage, Piece, Target
+from dcpconv.derived import encode
 from dcpconv.dtypes import DType
 from dcpconv.errors import FormatError
 from dcpconv.layout import Box, anonymous, nest, overlap
@@ -36,6 +39,10 @@ def fill_of(
         FormatError: The stored chunks do not cover the region exactly once.
     """
     numel = _prod(sizes)
+    if target.values is not None:
+        stored = dtype or target.dtype
+        box = _box(target.values, target.shape, offsets, sizes)
+        return Fill(stored, stored, numel, (), encode(box, stored))
     parts: list[Part] = []
     if numel:
         for piece in target.pieces:
@@ -162,6 +169,18 @@ def _general_parts(
                     _address(target_base, target_steps, both),
                     nest(both, _Steps(source_steps), _Steps(target_steps)),
                 )
+
+
+def _box(
+    values: Sequence[float],
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> list[float]:
+    strides = c_strides(shape)
+    ranges = (range(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    places = (sum(map(operator.mul, at, strides)) for at in product(*ranges))
+    return [values[place] for place in places]
 
 
 class _Steps(dict[str, int]):

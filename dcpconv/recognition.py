@@ -75,11 +75,23 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
+    """How well a table explains the keys under a root.
+
+    Attributes:
+        matched: Keys that it knows.
+        unmatched: Keys that it does not.
+        foreign: Keys outside the root.
+        absent: Rows that it always has and no key is for.
+        hinted: How far config and shapes speak for the family: above 0 for it, below against it.
+    """
+
     root: str
     keymap: Keymap
     matched: int
     unmatched: int
     foreign: int
+    absent: int
+    hinted: int
 
 
 def recognise(
@@ -110,25 +122,48 @@ def recognise(
     roots = [_dotted(root)] if root is not None else _roots(counts)
     candidates = [keymap] if keymap else list(tables if tables is not None else _ordered(spec))
     fits = sorted(
-        (fit for at in roots for table in candidates if (fit := _fit(at, table, counts)).matched),
-        key=lambda fit: (fit.unmatched > 0, fit.unmatched / fit.matched, -fit.matched, fit.foreign),
+        (
+            fit
+            for at in roots
+            for table in candidates
+            if (fit := _fit(at, table, counts, catalog, spec)).matched
+        ),
+        key=lambda fit: (
+            fit.unmatched > 0,
+            fit.unmatched / fit.matched,
+            fit.absent,
+            -fit.hinted,
+            -fit.matched,
+            fit.foreign,
+        ),
     )
     if not fits or (keymap is None and fits[0].unmatched > fits[0].matched):
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
         return _weights(catalog, chosen, keymap, (), ("no table knows these keys",))
     best = fits[0]
-    same_root = [f for f in fits if (f.root, f.unmatched) == (best.root, best.unmatched)]
+    same_root = [
+        fit
+        for fit in fits
+        if (fit.root, fit.unmatched, fit.absent) == (best.root, best.unmatched, best.absent)
+    ]
     rows = _rows_used(best, counts)
-    others = tuple(fit.keymap for fit in same_root[1:] if _rows_used(fit, counts) != rows)
+    others = tuple(
+        fit.keymap
+        for fit in same_root[1:]
+        if _rows_used(fit, counts) != rows and (fit.hinted >= 0 or best.hinted < 0)
+    )
     equal = [fit.keymap.name for fit in same_root[1:] if _rows_used(fit, counts) == rows]
     under = f" under {best.root!r}" if best.root else ""
     evidence = [
         f"{best.matched} of {best.matched + best.unmatched} keys{under} match {best.keymap.name}"
     ]
+    evidence.extend(_clues(best, spec))
     if equal:
         evidence.append(f"the same bytes as {', '.join(equal)}")
     if others and spec is not None and spec.architecture in best.keymap.architectures:
         others = tuple(table for table in others if spec.architecture in table.architectures)
+    if others and spec is not None and spec.origin == best.keymap.config:
+        others = ()
     return _weights(catalog, best.root, best.keymap, others, tuple(evidence))
 
 
@@ -195,16 +230,66 @@ def _nested_root(catalog: Catalog) -> str:
     return ""
 
 
-def _fit(root: str, table: Keymap, counts: Mapping[tuple[str, ...], int]) -> _Fit:
+def _fit(
+    root: str,
+    table: Keymap,
+    counts: Mapping[tuple[str, ...], int],
+    catalog: Catalog,
+    spec: ModelSpec | None,
+) -> _Fit:
     matched = unmatched = foreign = 0
+    known = set()
     for key, count in _under(root, counts):
         if key is None:
             foreign += count
         elif table.knows(key):
             matched += count
+            known.add(key)
         else:
             unmatched += count
-    return _Fit(root, table, matched, unmatched, foreign)
+    needed = [row for row in table.rows if not row.when or set(row.slots) & set(table.always)]
+    absent = sum(row.pattern.template not in known for row in needed)
+    # Shapes are looked up only where every key is known: elsewhere they decide nothing.
+    hinted = 0 if unmatched or not matched else _hinted(root, table, catalog, spec)
+    return _Fit(root, table, matched, unmatched, foreign, absent, hinted)
+
+
+def _hinted(root: str, table: Keymap, catalog: Catalog, spec: ModelSpec | None) -> int:
+    if spec is not None and spec.origin:
+        said = 2 if spec.origin == table.config else 0
+        for name, value in table.hints.items():
+            if hasattr(spec, name) and name != "vocab_size":
+                said += 1 if getattr(spec, name) == value else -9
+        return said
+    found = _shape_facts(root, table, catalog) if table.hints else {}
+    if not table.hints.keys() & found.keys():
+        return 0
+    return 1 if all(found.get(name) == value for name, value in table.hints.items()) else -1
+
+
+def _shape_facts(root: str, table: Keymap, catalog: Catalog) -> dict[str, int]:
+    """What the shapes of a checkpoint say in the terms of ``Keymap.hints``."""
+    rows = {}
+    for slot in ("embed", "layer.q", "layer.k"):
+        for row, _ in table.holders(slot):
+            entry = catalog.tensors.get(root + row.pattern.key({"L": 0}))
+            if entry is not None and entry.shape and row.layout.terms == 1:
+                rows[slot] = entry.shape[0]
+    facts = {"vocab_size": rows["embed"]} if "embed" in rows else {}
+    if rows.get("layer.k"):
+        facts["q_per_kv"] = rows.get("layer.q", 0) // rows["layer.k"]
+    return facts
+
+
+def _clues(fit: _Fit, spec: ModelSpec | None) -> list[str]:
+    """What beside the keys speaks for the best table."""
+    if spec is not None and spec.origin == fit.keymap.config:
+        return [f"the parameter file beside it is of {fit.keymap.config}"]
+    if fit.hinted <= 0 or not fit.keymap.hints:
+        return []
+    words = {"vocab_size": "{} tokens", "q_per_kv": "{} query heads per kv head"}
+    found = [words[name].format(value) for name, value in fit.keymap.hints.items() if name in words]
+    return [f"{' and '.join(found)}, as {fit.keymap.title} has"] if found else []
 
 
 def _under(root: str, counts: Mapping[tuple[str, ...], int]) -> Iterable[tuple[str | None, int]]:

@@ -50,6 +50,11 @@ class Experts(_Record):
         shared_ffn_size: Width of one shared expert; present exactly when there are any.
         norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
         first_dense_layers: Leading layers that have a plain feed-forward block.
+        scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
+        selection_bias: Whether a stored bias takes part in choosing experts, not in weighing them.
+        routed_scale: Factor on what the routed experts add.
+        groups: Groups of experts that compete first; 1 for none.
+        top_groups: Groups that stay in the race.
     """
 
     count: Count
@@ -59,6 +64,11 @@ class Experts(_Record):
     shared_ffn_size: Size | None = None
     norm_topk: bool = False
     first_dense_layers: Annotated[int, Field(ge=0)] = 0
+    scoring: str = "softmax"
+    selection_bias: bool = False
+    routed_scale: Positive = 1.0
+    groups: Count = 1
+    top_groups: Count = 1
 
     @model_validator(mode="after")
     def _agree(self) -> Experts:
@@ -71,6 +81,27 @@ class Experts(_Record):
     def __str__(self) -> str:
         shared = f", {self.shared_count} shared" if self.shared_count else ""
         return f"{self.count} experts, {self.per_token} per token{shared}"
+
+
+class LatentAttention(_Record):
+    """Attention whose keys and values pass through a narrow projection (DeepSeek's MLA).
+
+    ``ModelSpec.head_dim`` is then the part of a head that RoPE turns.
+
+    Attributes:
+        q_rank: Width of the query's projection, or ``None`` where queries are projected directly.
+        kv_rank: Width of the projection that keys and values share.
+        nope_dim: Channels of a query or key head that RoPE leaves alone.
+        value_dim: Channels of a value head.
+    """
+
+    q_rank: Size | None
+    kv_rank: Size
+    nope_dim: Size
+    value_dim: Size
+
+    def __str__(self) -> str:
+        return f"rank {self.kv_rank}"
 
 
 class ModelSpec(_Record):
@@ -92,14 +123,21 @@ class ModelSpec(_Record):
         sliding_window: Tokens a query sees, itself included, or ``None`` for all before it.
         layer_types: One word per layer where layers differ, or ``None`` where all are alike.
         qkv_bias: Whether the q, k and v projections have biases.
-        qk_norm: Whether q and k are normalised before RoPE.
+        qk_norm: Whether every head of q and k is normalised before RoPE.
+        qk_norm_whole: Whether q and k are normalised over all their heads together (OLMo 2).
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
-        post_norms: Whether attention and feed-forward outputs are normalised as well.
+        pre_norms: Whether attention and feed-forward inputs are normalised.
+        post_norms: Whether attention and feed-forward outputs are normalised.
         activation: As transformers names it, ``swish`` being ``silu``.
         query_multiplier: Factor on query-key products; ``None`` for ``head_dim ** -0.5``.
         residual_multiplier: Factor on what each block adds to the residual stream.
         logits_scaling: The logits are divided by it.
+        latent: Low-rank attention, or ``None`` for the usual kind.
+        qkv_per_head: Whether the rows of a fused q, k, v matrix count heads first (ChatGLM with
+            ``multi_query_attention`` off).  It says where tensors lie, not what they do.
         bos_token_id: First token; ``None`` where there is none or no one said.
+        origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
+            or ``hf-llama``; empty where it was put together otherwise.
         extra: Fields of an HF config that mean nothing here and are carried over as they are.
 
     >>> from dcpconv.spec import ModelSpec
@@ -132,7 +170,9 @@ class ModelSpec(_Record):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     norm: str = "rmsnorm"
+    pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
     attn_logit_softcap: Positive | None = None
@@ -142,10 +182,13 @@ class ModelSpec(_Record):
     residual_multiplier: Positive = 1.0
     logits_scaling: Positive = 1.0
     experts: Experts | None = None
+    latent: LatentAttention | None = None
+    qkv_per_head: bool = False
 
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    origin: str = ""
     extra: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("dtype")
@@ -184,7 +227,34 @@ class ModelSpec(_Record):
             sizes |= {"E": self.experts.count, "m": self.experts.ffn_size}
             if self.experts.shared_ffn_size is not None:
                 sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size}
+        if self.latent is not None:
+            sizes |= {
+                "c": self.latent.kv_rank,
+                "n": self.latent.nope_dim,
+                "v": self.latent.value_dim,
+            }
+            if self.latent.q_rank is not None:
+                sizes["a"] = self.latent.q_rank
         return sizes
+
+    def has(self, condition: str, layer: int = 0) -> bool:
+        """Whether the model has the tensors that a naming table marks with ``condition``.
+
+        Args:
+            condition: A name from ``features``; ``dense``, ``moe`` or ``shared_experts``, which
+                depend on the layer; ``q_latent`` or ``q_direct``; or empty for every model.
+            layer: Which layer is asked about.
+        """
+        experts = self.experts
+        is_moe = experts is not None and layer >= experts.first_dense_layers
+        if condition in {"dense", "moe"}:
+            return is_moe == (condition == "moe")
+        if condition == "shared_experts":
+            return is_moe and experts is not None and experts.shared_count > 0
+        if condition in {"q_latent", "q_direct"}:
+            latent = self.latent
+            return latent is not None and (latent.q_rank is None) == (condition == "q_direct")
+        return not condition or condition in self.features()
 
     def features(self) -> dict[str, str]:
         """Every feature that is not neutral, by its stable name, with what a person would say.
@@ -212,7 +282,9 @@ class ModelSpec(_Record):
             ("o_bias", self.o_bias, "on the attention output"),
             ("mlp_bias", self.mlp_bias, "on gate, up and down"),
             ("qk_norm", self.qk_norm, "on q and k"),
+            ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
             ("norm", self.norm != "rmsnorm", self.norm),
+            ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
             ("post_norms", self.post_norms, "after attention and feed-forward"),
             ("activation", self.activation != "silu", self.activation),
             *(
@@ -227,5 +299,6 @@ class ModelSpec(_Record):
                 )
             ),
             ("experts", self.experts is not None, f"{self.experts}"),
+            ("latent_attention", self.latent is not None, f"{self.latent}"),
         )
         return {name: text for name, present, text in rows if present}

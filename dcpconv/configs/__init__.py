@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dcpconv.configs import hf, lingua, meta
+from dcpconv.configs import chatglm, hf, hf_writing, lingua, meta, minimind, torchtitan
 from dcpconv.configs.parameters import Refusal, read_fields
 from dcpconv.errors import SpecError
 from dcpconv.spec import ModelSpec
@@ -28,6 +28,8 @@ _Recognises = Callable[[Mapping[str, object]], bool]
 _Reads = Callable[[Mapping[str, object], Path], ModelSpec]
 _READERS: tuple[tuple[_Recognises, _Reads], ...] = (
     (lingua.is_params, lingua.read),
+    (minimind.is_config, minimind.read),
+    (chatglm.is_config, chatglm.read),
     (meta.is_params, meta.read),
     (hf.is_config, hf.read),
 )
@@ -73,9 +75,11 @@ def read_spec(path: Path) -> ModelSpec:
 
 def config_name(family: str) -> str | None:
     """Name of the parameter file we write for ``family``, or ``None`` where we write none."""
-    if family == "lingua":
+    if family in {"lingua", "meta"}:
         return lingua.FILE
-    return hf.FILE if family == "hf" or family.startswith("hf-") else None
+    if family in {*minimind.FAMILIES, *chatglm.FAMILIES} or _is_hf(family):
+        return hf.FILE
+    return None
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
@@ -86,9 +90,15 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """
     if family == "lingua":
         return lingua.refusals(spec)
-    if config_name(family) == hf.FILE:
-        return hf.refusals(_model_type(family, spec), spec)
-    return ()
+    if family == "meta":
+        return meta.refusals(spec)
+    if family in minimind.FAMILIES:
+        return minimind.refusals(family, spec)
+    if family in chatglm.FAMILIES:
+        return chatglm.refusals(family, spec)
+    if family in torchtitan.FAMILIES:
+        return torchtitan.refusals(family, spec)
+    return hf_writing.refusals(_model_type(family, spec), spec) if _is_hf(family) else ()
 
 
 def write_config(
@@ -102,7 +112,8 @@ def write_config(
     """The parameter file of ``family`` for ``spec``, as ``to_text`` should print it.
 
     Args:
-        family: ``lingua``, ``hf`` (the class that ``spec`` names) or ``hf-<model_type>``, which
+        family: ``config`` of a table: ``lingua``, ``minimind2``, ``hf`` (the class that ``spec``
+            names) or ``hf-<model_type>``, which
             leaves ``spec`` its own class where both name their tensors alike.
         spec: What to describe.
         dtype: Label or torch name of the written tensors, by default what ``spec`` says.
@@ -115,8 +126,14 @@ def write_config(
     """
     if family == "lingua":
         return lingua.write(spec, tokenizer=tokenizer, dtype=dtype, name=name)
-    if config_name(family) == hf.FILE:
-        return hf.write(spec, model_type=_model_type(family, spec), dtype=dtype)
+    if family == "meta":
+        return meta.write(spec)
+    if family in minimind.FAMILIES:
+        return minimind.write(family, spec, dtype=dtype)
+    if family in chatglm.FAMILIES:
+        return chatglm.write(family, spec, dtype=dtype)
+    if _is_hf(family):
+        return hf_writing.write(spec, model_type=_model_type(family, spec), dtype=dtype)
     raise SpecError("family has no parameter file", [("family", family)])
 
 
@@ -124,6 +141,10 @@ def to_text(fields: Mapping[str, object]) -> str:
     """``fields`` as the text of a JSON file."""
     # Not escaped: Lingua reads YAML, in which an escaped surrogate pair is no character.
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _is_hf(family: str) -> bool:
+    return family == "hf" or family.startswith("hf-")
 
 
 def _model_type(family: str, spec: ModelSpec) -> str:

@@ -1,26 +1,17 @@
-"""transformers' config.json, read in the spelling of any version and written in both at once."""
+"""transformers' config.json, read in the spelling of any version."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import JsonValue
-
 from dcpconv.configs.hf_fields import HfConfig
 from dcpconv.configs.model_types import MODEL_TYPES
-from dcpconv.configs.parameters import Refusal, checked
-from dcpconv.dtypes import BY_LABEL, BY_NAME
-from dcpconv.errors import NotExpressibleError, SpecError
-from dcpconv.spec import Experts, ModelSpec, RopeScaling
+from dcpconv.configs.parameters import checked
+from dcpconv.errors import SpecError
+from dcpconv.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 
 FILE = "config.json"
-
-EXPRESSES: Mapping[str, frozenset[str]] = {
-    "llama": frozenset({"rope_scaling", "qkv_bias", "o_bias", "mlp_bias", "activation"}),
-    "mistral": frozenset({"rope_scaling", "sliding_window", "activation"}),
-}
-"""Features that a class can hold, for every class we write."""
 
 SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
 """Classes whose tensors are named as another class names them, so that one table serves both."""
@@ -45,7 +36,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     """
     fields = _with_defaults(fields)
     config = checked(HfConfig, fields, file)
-    head_dim = config.head_dim
+    head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
     if head_dim is None:
         if config.hidden_size % config.num_attention_heads:
             raise SpecError(
@@ -85,111 +76,17 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
         "experts": _experts(config, file),
+        "latent": _latent(config, file),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
+        "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
     }
     if config.model_type in {"gemma", "gemma2"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
     known = MODEL_TYPES.get(config.model_type)
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
-
-
-def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
-    """What the class behind ``model_type`` cannot hold of ``spec``."""
-    if model_type not in EXPRESSES:
-        return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
-    name = MODEL_TYPES[model_type].class_name
-    found = [
-        Refusal(feature, f"{value}: {name} has nothing for it")
-        for feature, value in spec.features().items()
-        if feature not in EXPRESSES[model_type]
-    ]
-    if model_type == "llama" and spec.qkv_bias != spec.o_bias:
-        feature = "qkv_bias" if spec.qkv_bias else "o_bias"
-        found.append(
-            Refusal(feature, f"{spec.features()[feature]}: {name} has one switch for q, k, v and o")
-        )
-    if spec.hidden_size % spec.n_heads:
-        found.append(
-            Refusal(
-                "n_heads",
-                f"{spec.n_heads}: {name} wants a divisor of the hidden size {spec.hidden_size}",
-            )
-        )
-    return tuple(found)
-
-
-def write(
-    spec: ModelSpec, *, model_type: str | None = None, dtype: str | None = None
-) -> dict[str, object]:
-    """config.json for ``spec``, in the order it should be printed.
-
-    RoPE and dtype are spelled both ways, since transformers 4 does not look at
-    ``rope_parameters`` and silently falls back to theta 10000.  A token nobody named is written as
-    null, because a field left out means the class's own default.
-
-    Args:
-        spec: What to describe; features that do not fit are left out, see ``refusals``.
-        model_type: The class to write for, by default the one ``spec`` came from.
-        dtype: Label or torch name of the written tensors, by default what ``spec`` says.
-
-    Raises:
-        NotExpressibleError: No config.json is written for this class.
-        SpecError: The vocabulary size is not known.
-    """
-    model_type = model_type or spec.architecture
-    if model_type not in EXPRESSES:
-        raise NotExpressibleError(
-            f"no config.json is written for {model_type}",
-            [("known", name) for name in EXPRESSES],
-        )
-    if spec.vocab_size is None:
-        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
-    label = dtype or spec.dtype
-    fields: dict[str, object] = {
-        "architectures": [MODEL_TYPES[model_type].class_name],
-        "model_type": model_type,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.ffn_size,
-        "num_hidden_layers": spec.n_layers,
-        "num_attention_heads": spec.n_heads,
-        "num_key_value_heads": spec.n_kv_heads,
-        "head_dim": spec.head_dim,
-        "hidden_act": spec.activation,
-        "max_position_embeddings": spec.max_seq_len,
-        "rms_norm_eps": spec.norm_eps,
-        **_written_rope(spec),
-        "tie_word_embeddings": spec.tied,
-    }
-    if model_type == "llama":
-        fields |= {"attention_bias": spec.qkv_bias and spec.o_bias, "mlp_bias": spec.mlp_bias}
-    if model_type == "mistral":
-        fields["sliding_window"] = spec.sliding_window
-    eos = spec.eos_token_id
-    fields |= {
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": spec.pad_token_id,
-    }
-    if label is not None:
-        name = _torch_name(label)
-        fields |= {"dtype": name, "torch_dtype": name}
-    return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
-
-
-def generation_config(spec: ModelSpec) -> dict[str, object]:
-    """generation_config.json for ``spec``: the tokens that start, end and fill a sequence."""
-    eos = spec.eos_token_id
-    fields = {
-        "_from_model_config": True,
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": spec.pad_token_id,
-    }
-    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
@@ -239,24 +136,6 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
     }
 
 
-def _written_rope(spec: ModelSpec) -> dict[str, object]:
-    scaling: dict[str, object] | None = None
-    if spec.rope_scaling is not None:
-        scaling = {"rope_type": spec.rope_scaling.kind, **_sorted(spec.rope_scaling.parameters)}
-    return {
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": spec.rope_theta,
-        },
-    }
-
-
-def _sorted(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    return {key: fields[key] for key in sorted(fields)}
-
-
 def _windows(config: HfConfig) -> tuple[int | None, tuple[str, ...] | None]:
     """The window, and one word per layer where layers differ in it.
 
@@ -301,6 +180,25 @@ def _experts(config: HfConfig, file: Path) -> Experts | None:
             "shared_ffn_size": (shared_width or width) if shared else None,
             "norm_topk": config.norm_topk_prob,
             "first_dense_layers": config.first_dense_layers,
+            "routed_scale": config.routed_scaling_factor,
+            "groups": config.n_group or 1,
+            "top_groups": config.topk_group or 1,
+            **(known.experts if (known := MODEL_TYPES.get(config.model_type)) else {}),
+        },
+        file,
+    )
+
+
+def _latent(config: HfConfig, file: Path) -> LatentAttention | None:
+    if config.kv_lora_rank is None:
+        return None
+    return checked(
+        LatentAttention,
+        {
+            "q_rank": config.q_lora_rank,
+            "kv_rank": config.kv_lora_rank,
+            "nope_dim": config.qk_nope_head_dim,
+            "value_dim": config.v_head_dim,
         },
         file,
     )
@@ -327,10 +225,3 @@ def _dtype(config: HfConfig) -> str | None:
 
 def _ids(value: int | list[int] | None) -> int | tuple[int, ...] | None:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _torch_name(dtype: str) -> str:
-    known = BY_LABEL.get(dtype) or BY_NAME.get(dtype.removeprefix("torch."))
-    if known is None:
-        raise SpecError("unknown dtype", [("found", dtype), ("expected", ", ".join(BY_LABEL))])
-    return known.name

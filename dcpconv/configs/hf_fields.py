@@ -84,6 +84,16 @@ class HfConfig(BaseModel):
         validation_alias=AliasChoices("first_k_dense_replace", "moe_layer_start_index"),
     )
 
+    routed_scaling_factor: Positive = 1.0
+    n_group: Count | None = None
+    topk_group: Count | None = None
+
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size | None = None
+    qk_nope_head_dim: Size | None = None
+    qk_rope_head_dim: Size | None = None
+    v_head_dim: Size | None = None
+
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

@@ -37,6 +37,9 @@ _WHY = {
     "final_softcap": "Lingua does not cap logits",
     "query_multiplier": "Lingua scales by head_dim ** -0.5",
     "experts": "Lingua has no experts",
+    "latent_attention": "Lingua's attention is the usual kind",
+    "qk_norm_whole": "Lingua does not normalise q and k",
+    "no_pre_norms": "Lingua normalises before each block",
 }
 """Source: ``lingua/transformer.py`` and ``apps/main/transformer.py``, same commit."""
 
@@ -106,6 +109,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "tied": args.weight_tying,
             "dtype": checked(_Distributed, _section(fields, "distributed"), file).model_dtype,
             "sliding_window": args.sliding_window,
+            "origin": "lingua",
         },
         file,
     )

@@ -7,11 +7,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from dcpconv.configs.ffn import ffn_width
-from dcpconv.configs.parameters import checked
+from dcpconv.configs.ffn import ffn_width, solve_ffn
+from dcpconv.configs.parameters import Refusal, checked, unexpressed
+from dcpconv.errors import SpecError
 from dcpconv.spec import Count, ModelSpec, Positive, RopeScaling, Size
 
 FILE = "params.json"
+
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What Meta's code fixes.  Source: ``apply_scaling`` in llama-models ``models/llama3/model.py``."""
 
 
 class _Params(BaseModel):
@@ -67,9 +75,55 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "max_seq_len": params.max_seq_len or _max_seq_len(params),
             "rope_scaling": _rope_scaling(params),
             "sliding_window": params.sliding_window,
+            "origin": "meta",
         },
         file,
     )
+
+
+def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
+    """What Meta's code cannot hold of ``spec``."""
+    found = unexpressed(spec, frozenset({"rope_scaling"}), name="Meta's Llama")
+    if spec.rope_scaling is not None and not _is_scaled_as_meta(spec.rope_scaling):
+        reason = "Meta's Llama stretches as Llama 3.1 does, by a factor"
+        found.append(Refusal("rope_scaling", f"{spec.rope_scaling}: {reason}"))
+    if spec.head_dim * spec.n_heads != spec.hidden_size:
+        reason = "Meta's Llama divides dim by the heads"
+        found.append(Refusal("head_dim", f"{spec.head_dim}: {reason}"))
+    return tuple(found)
+
+
+def write(spec: ModelSpec) -> dict[str, object]:
+    """params.json for ``spec``, as Meta's reference code reads it.
+
+    Raises:
+        SpecError: The vocabulary size is not known.
+    """
+    if spec.vocab_size is None:
+        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
+    width = solve_ffn(spec.hidden_size, spec.ffn_size)
+    fields: dict[str, object] = {
+        "dim": spec.hidden_size,
+        "n_layers": spec.n_layers,
+        "n_heads": spec.n_heads,
+        "n_kv_heads": spec.n_kv_heads,
+        "vocab_size": spec.vocab_size,
+        "multiple_of": width.multiple_of,
+        "norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope_theta,
+        "use_scaled_rope": spec.rope_scaling is not None,
+        "max_seq_len": spec.max_seq_len,
+    }
+    if width.multiplier is not None:
+        fields["ffn_dim_multiplier"] = width.multiplier
+    if spec.rope_scaling is not None:
+        fields["rope_scaling_factor"] = spec.rope_scaling.parameters.get("factor")
+    return fields
+
+
+def _is_scaled_as_meta(scaling: RopeScaling) -> bool:
+    parameters = {key: value for key, value in scaling.parameters.items() if key != "factor"}
+    return scaling.kind == "llama3" and parameters == _LLAMA3
 
 
 def _rope_scaling(params: _Params) -> RopeScaling | None:
@@ -80,9 +134,7 @@ def _rope_scaling(params: _Params) -> RopeScaling | None:
         kind="llama3",
         parameters={
             "factor": params.rope_scaling_factor or (32.0 if params.dim <= 3072 else 8.0),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            **_LLAMA3,
         },
     )
 

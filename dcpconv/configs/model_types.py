@@ -15,12 +15,25 @@ class ModelType:
         defaults: Value of each config.json field that is left out.  Sizes are never left out:
             transformers writes every field that only the class knows.
         implied: ``ModelSpec`` fields that the class's code fixes and no file states.
+        experts: ``Experts`` fields that the class's code fixes and no file states.
+        expresses: Features that the class can hold, by name, or ``None`` where we write no
+            config.json for it.
+        requires: Features that a model of the class always has.
     """
 
     class_name: str
     defaults: Mapping[str, object]
     implied: Mapping[str, object] = field(default_factory=dict)
+    experts: Mapping[str, object] = field(default_factory=dict)
+    expresses: frozenset[str] | None = None
+    requires: frozenset[str] = frozenset()
 
+
+_ANY = frozenset({"rope_scaling", "activation"})
+_BIASES = frozenset({"qkv_bias", "o_bias"})
+_WINDOWS = frozenset({"sliding_window", "layer_types"})
+_EXPERTS = frozenset({"experts"})
+_QK_NORM = frozenset({"qk_norm"})
 
 _LLAMA: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -56,8 +69,8 @@ _GEMMA: dict[str, object] = {
 }
 
 MODEL_TYPES: Mapping[str, ModelType] = {
-    "llama": ModelType("LlamaForCausalLM", _LLAMA),
-    "mistral": ModelType("MistralForCausalLM", _MISTRAL),
+    "llama": ModelType("LlamaForCausalLM", _LLAMA, expresses=_ANY | _BIASES | {"mlp_bias"}),
+    "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=_ANY | {"sliding_window"}),
     "mixtral": ModelType(
         "MixtralForCausalLM",
         _MISTRAL
@@ -69,11 +82,15 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
         },
+        expresses=_ANY | _EXPERTS | {"sliding_window"},
+        requires=_EXPERTS,
     ),
     "qwen2": ModelType(
         "Qwen2ForCausalLM",
         _QWEN | {"num_key_value_heads": 32, "max_window_layers": 28},
         {"qkv_bias": True},
+        expresses=_ANY | _WINDOWS | {"qkv_bias"},
+        requires=frozenset({"qkv_bias"}),
     ),
     "qwen2_moe": ModelType(
         "Qwen2MoeForCausalLM",
@@ -92,6 +109,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         "Qwen3ForCausalLM",
         _QWEN | {"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
         {"qk_norm": True},
+        expresses=_ANY | _BIASES | _WINDOWS | _QK_NORM,
+        requires=_QK_NORM,
     ),
     "qwen3_moe": ModelType(
         "Qwen3MoeForCausalLM",
@@ -103,6 +122,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "moe_intermediate_size": 768,
         },
         {"qk_norm": True},
+        expresses=_ANY | _BIASES | _QK_NORM | _EXPERTS | {"sliding_window"},
+        requires=_QK_NORM | _EXPERTS,
     ),
     "phi3": ModelType(
         "Phi3ForCausalLM",
@@ -116,6 +137,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 32_000,
             "pad_token_id": 32_000,
         },
+        expresses=_ANY | {"partial_rotary", "sliding_window"},
     ),
     "gemma": ModelType(
         "GemmaForCausalLM",
@@ -133,6 +155,31 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "attn_logit_softcapping": 50.0,
         },
         {"norm": "rmsnorm_plus_one", "post_norms": True},
+        expresses=_ANY
+        | _WINDOWS
+        | {
+            "norm",
+            "post_norms",
+            "attn_softcap",
+            "final_softcap",
+            "query_multiplier",
+            "embedding_multiplier",
+        },
+        requires=frozenset({"norm", "post_norms", "embedding_multiplier"}),
+    ),
+    "olmo2": ModelType(
+        "Olmo2ForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "rope_theta": 10_000.0,
+            "eos_token_id": 50_279,
+            "pad_token_id": 1,
+        },
+        {"pre_norms": False, "post_norms": True, "qk_norm_whole": True},
+        expresses=_ANY | _BIASES | {"no_pre_norms", "post_norms", "qk_norm_whole"},
+        requires=frozenset({"no_pre_norms", "post_norms", "qk_norm_whole"}),
     ),
     "glm": ModelType(
         "GlmForCausalLM",
@@ -149,10 +196,81 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "pad_token_id": 151_329,
         },
         {"o_bias": False},
+        expresses=_ANY | {"partial_rotary", "qkv_bias"},
     ),
     "granite": ModelType(
         "GraniteForCausalLM",
         _LLAMA | {"attention_multiplier": 1.0},
+    ),
+    "granitemoeshared": ModelType(
+        "GraniteMoeSharedForCausalLM",
+        _LLAMA
+        | {
+            "attention_multiplier": 1.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 0,
+        },
+        experts={"norm_topk": True},
+        expresses=_ANY
+        | _BIASES
+        | _EXPERTS
+        | {
+            "query_multiplier",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        },
+        requires=_EXPERTS,
+    ),
+    "ernie4_5_moe": ModelType(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 500_000.0,
+            "moe_intermediate_size": 1536,
+            "moe_k": 6,
+            "moe_num_experts": 64,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        experts={"norm_topk": True, "selection_bias": True},
+        expresses=_ANY | _EXPERTS,
+        requires=_EXPERTS,
+    ),
+    "deepseek_v3": ModelType(
+        "DeepseekV3ForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        experts={"scoring": "sigmoid", "selection_bias": True},
+        expresses=_ANY | _EXPERTS | {"latent_attention"},
+        requires=_EXPERTS | {"latent_attention"},
     ),
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dcpconv.errors import SpecError
+from dcpconv.spec import ModelSpec
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -29,6 +30,35 @@ class Refusal:
 
     name: str
     reason: str
+
+
+def unexpressed(
+    spec: ModelSpec,
+    expresses: frozenset[str],
+    *,
+    name: str,
+    requires: frozenset[str] = frozenset(),
+) -> list[Refusal]:
+    """Features of ``spec`` that a family lacks, and features of the family that ``spec`` lacks.
+
+    Args:
+        spec: The model.
+        expresses: Features that the family can hold.
+        name: Of the family, for the reasons.
+        requires: Features that every model of the family has.
+    """
+    features = spec.features()
+    return [
+        *(
+            Refusal(feature, f"{value}: {name} has nothing for it")
+            for feature, value in features.items()
+            if feature not in expresses
+        ),
+        *(
+            Refusal(feature, f"absent: every {name} has it")
+            for feature in sorted(requires - features.keys())
+        ),
+    ]
 
 
 def read_fields(path: Path) -> dict[str, object]:

@@ -32,7 +32,8 @@ _TABLES = Path(__file__).parent
 @lru_cache(maxsize=1)
 def keymaps() -> Mapping[str, Keymap]:
     """The tables that come with the package, by name."""
-    tables = (read_keymap(path) for path in sorted(_TABLES.glob("*.toml")))
+    paths = sorted(_TABLES.glob("*.toml"), key=lambda path: path.stem)
+    tables = (read_keymap(path) for path in paths)
     return {table.name: table for table in tables}
 
 
@@ -57,7 +58,7 @@ def resolve_family(name: str, architecture: str | None = None) -> Keymap:
     tables = keymaps()
     if name in tables:
         return tables[name]
-    group = [table for table in tables.values() if table.family == name]
+    group = [table for table in tables.values() if name in (table.family, *table.also)]
     if not group:
         known = ", ".join(sorted({table.family for table in tables.values()}))
         raise KeymapError(

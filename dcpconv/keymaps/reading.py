@@ -33,6 +33,14 @@ class _Table(pydantic.BaseModel):
     keys: dict[str, tuple[str, str] | tuple[str, str, str]]
     tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
     ignore: dict[str, str] = {}
+    also: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
+    derived: dict[str, Literal["zeros", "inv_freq"]] = {}
+    beyond: dict[str, str] = {}
+    same_sizes: dict[str, str] = {}
+    hints: dict[str, int | bool] = {}
+    spec: dict[str, int | float | bool] = {}
+    published: tuple[dict[str, int | str], ...] = ()
 
 
 def read_keymap(path: Path) -> Keymap:
@@ -94,6 +102,14 @@ class _Builder:
             ignored=ignored,
             source=table.source,
             file=self.path,
+            also=table.also,
+            always=table.always,
+            derived=table.derived,
+            beyond=table.beyond,
+            same_sizes=table.same_sizes,
+            hints=table.hints,
+            facts=table.spec,
+            published=table.published,
         )
 
     def _problem(self, key: str, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +143,17 @@ class Keymap:
         ignored: ``(pattern, reason)`` of keys that are dropped.
         source: Where the facts come from.
         file: The table's file, for errors.
+        also: Further groups that the table serves: what a live model calls its tensors is what the
+            files call them, unless a table of ``hf-memory`` says otherwise.
+        always: Slots without which a checkpoint is of another family, besides the rows without a
+            condition.
+        derived: Key -> what it is computed from where the source has no such tensor.
+        beyond: Index -> why keys whose index exceeds the config are dropped.
+        same_sizes: Axis -> axis of the same size that layouts name in its place.
+        hints: What tells the family from others with the same keys: ``vocab_size``, ``q_per_kv``
+            (query heads per kv head), or a field of ``ModelSpec``.
+        facts: Fields of ``ModelSpec`` that no file of the family states.
+        published: Sizes of the published models, by ``ModelSpec`` field and ``name``.
     """
 
     name: str
@@ -156,6 +167,14 @@ class Keymap:
     ignored: tuple[tuple[Pattern, str], ...]
     source: str
     file: Path
+    also: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
+    derived: Mapping[str, str] = field(default_factory=dict)
+    beyond: Mapping[str, str] = field(default_factory=dict)
+    same_sizes: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, int | bool] = field(default_factory=dict)
+    facts: Mapping[str, int | float | bool] = field(default_factory=dict)
+    published: tuple[Mapping[str, int | str], ...] = ()
     _by_template: dict[str, list[tuple[Pattern, Row | None, Kind, str]]] = field(
         init=False, repr=False, compare=False
     )
@@ -202,6 +221,17 @@ class Keymap:
     def holders(self, slot: str) -> list[tuple[Row, int]]:
         """Rows that hold a slot, each with the slot's place among the row's alternatives."""
         return self._by_slot.get(slot, [])
+
+    def with_axes(self, names: Mapping[str, str]) -> Keymap:
+        """The same table with some axes of its layouts renamed."""
+        if not names:
+            return self
+        pattern = re.compile(rf"\b({'|'.join(names)})\b")
+        rows = tuple(
+            replace(row, layout=Layout(pattern.sub(lambda m: names[m[0]], row.layout.text)))
+            for row in self.rows
+        )
+        return replace(self, rows=rows)
 
     @property
     def slots(self) -> frozenset[str]:

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import transformers
 
-from dcpconv.configs import find_config, hf, lingua, read_spec, refusals, to_text, write_config
+from dcpconv.configs import (
+    find_config,
+    hf,
+    hf_writing,
+    lingua,
+    read_spec,
+    refusals,
+    to_text,
+    write_config,
+)
 from dcpconv.configs.model_types import MODEL_TYPES
 from dcpconv.errors import NotExpressibleError, SpecError
 from dcpconv.spec import ModelSpec, RopeScaling
@@ -51,7 +60,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     assert spec.ffn_size == config.intermediate_size
     assert spec.n_layers == config.num_hidden_layers
     assert spec.n_heads == config.num_attention_heads
-    assert spec.n_kv_heads == config.num_key_value_heads
+    if spec.latent is None:
+        assert spec.n_kv_heads == config.num_key_value_heads
     assert spec.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
     assert spec.norm_eps == config.rms_norm_eps
     assert spec.max_seq_len == config.max_position_embeddings
@@ -90,7 +100,8 @@ def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str
     model = transformers.AutoModelForCausalLM
     assert MODEL_TYPES[model_type].class_name == model._model_mapping[type(config)].__name__
     if spec.experts is not None:
-        assert spec.experts.count == config.num_experts
+        counts = ("num_experts", "num_local_experts", "n_routed_experts")
+        assert spec.experts.count in {getattr(config, name, None) for name in counts}
         assert spec.experts.per_token == config.num_experts_per_tok
         assert spec.experts.ffn_size == getattr(
             config, "moe_intermediate_size", config.intermediate_size
@@ -269,6 +280,7 @@ PLAIN = ModelSpec(
     dtype="bf16",
     bos_token_id=3,
     eos_token_id=(4, 5),
+    origin="hf-llama",
 )
 SPECS = [
     pytest.param({}, id="plain"),
@@ -387,11 +399,12 @@ def test_the_class_that_is_written(family: str, architecture: str, written: str)
 def test_writing_for_a_class_we_do_not_know_lists_those_we_do() -> None:
     with pytest.raises(NotExpressibleError) as raised:
         write_config("hf", change({"architecture": "novel"}))
-    assert raised.value.facts == (("known", "llama"), ("known", "mistral"))
+    known = [name for name, kind in MODEL_TYPES.items() if kind.expresses is not None]
+    assert raised.value.facts == tuple(("known", name) for name in known)
 
 
 def test_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(to_text(hf.generation_config(PLAIN)))
+    (tmp_path / "generation_config.json").write_text(to_text(hf_writing.generation_config(PLAIN)))
     config = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, [4, 5], None)
 

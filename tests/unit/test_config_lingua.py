@@ -65,6 +65,7 @@ def expressible(draw: st.DrawFn) -> ModelSpec:
         max_seq_len=max_seq_len,
         tied=draw(st.booleans()),
         dtype=draw(st.sampled_from(["fp32", "fp16", "bf16"])),
+        origin="lingua",
     )
 
 
@@ -77,7 +78,7 @@ def test_what_we_write_reads_back_to_the_same_spec(spec: ModelSpec) -> None:
 
 
 def test_a_window_is_kept_even_if_training_does_not_heed_it(tmp_path: Path) -> None:
-    spec = change({"architecture": "mistral", "sliding_window": 16})
+    spec = change({"architecture": "mistral", "sliding_window": 16, "origin": "lingua"})
     assert read_spec(save(tmp_path, write_config("lingua", spec))) == spec
 
 
