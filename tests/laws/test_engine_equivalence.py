@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from dcpconv.copying import SYSTEM, Sources, System
+from dcpconv.copying import SYSTEM, Sources, System, shares_blocks
 from dcpconv.dtypes import BY_NAME
 from dcpconv.engine import Moved, execute, fill
 from dcpconv.gather import Box, restrict
@@ -205,6 +205,8 @@ def test_reflinks_share_blocks_with_the_source(tmp_path: Path) -> None:
         file = OutFile("o", offset + numel + 5, ((0, b"header"),), ((offset, payload),))
         target = disk / "target"
         target.mkdir()
+        assert shares_blocks(source / "a", target)
+        assert not shares_blocks(source / "a", tmp_path)
         before = free(disk)
         moved = execute(Outline((file,)), source=source, target=target)
         used = before - free(disk)
