@@ -321,7 +321,12 @@ def _assign(loops: tuple[Loop, ...], itemsize: int, source: memoryview, into: me
     count, source_step, step = vector
     read_reach, write_reach = (count - 1) * source_step + 1, (count - 1) * step + 1
     for a, b in starts:
-        write[b : b + write_reach : step] = read[a : a + read_reach : source_step]
+        if source_step:
+            write[b : b + write_reach : step] = read[a : a + read_reach : source_step]
+        else:  # one element many times over, as Tensor.expand() leaves it
+            write[b : b + write_reach : step] = memoryview(bytes(read[a : a + 1]) * count).cast(
+                code
+            )
 
 
 @lru_cache(maxsize=16)

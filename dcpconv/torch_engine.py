@@ -181,11 +181,12 @@ def _load_file(source: Path, *, is_restricted: bool) -> Any:
 
 def _load_directory(source: Path, *, is_restricted: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
-    reader: type[FileSystemReader] = _RestrictedReader if is_restricted else FileSystemReader
-    planner = _RestrictedPlanner if is_restricted else _EmptyStateDictLoadPlanner
+    reader, planner = FileSystemReader(source), _EmptyStateDictLoadPlanner
+    if is_restricted:
+        reader, planner = _RestrictedReader(source, _read_metadata(source)), _RestrictedPlanner
     _load_state_dict(
         state,
-        storage_reader=reader(source),
+        storage_reader=reader,
         planner=planner(),  # type: ignore[no-untyped-call]
         no_dist=True,
     )
@@ -213,25 +214,35 @@ class _RestrictedPlanner(_EmptyStateDictLoadPlanner):
 
 
 class _RestrictedReader(FileSystemReader):
-    """torch's reader, but ``.metadata`` can name nothing beyond the classes torch puts there."""
+    """torch's reader with ``.metadata`` that was read before."""
+
+    def __init__(self, path: Path, metadata: dcp_metadata.Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
         del args, kwargs
-        file = Path(self.path) / METADATA_FILE
-        data = file.read_bytes()
-        try:
-            read_metadata(data, where=str(file))
-        except FormatError as error:
-            # Transformed items are what this engine is for.
-            if "transform" not in dict(error.facts):
-                raise
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-        if not isinstance(metadata, dcp_metadata.Metadata):
-            raise FormatError("this is no DCP metadata", [("file", file)])
+        metadata = self._metadata
         if metadata.storage_meta is None:
             metadata.storage_meta = dcp_metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def _read_metadata(directory: Path) -> dcp_metadata.Metadata:
+    """``.metadata`` as torch's own object, where it names only classes that torch puts there."""
+    file = directory / METADATA_FILE
+    data = file.read_bytes()
+    try:
+        read_metadata(data, where=str(file))
+    except FormatError as error:
+        # Transformed items are what this engine is for.
+        if "transform" not in dict(error.facts):
+            raise
+    metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+    if not isinstance(metadata, dcp_metadata.Metadata):
+        raise FormatError("this is no DCP metadata", [("file", file)])
+    return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -241,6 +241,10 @@ def _show(value: object) -> str:
     return type(value).__name__
 
 
+def _names(value: object) -> str:
+    return ", ".join(map(_show, value)) if isinstance(value, (list, tuple)) else _show(value)
+
+
 def _sizes(value: object, name: str) -> Sizes:
     if not isinstance(value, tuple) or len(value) > 64:  # torch tensors have at most 64 dims
         raise _MalformedError(f"{name} is not a torch.Size")
@@ -264,7 +268,7 @@ def _read_item(index: object, info: object, items: _Items, where: str) -> str | 
         if transform:
             raise FormatError(
                 "items are compressed or otherwise transformed",
-                [("file", where), ("key", key), ("transform", _show(transform))],
+                [("file", where), ("key", key), ("transform", _names(transform))],
                 hint="--engine torch reads what torch's extensions wrote",
             )
         items[key, offsets] = Extent(
