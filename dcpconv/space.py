@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dcpconv.copying import SYSTEM, System
+from dcpconv.copying import SYSTEM, System, shares_blocks
 from dcpconv.outline import Outline
-
-_PROBE = ".probe"
 
 
 def spared(outline: Outline, *, source: Path, stage: Path, system: System = SYSTEM) -> int:
@@ -28,7 +26,7 @@ def spared(outline: Outline, *, source: Path, stage: Path, system: System = SYST
         {part.file for f in outline.files for _, fill in f.payloads for part in fill.parts}
     )
     block = os.statvfs(stage).f_bsize
-    if names and _clones(source / names[0], stage, block, system):
+    if names and shares_blocks(source / names[0], stage, system=system):
         return _alike(outline, block)
     return sum(_holes(source / name) for name in names)
 
@@ -51,19 +49,3 @@ def _alike(outline: Outline, block: int) -> int:
 def _holes(path: Path) -> int:
     state = path.stat()
     return max(0, state.st_size - 512 * getattr(state, "st_blocks", state.st_size))
-
-
-def _clones(file: Path, stage: Path, block: int, system: System) -> bool:
-    """Whether a block of ``file`` can be shared with a new file in ``stage``."""
-    probe = stage / _PROBE
-    try:
-        with file.open("rb") as source, probe.open("wb") as target:
-            if os.fstat(source.fileno()).st_size < block:
-                return False
-            target.truncate(block)
-            system.clone(source.fileno(), target.fileno(), 0, 0, block)
-    except OSError:
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-    return True
