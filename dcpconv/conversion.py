@@ -13,15 +13,17 @@ from typing import Literal
 
 from dcpconv.catalog import Catalog, Form
 from dcpconv.configs import read_spec
+from dcpconv.configs.patching import parse_pairs
 from dcpconv.coverage import Coverage
 from dcpconv.dtypes import BY_LABEL, BY_NAME, DType
 from dcpconv.engine import Moved, execute
 from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.hub import locate
+from dcpconv.idle import without_idle
 from dcpconv.job import Job, disk_nbytes
 from dcpconv.keymaps import Keymap, read_keymap
-from dcpconv.naming import find_spec, named_keymap, target_keymap
+from dcpconv.naming import find_spec, named_keymap, settled_spec, target_keymap
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.plan import make_plan, row_chunks, whole
 from dcpconv.publish import check_space, check_target, staging
@@ -57,6 +59,7 @@ def convert(
     cast_all: bool = False,
     allow: Sequence[str] = (),
     assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
     chunks: int = 1,
     max_file_size: int | None = None,
     jobs: int | None = None,
@@ -85,6 +88,7 @@ def convert(
         allow: Features to leave out although the target cannot express them, by name;
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
+        spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
         chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         jobs: Threads.
@@ -104,6 +108,7 @@ def convert(
         NoSpaceError: The disk cannot hold the result.
     """
     started = time.perf_counter()
+    stated = parse_pairs([spec] if isinstance(spec, str) else spec)
     source, typed_target = locate(source), Path(target)
     if not dry_run:
         is_file = (form or default_form("hf", typed_target, to)) == "torch"
@@ -130,19 +135,21 @@ def convert(
         catalog = select(everything, only)
         form = form or default_form(catalog.form, typed_target, to)
         own = read_keymap(Path(keymap)) if keymap else None
-        spec, spec_note = find_spec(catalog, assets)
+        model, spec_note = find_spec(catalog, assets)
         weights = recognise(
             catalog,
-            spec=spec,
-            keymap=named_keymap(from_, own, spec),
+            spec=model,
+            keymap=named_keymap(from_, own, model),
             root=_source_root(root, form, to, catalog),
         )
-        wanted = _target_keymap(to, own, weights, spec, form)
+        model, settled = settled_spec(weights, model, stated)
+        wanted = _target_keymap(to, own, weights, model, form)
+        weights, model = without_idle(weights, model, wanted)
         job = Job(
             catalog=catalog,
             weights=weights,
             wanted=wanted,
-            spec=spec,
+            spec=model,
             form=form,
             target=typed_target,
             assets=Path(assets) if assets else None,
@@ -152,10 +159,10 @@ def convert(
             cast_all=cast_all,
             allow=tuple(allow),
         )
-        if job.renames and spec is None and spec_note:
+        if job.renames and model is None and spec_note:
             read_spec(source)  # raises: another naming needs what the config says
         coverage, notes = job.cover()
-        coverage.require(source, hint=_coverage_hint(coverage, spec, assets))
+        coverage.require(source, hint=_coverage_hint(coverage, model, assets))
         tensors = make_plan(
             coverage,
             path_of=job.path_of,
@@ -164,7 +171,7 @@ def convert(
         )
         outline = job.outline(tensors, max_file_size=max_file_size)
         side = job.side_files(coverage, tensors)
-        notes = (*catalog.notes, *spec_note, *notes, *side.notes, *job.notes(coverage))
+        notes = (*catalog.notes, *spec_note, *settled, *notes, *side.notes, *job.notes(coverage))
         report = summarise(job, coverage, tensors, outline, side, notes)
         if dry_run:
             return report

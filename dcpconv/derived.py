@@ -45,8 +45,16 @@ def derive(
             hint="--assets DIR names a config",
         )
     turned = int(spec.head_dim * spec.partial_rotary_factor)
-    values = tuple(spec.rope_theta ** -(at / turned) for at in range(0, turned, 2))
+    # Rounded after every step, as torch computes 1 / theta ** (arange / turned) in fp32.
+    values = tuple(
+        _fp32(1.0 / _fp32(_fp32(spec.rope_theta) ** _fp32(at / turned)))
+        for at in range(0, turned, 2)
+    )
     return Target(key, (len(values),), dtype or BY_LABEL["fp32"], (), values=values)
+
+
+def _fp32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 def encode(values: Sequence[float], dtype: DType) -> bytes:

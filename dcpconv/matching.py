@@ -117,8 +117,8 @@ class _Account:
             match = self.source.match(key)
             if match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
-            elif match.row is None:
-                self.ignored.append(Fault(key, match.reason))
+            elif match.row is None or key in self.weights.idle:
+                self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
             elif reason := self._beyond(match.indices):
                 self.ignored.append(Fault(key, reason))
             elif match.kind == "tied":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dcpconv import configs
 from dcpconv.catalog import Catalog
+from dcpconv.configs.patching import patched_spec
 from dcpconv.coverage import Fault
 from dcpconv.errors import SpecError
 from dcpconv.keymaps import Keymap, resolve_family
+from dcpconv.recognition import Weights
+from dcpconv.sizes import inferred_spec
 from dcpconv.spec import ModelSpec
 
 
@@ -36,6 +39,24 @@ def find_spec(
             facts = "; ".join(f"{label} {value}" for label, value in error.facts)
             return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
     return None, ()
+
+
+def settled_spec(
+    weights: Weights, spec: ModelSpec | None, sizes: Mapping[str, str]
+) -> tuple[ModelSpec | None, tuple[str, ...]]:
+    """The model's numbers once its naming is known, and what they rest on.
+
+    Args:
+        weights: The weights and their naming.
+        spec: What the config says.
+        sizes: What the user says, from ``parse_pairs``; it goes over the config.
+
+    Raises:
+        SpecError: A number does not fit, or contradicts the shapes.
+    """
+    if spec is None:
+        return inferred_spec(weights, sizes)
+    return (patched_spec(spec, sizes) if sizes else spec), ()
 
 
 def named_keymap(name: str | None, own: Keymap | None, spec: ModelSpec | None) -> Keymap | None:

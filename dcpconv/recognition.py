@@ -7,7 +7,7 @@ Everything is decided from keys (and the config, where there is one); the eviden
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dcpconv.catalog import Catalog, TensorEntry
 from dcpconv.errors import AmbiguousFamilyError
@@ -35,6 +35,7 @@ class Weights:
         rest: Stored keys that are not weights: optimizer state, counters.
         alternatives: Other tables that fit every key and lead to other bytes.
         evidence: Why, one sentence each.
+        idle: Keys that can be left out without a difference -> why.
     """
 
     catalog: Catalog
@@ -45,6 +46,7 @@ class Weights:
     rest: tuple[str, ...]
     alternatives: tuple[Keymap, ...] = ()
     evidence: tuple[str, ...] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     def require_keymap(self) -> Keymap:
         """The naming, for work that needs one.

@@ -35,7 +35,7 @@ class _Config(BaseModel):
     Source: ``configuration_chatglm.py`` of THUDM/chatglm3-6b.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
     num_layers: Count = 28
     padded_vocab_size: Size = 65_024

@@ -169,7 +169,9 @@ def _experts(config: HfConfig, file: Path) -> Experts | None:
     width = config.moe_intermediate_size or config.intermediate_size
     shared, shared_width = config.n_shared_experts or 0, config.shared_expert_intermediate_size
     if shared_width and not shared:
-        shared = 1
+        # One block as wide as several experts computes what they do side by side.
+        shared, rest = divmod(shared_width, width)
+        shared, shared_width = (1, shared_width) if rest else (shared, width)
     return checked(
         Experts,
         {

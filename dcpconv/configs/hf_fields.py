@@ -10,7 +10,7 @@ from dcpconv.spec import Count, Positive, Size
 class HfConfig(BaseModel):
     """The fields of config.json that say something about arithmetic; the rest is carried over."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, defer_build=True)
 
     model_type: str
     architectures: list[str] | None = None

@@ -45,7 +45,7 @@ _WHY = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
 
 class _Distributed(_Section):

@@ -23,7 +23,7 @@ _LLAMA3 = {
 
 
 class _Params(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
     dim: Size
     n_layers: Count

@@ -30,7 +30,7 @@ _THETA_1 = 10_000.0
 class _Config(BaseModel):
     """The fields of every generation; the defaults are those of the classes."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
     hidden_size: Size = Field(validation_alias=AliasChoices("hidden_size", "dim"))
     n_layers: Count = Field(8, validation_alias=AliasChoices("num_hidden_layers", "n_layers"))

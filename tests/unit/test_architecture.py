@@ -36,7 +36,21 @@ LAYERS = (
         frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
     ),
     Row("decide", ("recognition", "coverage", "derived", "sizes", "matching", "plan")),
-    Row("do", ("copying", "gather", "units", "cast", "crew", "engine", "space", "twins", "publish")),
+    Row(
+        "do",
+        (
+            "copying",
+            "gather",
+            "units",
+            "cast",
+            "crew",
+            "engine",
+            "space",
+            "twins",
+            "idle",
+            "publish",
+        ),
+    ),
     Row(
         "adapt",
         ("naming", "hub", "supply", "live", "storage_reader"),
