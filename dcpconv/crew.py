@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dcpconv.copying import Ladder, Sources, Tally, write, write_error
 from dcpconv.errors import DcpconvError
-from dcpconv.gather import read_runs
+from dcpconv.gather import Slices, read_runs
 from dcpconv.outline import OutFile
 from dcpconv.units import Literal, Run, Stretch, Tile, Unit, units
 
@@ -61,6 +61,7 @@ class Desk:
     tally: Tally = field(default_factory=Tally)
     losses: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
     _tile: memoryview | None = None
+    _slices: Slices | None = None
     _scratch: memoryview | None = None
     _output: memoryview | None = None
 
@@ -68,6 +69,12 @@ class Desk:
     def tile(self) -> memoryview:
         self._tile = self._tile or self.pool.take(self.size)
         return self._tile
+
+    @property
+    def slices(self) -> Slices:
+        """Slices of ``tile``."""
+        self._slices = self._slices or Slices(self.tile)
+        return self._slices
 
     @property
     def scratch(self) -> memoryview:
@@ -80,6 +87,7 @@ class Desk:
         return self._output
 
     def clear(self) -> None:
+        self._slices = None
         for view in (self._tile, self._scratch, self._output):
             self.pool.give(view)
 
@@ -261,7 +269,7 @@ class Crew:
                 runs.setdefault(piece.file, []).append((piece.source_offset, at, piece.nbytes))
                 desk.tally.buffered += piece.nbytes
             else:
-                self._gather(piece, tile[at:end], desk)
+                self._gather(piece, desk, into=tile[at:end], at=at)
                 if piece.box.is_relabelled:
                     desk.tally.relabelled += piece.nbytes
                 else:
@@ -282,9 +290,15 @@ class Crew:
                 return False
         return True
 
-    def _gather(self, tile: Tile, into: memoryview, desk: Desk) -> None:
+    def _gather(self, tile: Tile, desk: Desk, *, into: memoryview, at: int = 0) -> None:
         tile.box.read(
-            tile.start, tile.stop, sources=self._sources, into=into, scratch=lambda: desk.scratch
+            tile.start,
+            tile.stop,
+            sources=self._sources,
+            into=into,
+            scratch=lambda: desk.scratch,
+            slices=desk.slices,
+            at=at,
         )
 
     def _cast(self, tile: Tile, output: _Output, desk: Desk) -> int:
@@ -293,7 +307,7 @@ class Crew:
         fill = tile.box.fill
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
-        self._gather(tile, source, desk)
+        self._gather(tile, desk, into=source)
         lost = cast(source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype)
         write(output.fd, result, tile.offset, system=self._ladder.system)
         desk.tally.cast += tile.nbytes

@@ -28,14 +28,20 @@ SHORT_RUN = 256
 """Runs below this many bytes are spread by strided assignment: as iovecs they would cost more in
 bookkeeping than in bytes."""
 
+MAX_SLICES = 1 << 14
+"""Slices kept per buffer, 200 bytes each."""
+
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _JUNK = memoryview(bytearray(MAX_GAP))  # gaps are read into it by every thread and by nobody out
 
 Run = tuple[int, int, int]
 """``(source offset, target offset, nbytes)``."""
 
-Read = tuple[int, int, tuple[tuple[int, int], ...]]
-"""One ``preadv``: ``(source offset, nbytes, ((target offset or -1 to drop, nbytes), ...))``."""
+Pieces = tuple[tuple[int, int], ...]
+"""``(target offset or -1 to drop, nbytes)``, in the order of the source."""
+
+Read = tuple[int, int, Pieces]
+"""One ``preadv``: ``(source offset, nbytes, pieces)``."""
 
 
 def restrict(part: Part, start: int, stop: int, *, itemsize: int) -> tuple[Part, ...]:
@@ -96,6 +102,32 @@ def _merged(loops: Iterable[Loop]) -> tuple[Loop, ...]:
         else:
             kept.append((count, source_step, step))
     return tuple(kept)
+
+
+class Slices:
+    """Slices of one buffer, kept from tile to tile: making one takes longer than reading into it.
+
+    Args:
+        buffer: What they are slices of.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self._kept: dict[tuple[int, int], tuple[Pieces, list[memoryview]]] = {}
+        self._count = 0
+
+    def of(self, base: int, pieces: Pieces) -> list[memoryview]:
+        """Where the pieces go, ``base`` bytes into the buffer."""
+        # The identity of a tuple that the entry itself keeps alive: hashing it would take longer.
+        key = (base, id(pieces))
+        found = self._kept.get(key)
+        if found is None:
+            if self._count + len(pieces) > MAX_SLICES:
+                self._kept.clear()
+                self._count = 0
+            found = self._kept[key] = (pieces, _slices(self.buffer, base, pieces))
+            self._count += len(pieces)
+        return found[1]
 
 
 class Box:
@@ -173,6 +205,8 @@ class Box:
         sources: Sources,
         into: memoryview,
         scratch: Callable[[], memoryview] = lambda: memoryview(bytearray(1 << 20)),
+        slices: Slices | None = None,
+        at: int = 0,
     ) -> None:
         """Put elements ``start`` to ``stop``, in the source dtype, into ``into``.
 
@@ -182,6 +216,8 @@ class Box:
             sources: Where the parts' files are open.
             into: Bytes of exactly the interval.
             scratch: Gives room, 4 KiB or more, for runs too short to read one by one.
+            slices: Of the buffer that ``into`` is part of, where many intervals are read into it.
+            at: Where ``into`` begins in that buffer.
         """
         runs: dict[str, list[Run]] = {}
         for part in self.parts_in(start, stop):
@@ -192,7 +228,12 @@ class Box:
             elif _run(part.loops) * self.itemsize >= SHORT_RUN:
                 with sources.open(part.file) as source:
                     nest = _nest_reads(part.loops, self.itemsize)
-                    _perform(source, part.offset, nest, into=into, base=base)
+                    if slices is None:
+                        _perform(source, part.offset, nest, into=into, base=base)
+                    else:
+                        for begin, nbytes, pieces in nest:
+                            views = slices.of(at + base, pieces)
+                            source.read(part.offset + begin, views, nbytes)
             else:
                 with sources.open(part.file) as source:
                     _spread(source, part, self.itemsize, into=into[base:], scratch=scratch())
@@ -264,11 +305,14 @@ def _perform(
     source: SourceFile, offset: int, reads: Iterable[Read], *, into: memoryview, base: int
 ) -> None:
     for at, nbytes, pieces in reads:
-        views = [
-            into[base + target : base + target + length] if target >= 0 else _JUNK[:length]
-            for target, length in pieces
-        ]
-        source.read(offset + at, views, nbytes)
+        source.read(offset + at, _slices(into, base, pieces), nbytes)
+
+
+def _slices(into: memoryview, base: int, pieces: Pieces) -> list[memoryview]:
+    return [
+        into[base + target : base + target + length] if target >= 0 else _JUNK[:length]
+        for target, length in pieces
+    ]
 
 
 def _spread(
