@@ -234,12 +234,14 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
     from rich.progress import Progress as Bar
 
     with Bar(
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -247,5 +249,5 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        task = bar.add_task("convert", total=None)
-        yield lambda at: bar.update(task, completed=at.done, total=at.total)
+        task = bar.add_task("planning", total=None)
+        yield lambda at: bar.update(task, description="moving", completed=at.done, total=at.total)
