@@ -332,7 +332,14 @@ class _Account:
     def _place(self, row: Row, term: int) -> Placement:
         found = self.placements.get((row, term))
         if found is None:
-            found = self.placements[row, term] = row.layout.place(self.sizes, term)
+            try:
+                found = self.placements[row, term] = row.layout.place(self.sizes, term)
+            except LayoutError as error:
+                raise LayoutError(
+                    error.headline,
+                    [("key", row.pattern.text), *error.facts],
+                    hint="--assets DIR names a config; --spec heads=N,kv_heads=M says it",
+                ) from None
         return found
 
     def _entry(self, key: str, lacking: list[str]) -> TensorEntry | None:

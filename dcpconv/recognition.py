@@ -131,6 +131,7 @@ def recognise(
             if (fit := _fit(at, table, counts, catalog, spec)).matched
         ),
         key=lambda fit: (
+            fit.hinted < 2 or fit.unmatched > fit.matched,
             fit.unmatched > 0,
             fit.unmatched / fit.matched,
             fit.absent,
@@ -252,7 +253,8 @@ def _fit(
     needed = [row for row in table.rows if not row.when or set(row.slots) & set(table.always)]
     absent = sum(row.pattern.template not in known for row in needed)
     # Shapes are looked up only where every key is known: elsewhere they decide nothing.
-    hinted = 0 if unmatched or not matched else _hinted(root, table, catalog, spec)
+    is_worth = matched and not (unmatched and spec is None)
+    hinted = _hinted(root, table, catalog, spec) if is_worth else 0
     return _Fit(root, table, matched, unmatched, foreign, absent, hinted)
 
 

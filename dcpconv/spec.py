@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
 class RopeScaling(_Record):
@@ -49,7 +49,7 @@ class Experts(_Record):
         shared_count: Experts that see every token.
         shared_ffn_size: Width of one shared expert; present exactly when there are any.
         norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
-        first_dense_layers: Leading layers that have a plain feed-forward block.
+        dense_layers: Layers that have a plain feed-forward block, in order.
         scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
         selection_bias: Whether a stored bias takes part in choosing experts, not in weighing them.
         routed_scale: Factor on what the routed experts add.
@@ -63,7 +63,7 @@ class Experts(_Record):
     shared_count: Annotated[int, Field(ge=0, le=100_000)] = 0
     shared_ffn_size: Size | None = None
     norm_topk: bool = False
-    first_dense_layers: Annotated[int, Field(ge=0)] = 0
+    dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     scoring: str = "softmax"
     selection_bias: bool = False
     routed_scale: Positive = 1.0
@@ -246,7 +246,7 @@ class ModelSpec(_Record):
             layer: Which layer is asked about.
         """
         experts = self.experts
-        is_moe = experts is not None and layer >= experts.first_dense_layers
+        is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:
             return is_moe == (condition == "moe")
         if condition == "shared_experts":

@@ -181,13 +181,29 @@ def _experts(config: HfConfig, file: Path) -> Experts | None:
             "shared_count": shared,
             "shared_ffn_size": (shared_width or width) if shared else None,
             "norm_topk": config.norm_topk_prob,
-            "first_dense_layers": config.first_dense_layers,
+            "dense_layers": tuple(
+                n for n in range(config.num_hidden_layers) if _is_dense(config, n)
+            ),
             "routed_scale": config.routed_scaling_factor,
             "groups": config.n_group or 1,
             "top_groups": config.topk_group or 1,
             **(known.experts if (known := MODEL_TYPES.get(config.model_type)) else {}),
         },
         file,
+    )
+
+
+def _is_dense(config: HfConfig, layer: int) -> bool:
+    """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
+    if config.model_type == "ernie4_5_moe":
+        last = config.moe_layer_end_index % config.num_hidden_layers
+        is_due = (layer + 1) % config.moe_layer_interval == 0
+        return not (is_due and config.moe_layer_start_index <= layer <= last)
+    skipped = layer in (config.mlp_only_layers or ())
+    return (
+        skipped
+        or layer < config.first_k_dense_replace
+        or (layer + 1) % config.decoder_sparse_step != 0
     )
 
 

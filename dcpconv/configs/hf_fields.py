@@ -78,12 +78,12 @@ class HfConfig(BaseModel):
         ),
     )
     norm_topk_prob: bool = False
-    first_dense_layers: int = Field(
-        0,
-        ge=0,
-        validation_alias=AliasChoices("first_k_dense_replace", "moe_layer_start_index"),
-    )
-
+    first_k_dense_replace: int = Field(0, ge=0)
+    decoder_sparse_step: Count = 1
+    mlp_only_layers: list[int] | None = None
+    moe_layer_start_index: int = Field(0, ge=0)
+    moe_layer_end_index: int = -1
+    moe_layer_interval: Count = 1
     routed_scaling_factor: Positive = 1.0
     n_group: Count | None = None
     topk_group: Count | None = None

@@ -137,8 +137,11 @@ def _unfit(model_type: str, experts: Experts, name: str) -> list[str]:
         found.append(f"{experts.shared_count} shared: {name} has none")
     if not experts.norm_topk and model_type in {"mixtral", "granitemoeshared", "ernie4_5_moe"}:
         found.append(f"weights do not sum to one: in {name} they do")
-    if experts.first_dense_layers and model_type in {"mixtral", "granitemoeshared"}:
-        found.append(f"{experts.first_dense_layers} dense layers: {name} has experts in all")
+    dense = experts.dense_layers
+    if dense and model_type in {"mixtral", "granitemoeshared"}:
+        found.append(f"{len(dense)} dense layers: {name} has experts in all")
+    elif model_type in {"ernie4_5_moe", "deepseek_v3"} and dense != tuple(range(len(dense))):
+        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has them first")
     shared = experts.shared_count * (experts.shared_ffn_size or 0)
     if model_type in {"ernie4_5_moe", "deepseek_v3"} and shared % experts.ffn_size:
         found.append(f"shared width {shared}: {name} wants a multiple of {experts.ffn_size}")
@@ -184,7 +187,7 @@ def _qwen3_moe(spec: ModelSpec) -> dict[str, object]:
         "num_experts_per_tok": spec.experts.per_token,
         "norm_topk_prob": spec.experts.norm_topk,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(spec.experts.first_dense_layers)),
+        "mlp_only_layers": list(spec.experts.dense_layers),
     }
 
 
@@ -256,7 +259,7 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
         "moe_k": experts.per_token,
         "moe_num_experts": experts.count,
         "moe_num_shared_experts": _shared_width(experts) // experts.ffn_size,
-        "moe_layer_start_index": experts.first_dense_layers,
+        "moe_layer_start_index": len(experts.dense_layers),
         "moe_layer_end_index": spec.n_layers - 1,
         "moe_layer_interval": 1,
     }
@@ -272,7 +275,7 @@ def _deepseek(spec: ModelSpec) -> dict[str, object]:
         "n_shared_experts": _shared_width(experts) // experts.ffn_size,
         "num_experts_per_tok": experts.per_token,
         "norm_topk_prob": experts.norm_topk,
-        "first_k_dense_replace": experts.first_dense_layers,
+        "first_k_dense_replace": len(experts.dense_layers),
         "routed_scaling_factor": experts.routed_scale,
         "n_group": experts.groups,
         "topk_group": experts.top_groups,

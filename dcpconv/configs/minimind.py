@@ -270,8 +270,8 @@ def _unfit(experts: Experts, family: str) -> list[str]:
         found.append("a selection bias: none in")
     if experts.groups > 1 or experts.routed_scale != 1.0:
         found.append("groups or a scale: none in")
-    if experts.first_dense_layers:
-        found.append(f"{experts.first_dense_layers} dense layers: experts in all of")
+    if experts.dense_layers:
+        found.append(f"{len(experts.dense_layers)} dense layers: experts in all of")
     shared = experts.shared_count
     most = {"minimind3": shared, "minimind4": 0}.get(family, 1)
     if shared > most:

@@ -1,0 +1,149 @@
+"""Hugging Face classes: names on disk and in memory, and a config.json that rebuilds the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcpconv import convert
+from dcpconv.configs import read_spec, refusals, to_text, write_config
+from dcpconv.errors import NotExpressibleError
+from support.families import (
+    RIGHT,
+    assert_same,
+    difference,
+    hf_tensors,
+    load_hf,
+    torch_tensors,
+)
+from support.hf_models import MODEL_TYPES, save_hf, tiny
+
+CASES = [
+    *(pytest.param(name, {}, id=name) for name in MODEL_TYPES),
+    pytest.param("qwen2", {"tie_word_embeddings": True}, id="qwen2-tied"),
+    pytest.param("qwen2", {"num_hidden_layers": 11}, id="qwen2-eleven-layers"),
+    pytest.param("qwen3", {"attention_bias": True, "head_dim": 24}, id="qwen3-biased-wide-heads"),
+    pytest.param("qwen3_moe", {"num_experts": 11, "mlp_only_layers": [0]}, id="eleven-experts"),
+    pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="qwen3_moe-tied"),
+    pytest.param("phi3", {"partial_rotary_factor": 0.5}, id="phi3-partial-rotary"),
+    pytest.param("glm", {"attention_bias": False, "num_key_value_heads": 1}, id="glm-no-bias"),
+    pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biased"),
+    pytest.param(
+        "granitemoeshared",
+        {
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+        id="granite-multipliers",
+    ),
+    pytest.param("granitemoeshared", {"shared_intermediate_size": 304}, id="granite-two-shared"),
+    pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek-direct-queries"),
+    pytest.param("deepseek_v3", {"n_shared_experts": 2}, id="deepseek-two-shared"),
+    pytest.param("ernie4_5_moe", {"moe_layer_start_index": 0}, id="ernie-all-sparse"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), CASES)
+def test_live_names_and_disk_names_hold_the_same_tensors(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny(model_type, **overrides)
+    source = save_hf(model, tmp_path / "hf")
+    convert(source, tmp_path / "live.pth", to="hf-memory")
+    assert_same(torch_tensors(tmp_path / "live.pth"), dict(model.state_dict()))
+
+    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), CASES)
+def test_the_config_we_write_makes_the_same_model(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny(model_type, **overrides)
+    directory = save_hf(model, tmp_path / "hf")
+    spec = read_spec(directory)
+    assert refusals(f"hf-{model_type}", spec) == ()
+    # Without what is merely carried over, so that nothing of the old file can help.
+    bare = spec.model_copy(update={"extra": {}})
+    (directory / "config.json").write_text(to_text(write_config(f"hf-{model_type}", bare)))
+    assert difference(load_hf(directory), model) == 0.0
+    assert read_spec(directory).model_copy(update={"extra": {}}) == bare
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "granitemoeshared", "deepseek_v3"])
+def test_a_sharded_checkpoint_of_a_trainer_becomes_what_from_pretrained_reads(
+    tmp_path: Path, model_type: str
+) -> None:
+    model = tiny(model_type, dtype=torch.bfloat16)
+    source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
+    convert(source, tmp_path / "dcp", to="hf-memory", root="model", chunks=3)
+    convert(tmp_path / "dcp", tmp_path / "back", to="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+def test_a_live_state_dict_without_a_config_is_recognised_and_unstacked(tmp_path: Path) -> None:
+    model = tiny("qwen3_moe", num_experts=11)
+    torch.save(model.state_dict(), tmp_path / "live.pth")
+    report = convert(tmp_path / "live.pth", tmp_path / "hf", form="hf", to="hf-qwen3_moe")
+    assert report.source.family == "hf-memory-qwen3_moe"
+    assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(save_hf(model, tmp_path / "expected")))
+
+
+def test_phi3_becomes_llama_once_its_matrices_are_cut(tmp_path: Path) -> None:
+    model = tiny("phi3")
+    source = save_hf(model, tmp_path / "hf")
+    convert(source, tmp_path / "llama", form="hf", to="hf-llama")
+    assert difference(load_hf(tmp_path / "llama"), model) < RIGHT
+    convert(tmp_path / "llama", tmp_path / "back", form="hf", to="hf-phi3")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+    assert difference(load_hf(tmp_path / "back"), model) == 0.0
+
+
+REFUSED = [
+    pytest.param("qwen2", {}, "hf-llama", {"qkv_bias"}, id="bias"),
+    pytest.param("qwen3", {}, "lingua", {"qk_norm"}, id="qk-norm"),
+    pytest.param("glm", {}, "hf-llama", {"partial_rotary", "qkv_bias"}, id="partial-rotary"),
+    pytest.param("olmo2", {}, "meta", {"no_pre_norms", "post_norms", "qk_norm_whole"}, id="norms"),
+    pytest.param("llama", {}, "hf-qwen3", {"qk_norm"}, id="norms-that-are-not-there"),
+    pytest.param("mixtral", {}, "torchtitan-llama3", {"experts"}, id="experts"),
+    pytest.param(
+        "deepseek_v3", {}, "hf-qwen3_moe", {"experts", "latent_attention", "qk_norm"}, id="mla"
+    ),
+    pytest.param(
+        "gemma2",
+        {},
+        "lingua",
+        {
+            "activation",
+            "attn_softcap",
+            "embedding_multiplier",
+            "final_softcap",
+            "layer_types",
+            "norm",
+            "post_norms",
+            "sliding_window",
+        },
+        id="gemma",
+    ),
+    pytest.param(
+        "qwen3_moe", {"norm_topk_prob": False}, "hf-mixtral", {"qk_norm", "experts"}, id="top-k"
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "overrides", "to", "names"), REFUSED)
+def test_what_a_family_cannot_hold_is_refused_with_every_reason(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], to: str, names: set[str]
+) -> None:
+    source = save_hf(tiny(model_type, **overrides), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError) as raised:
+        convert(source, tmp_path / "out", to=to)
+    refused = {str(v).split(":")[0] for name, v in raised.value.facts if name == "refused"}
+    assert refused == names
+    assert not (tmp_path / "out").exists()
