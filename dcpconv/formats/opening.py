@@ -31,7 +31,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         return dcp.read_catalog(path, problems=problems)
     if safetensors.is_hf(path):
         return safetensors.read_catalog(path, problems=problems)
-    if torchfile.is_torch_file(path):
+    if torchfile.is_torch_file(path) or _holds_one_torch_checkpoint(path):
         return torchfile.read_catalog(path)
     raise NotACheckpointError(
         "this is no checkpoint of a form we know",
@@ -41,6 +41,13 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
             ("found", _contents(path)),
         ],
         hint=_hint(path),
+    )
+
+
+def _holds_one_torch_checkpoint(path: Path) -> bool:
+    names = (torchfile.INDEX_FILE, torchfile.SINGLE_FILE)
+    return path.is_dir() and (
+        any((path / name).is_file() for name in names) or len([*path.glob("*.pth")]) == 1
     )
 
 

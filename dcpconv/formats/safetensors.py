@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dcpconv.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.dtypes import BY_SAFETENSORS
 from dcpconv.errors import FormatError
+from dcpconv.formats.dcp_coverage import inspect_boxes
 from dcpconv.formats.shard_files import (
     INDEX,
     SINGLE,
@@ -128,6 +129,7 @@ def gather(
             chunks.setdefault(entry.key, []).append((placed, entry))
     files_of = {key: _file_of(parts) for key, parts in chunks.items()}
     found.extend(index_problems(weight_map, files_of, files))
+    found.extend(_slice_problems(chunks))
     if is_strict and found:
         raise FormatError(
             "the shard files do not hold what they should",
@@ -345,6 +347,15 @@ def _assemble(key: str, parts: list[tuple[Chunk, TensorEntry]]) -> TensorEntry:
     )
     shape = tuple(max(dim) for dim in zip(*ends, strict=True))
     return TensorEntry(key, parts[0][1].dtype, shape, chunks)
+
+
+def _slice_problems(chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]]) -> Iterator[str]:
+    """Slices that leave gaps or overlap; a lost last file shows only against a config."""
+    for key, parts in chunks.items():
+        entry = _assemble(key, parts)
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+        for problem in inspect_boxes(entry.shape, boxes):
+            yield f"{key}: {problem}"
 
 
 def _place(name: str, tensors: list[OutTensor], modulus: int) -> OutFile:

@@ -7,29 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.catalog import KeyPath
 from dcpconv.formats.dcp import inspect_chunks, read_catalog
-from support.dcp_directories import raw, read_tensor, write
-from support.dcp_worlds import launch, weights
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("two-ranks")
-    tensors: dict[KeyPath, torch.Tensor] = {
-        ("model", key): tensor for key, tensor in weights().items()
-    }
-    write(directory / "ours", tensors)
-    write(directory / "ours-chunked", tensors, {("step",): 3}, chunks=3)
-    launch(2, directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("four-ranks")
-    launch(4, directory)
-    return directory
+from support.dcp_directories import raw, read_tensor
+from support.dcp_worlds import weights
 
 
 def check(path: Path, expected: dict[str, torch.Tensor]) -> None:

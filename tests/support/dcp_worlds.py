@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.wild_worlds import kinds_scene
+
+_TESTS = Path(__file__).parent.parent
 SHAPES = {
     "even.weight": (8, 6),
     "odd.weight": (7, 5),
@@ -36,8 +39,8 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return found
 
 
-def launch(ranks: int, directory: Path, *, timeout_s: float = 120) -> None:
-    """Run this file once per rank; what they write is below ``directory``.
+def launch(ranks: int, directory: Path, *, script: str = __file__, timeout_s: float = 120) -> None:
+    """Run ``script`` once per rank; what they write is below ``directory``.
 
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
@@ -46,12 +49,12 @@ def launch(ranks: int, directory: Path, *, timeout_s: float = 120) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": f"{_TESTS}{os.pathsep}{_TESTS.parent / 'examples'}",
     }
     logs = [directory / f"rank{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", __file__, str(rank), str(ranks), str(directory)]
+        command = [sys.executable, "-W", "ignore", script, str(rank), str(ranks), str(directory)]
         with log.open("wb") as output:
             processes.append(
                 subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -191,6 +194,8 @@ _SCENES: dict[int, dict[str, Callable[[Path], None]]] = {
         "rows-and-columns": _placed((2, 2), [0, 1]),
         "columns-replicated": _placed((2, 2), [None, 1]),
         "fsdp-over-tp": _fsdp_over_tp,
+        "kinds": kinds_scene((2, 2), (0, 1)),
+        "kinds-on-rows": kinds_scene((2, 2), (0, 0)),
     },
 }
 
