@@ -12,6 +12,7 @@ from dcpconv.cli.families import families
 from dcpconv.cli.inspect import inspect
 from dcpconv.cli.keys import keys
 from dcpconv.cli.params import params
+from dcpconv.cli.runs import runs
 
 app = typer.Typer(
     name="dcpconv",
@@ -31,6 +32,7 @@ app.command()(keys)
 app.command()(inspect)
 app.command()(params)
 app.command()(families)
+app.add_typer(runs)
 
 
 def _version(value: bool) -> None:

@@ -1,0 +1,223 @@
+"""``dcpconv runs``: the checkpoints of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.words import count, size
+
+if TYPE_CHECKING:
+    from dcpconv.runs import FoundStep, Pruning
+
+runs = typer.Typer(
+    name="runs",
+    help="Find, choose, check and keep the checkpoints of a training run.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Where a run keeps its steps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Everything as JSON.")]
+
+
+@runs.command("list")
+@answers
+def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """List every step, complete or not, in the order of their numbers.
+
+    Exit code 1 where there is none.
+    """
+    from dcpconv.runs import find_checkpoints
+
+    steps = find_checkpoints(_existing(run_dir))
+    if as_json:
+        say_json([step.to_json() for step in steps])
+    else:
+        for line in lines(steps):
+            say(line)
+    if not steps:
+        note(f"no step of a known layout in {run_dir}")
+        raise typer.Exit(1)
+
+
+@runs.command()
+@answers
+def latest(
+    run_dir: RunDir,
+    as_json: AsJson = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Open every form first, as `runs verify` does.")
+    ] = False,
+) -> None:
+    """Print the path of the latest complete step, and nothing else.
+
+    Incomplete steps are skipped, each with a note.  Exit code 1 where none is complete.
+    """
+    from dcpconv.runs.finding import latest_first
+    from dcpconv.runs.verifying import verify_step
+
+    for step in latest_first(_existing(run_dir)):
+        problems = verify_step(step).problems if verify else step.problems
+        if not problems:
+            say_json(step.to_json()) if as_json else say(str(step.path))
+            return
+        note(f"{step.path.name} was skipped: {'; '.join(problems)}")
+    note(f"no complete step in {run_dir}")
+    raise typer.Exit(1)
+
+
+@runs.command()
+@answers
+def resolve(
+    run_dir: RunDir,
+    wanted: Annotated[
+        str, typer.Argument(metavar="WANTED", help="latest, auto, a step's number, a path, or no.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Print the path of the step that WANTED means; nothing for a fresh start.
+
+    dcpconv runs resolve out auto      # the latest complete step, or nothing
+
+    dcpconv runs resolve out 500       # that step, or an error
+    """
+    from dcpconv.runs import resolve_checkpoint
+
+    step = resolve_checkpoint(wanted, run_dir)
+    if as_json:
+        say_json(step.to_json() if step else None)
+    elif step is not None:
+        say(str(step.path))
+    else:
+        note("a fresh start")
+
+
+@runs.command()
+@answers
+def verify(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Open every form of every step and list what is wrong; headers only, nothing is executed.
+
+    Exit code 1 where anything is wrong or there is no step.
+    """
+    from dcpconv.runs import verify_checkpoints
+
+    is_good, found = True, []
+    for checked in verify_checkpoints(_existing(run_dir)):
+        is_good = is_good and bool(checked)
+        found.append(checked.to_json())
+        if not as_json:
+            say(f"{'ok' if checked else 'problem':<9} {checked.step.path}")
+            for problem in checked.problems:
+                say(f"  {checked.step.path.name}: {problem}")
+    if as_json:
+        say_json(found)
+    if not found:
+        note(f"no step of a known layout in {run_dir}")
+    if not (found and is_good):
+        raise typer.Exit(1)
+
+
+@runs.command()
+@answers
+def prune(
+    run_dir: RunDir,
+    keep_last: Annotated[
+        int, typer.Option(help="Keep the newest so many complete steps.", metavar="N", min=0)
+    ] = 0,
+    keep_every: Annotated[
+        int, typer.Option(help="Keep steps whose number N divides.", metavar="N", min=0)
+    ] = 0,
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Keep the step with the least or greatest value: eval_loss:min.  Repeatable.",
+            metavar="METRIC:min|max",
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete; without it, only say what would go.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete complete steps that no rule keeps; without --yes only say which.
+
+    Never the newest complete step, an incomplete one, or through a symbolic link.
+
+    dcpconv runs prune out --keep-last 3 --keep-every 1000 --keep-best eval_loss:min
+    """
+    from dcpconv.runs import Best, Retention
+    from dcpconv.runs import prune as run
+
+    retention = Retention(
+        keep_last=keep_last,
+        keep_every=keep_every,
+        keep_best=tuple(Best.parse(text) for text in keep_best or ()),
+    )
+    pruning = run(_existing(run_dir), retention, yes=yes)
+    if as_json:
+        say_json(pruning.to_json())
+        return
+    for line in _pruning_lines(pruning):
+        say(line)
+    for text in pruning.decision.notes:
+        note(text)
+
+
+def lines(steps: tuple[FoundStep, ...]) -> Iterator[str]:
+    """One step a line, then why steps are incomplete."""
+    rows = [
+        (
+            "-" if step.step is None else str(step.step),
+            step.layout,
+            step.form or "-",
+            "complete" if step.is_complete else "incomplete",
+            size(step.nbytes),
+            _time(step.modified),
+            "+".join(name.replace(" ", "_") for name in step.holds) or "-",
+            str(step.path),
+        )
+        for step in steps
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(7)]
+    for row in rows:
+        number, layout, form, state, nbytes, time, holds, path = row
+        yield (
+            f"{number:>{widths[0]}}  {layout:<{widths[1]}}  {form:<{widths[2]}}"
+            f"  {state:<{widths[3]}}  {nbytes:>{widths[4]}}  {time}  {holds:<{widths[6]}}  {path}"
+        )
+    for step in steps:
+        for problem in step.problems:
+            yield f"why  {step.path.name}: {problem}"
+
+
+def _pruning_lines(pruning: Pruning) -> Iterator[str]:
+    for kept in pruning.decision.kept:
+        yield f"keep      {kept.step.path}  ({', '.join(kept.reasons)})"
+    word = "deleted" if pruning.is_done else "delete"
+    for step in pruning.decision.removed:
+        yield f"{word:<9} {step.path}  {size(step.nbytes)}"
+    steps = count(len(pruning.decision.removed), "step")
+    if pruning.is_done:
+        yield f"deleted   {steps}, {size(pruning.nbytes)}"
+    else:
+        yield f"would     delete {steps}, {size(pruning.nbytes)}; --yes does it"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _existing(run_dir: str) -> Path:
+    from dcpconv.errors import NotACheckpointError
+    from dcpconv.runs.listing import typed_path
+
+    path = typed_path(run_dir)
+    if not path.exists():
+        raise NotACheckpointError("there is no such directory", [("path", run_dir)])
+    return path
