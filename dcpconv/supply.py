@@ -97,7 +97,7 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         refused = without(features, options.allow)
         if refused:
             raise NotExpressibleError(
-                f"{target.name} cannot express this model",
+                f"{target.name} cannot express this model; nothing was loaded",
                 [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
                 hint="allow=[NAME] leaves a feature out; the logits will then differ",
             )

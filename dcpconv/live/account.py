@@ -141,7 +141,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
         had = [fqn for fqn in place.fqns if fqn in offer.tensors]
         if not had:
             why = next((reasons[fqn] for fqn in place.fqns if fqn in reasons), "")
-            missing.append(Fault(place.fqn, why))
+            missing.append(Fault(place.fqn, "" if why == f"needs {place.fqn}" else why))
             continue
         # The owner first: a second name may have been stored before they were tied.
         fqn = min(had, key=lambda name: offer.tensors[name].tied_to is not None)

@@ -126,6 +126,8 @@ class _Heard:
     """What one rank tells the others."""
 
     failure: DcpconvError | None
+    source: str = ""
+    model: str = ""
     host: str = ""
     digest: str = ""
     loaded: int = 0
@@ -166,7 +168,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     raise_first([one.failure for one in heard], cause=failure)
     if decision is None:
         raise AssertionError("no rank failed, yet this one has nothing to go by")
-    unexpected = _judge(heard, decision.offer, is_strict=request.strict)
+    unexpected = _judge(heard, is_strict=request.strict)
     read = decision.read
     if read == "auto":
         read = "once" if len({one.host for one in heard}) > 1 else "all"
@@ -237,12 +239,14 @@ def _require_renewable(model: nn.Module, place: Place) -> None:
 def _tell(decision: Decision | None, request: Request, failure: Exception | None) -> _Heard:
     if failure is not None or decision is None:
         return _Heard(portable(failure))
-    account = decision.account
+    account, offer = decision.account, decision.offer
     lost = [] if request.strict or request.initialises else decision.missing()
     return _Heard(
         None,
+        f"{offer.source}  {offer.form}  {offer.family}",
+        f"{offer.target}  {len(account.chosen)} tensors match",
         hostname(),
-        decision.offer.digest(),
+        offer.digest(),
         len(account.chosen),
         account.missing,
         account.unexpected,
@@ -255,13 +259,16 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
     )
 
 
-def _judge(heard: Sequence[_Heard], offer: Offer, *, is_strict: bool) -> tuple[Fault, ...]:
-    """Raise what all ranks raise, or return what is unexpected on all of them."""
+def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
+    """Raise what all ranks raise, or return what is unexpected on all of them.
+
+    Only what all have heard may be told: a rank's own path may be another.
+    """
     if len({one.digest for one in heard}) > 1:
         raise FormatError(
             "ranks see different checkpoints; nothing was loaded",
             [
-                ("source", offer.source),
+                ("source", heard[0].source),
                 *((f"rank {rank}", f"{one.host} {one.digest}") for rank, one in enumerate(heard)),
             ],
             hint="fetch the same files on every host, or read='rank0'",
@@ -285,8 +292,8 @@ def _judge(heard: Sequence[_Heard], offer: Offer, *, is_strict: bool) -> tuple[F
         raise CoverageError(
             f"the checkpoint does not fit the model: {', '.join(counts)}; nothing was loaded",
             [
-                ("source", f"{offer.source}  {offer.form}  {offer.family}"),
-                ("model", f"{offer.target}  {heard[0].loaded} tensors match"),
+                ("source", heard[0].source),
+                ("model", heard[0].model),
                 *(
                     (label, f"{fault.key}  {fault.why}".rstrip())
                     for label, faults in rows.items()
