@@ -120,11 +120,8 @@ def convert(
         own_form = torch_engine.form_of(source)
         wanted_form = form or default_form(own_form, typed_target, to)
         changes = (to, from_, keymap, root, only, dtype, assets, max_file_size)
-        if (
-            {own_form, wanted_form} == {"torch", "dcp"}
-            and chunks == 1
-            and not any(change is not None for change in changes)
-        ):
+        is_verbatim = chunks == 1 and not stated and all(change is None for change in changes)
+        if is_verbatim and {own_form, wanted_form} == {"torch", "dcp"}:
             return torch_engine.convert_plain(
                 source, typed_target, form=wanted_form, overwrite=overwrite, trust=trust
             )
@@ -277,8 +274,11 @@ def _write(
                 allow_overflow="overflow" in job.allow,
             )
         except LossyCastError as error:
-            hint = "choose bf16 or fp32; --allow overflow writes infinities instead"
-            raise LossyCastError(error.headline, error.facts, hint=hint) from error
+            raise LossyCastError(
+                "values are too large for the target type; nothing was written",
+                error.facts,
+                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
+            ) from error
         beside = [(file.name, file.read()) for file in side.files]
         stage.publish([*beside, *outline.commit])
     return moved

@@ -168,10 +168,16 @@ class Job:
         directory = source if source.is_dir() else source.parent
         is_own = source.is_dir() or self.catalog.form == "hf"
         has_config = is_own and configs.find_config(directory) is not None
+        is_untied = self.spec is not None and self.spec.tied and not coverage.is_tied
+        tied = False if self.wanted is not None and is_untied else None
+        if self.assets is not None and self._is_described_by(self.assets):
+            return carried(self.assets, dtype=_most_used(tensors), tied=tied)
         if self.wanted is not None and (self.renames or not has_config):
             return generated(
                 self.wanted,
-                self.spec,
+                self.spec.model_copy(update={"tied": False})
+                if self.spec is not None and is_untied
+                else self.spec,
                 form=self.form,
                 target=self.target,
                 source=directory,
@@ -181,12 +187,16 @@ class Job:
             )
         if not is_own:
             return SideFiles()
-        changed = self.spec is not None and self.spec.tied and not coverage.is_tied
-        return carried(
-            self.assets or directory,
-            dtype=self.dtype,
-            tied=False if self.wanted and changed else None,
-        )
+        return carried(self.assets or directory, dtype=self.dtype, tied=tied)
+
+    def _is_described_by(self, assets: Path) -> bool:
+        """Whether the config of ``assets`` says of the result what we would: no size of it was
+        stated otherwise, and no feature left out."""
+        if self.form != "hf" or self.wanted is None or self.wanted.family != "hf":
+            return False
+        config = configs.find_config(assets)
+        is_hf = config is not None and config.name == "config.json"
+        return is_hf and configs.read_spec(assets) == self.spec
 
     def notes(self, coverage: Coverage) -> tuple[str, ...]:
         """What else to say."""

@@ -72,10 +72,8 @@ def carried(directory: Path, *, dtype: DType | None, tied: bool | None) -> SideF
                 names[path.name] = path
     files = []
     for name, path in names.items():
-        if name == "config.json" and (dtype is not None or tied is not None):
-            files.append(SideFile(name, text=_patched(path, dtype=dtype, tied=tied)))
-        else:
-            files.append(SideFile(name, origin=path))
+        text = _patched(path, dtype=dtype, tied=tied) if name == "config.json" else None
+        files.append(SideFile(name, text=text, origin=None if text else path))
     return SideFiles(tuple(files))
 
 
@@ -158,15 +156,22 @@ def _lingua_tokenizer(directory: Path) -> tuple[str, Path | None]:
     return "bytes", None
 
 
-def _patched(path: Path, *, dtype: DType | None, tied: bool | None) -> str:
+def _patched(path: Path, *, dtype: DType | None, tied: bool | None) -> str | None:
+    """The config with what has changed; ``None`` where it says so already, or is no JSON."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return path.read_text(encoding="utf-8")
+        return None
+    if not isinstance(fields, dict):
+        return None
+    changed = dict(fields)
     if dtype is not None:
-        for name in ("dtype", "torch_dtype"):
-            if name in fields or name == "dtype":
-                fields[name] = dtype.name
+        names = [name for name in ("dtype", "torch_dtype") if name in fields]
+        changed |= dict.fromkeys(names or ["dtype"], dtype.name)
+        if names == ["torch_dtype"] and changed != fields:
+            changed["dtype"] = dtype.name
     if tied is not None:
-        fields["tie_word_embeddings"] = tied
-    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        changed["tie_word_embeddings"] = tied
+    if changed == fields:
+        return None
+    return json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
