@@ -117,6 +117,8 @@ def index_problems(
 
 def unnamed(weight_map: Mapping[str, str] | None, files_of: Mapping[str, str]) -> Iterator[str]:
     """Keys in the files that the index passes over."""
-    for key, name in files_of.items() if weight_map is not None else ():
+    if weight_map is None:
+        return
+    for key, name in files_of.items():
         if key not in weight_map:
             yield f"{name} holds {key}, which the index does not name"
