@@ -114,7 +114,10 @@ def convert(
         is_file = (form or default_form("hf", typed_target, to)) == "torch"
         check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)
     opened: AbstractContextManager[Catalog]
-    if _by_torch(engine, trust=trust) and not dry_run:
+    by_torch = _by_torch(engine, trust=trust)
+    if by_torch and dry_run:
+        opened = nullcontext(_open_without_torch(source))
+    elif by_torch:
         from dcpconv import torch_engine  # noqa: PLC0415 - imports torch
 
         own_form = torch_engine.form_of(source)
@@ -197,6 +200,14 @@ def _by_torch(engine: str, *, trust: bool) -> bool:
             hint="pass --engine torch --trust, if you trust whoever wrote the file",
         )
     return engine == "torch"
+
+
+def _open_without_torch(source: Path) -> Catalog:
+    try:
+        return open_checkpoint(source)
+    except FormatError as error:
+        hint = "leave --dry-run out: only torch reads this, and it can tell by converting alone"
+        raise FormatError(error.headline, error.facts, hint=hint) from error
 
 
 def default_form(source: Form, target: Path, to: str | None = None) -> Form:

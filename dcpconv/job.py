@@ -148,11 +148,12 @@ class Job:
                 " --engine torch --trust",
             )
         if self.form == "hf":
-            wordless = [t.key for t in tensors if t.dtype.safetensors is None]
+            wordless = [t for t in tensors if t.dtype.safetensors is None]
             if wordless:
                 raise FormatError(
                     "safetensors has no code for an element type",
-                    [("key", f"{key}") for key in wordless],
+                    [("key", f"{tensor.key}  {tensor.dtype.name}") for tensor in wordless],
+                    hint="choose --form torch or dcp, or leave the tensors out with --only",
                 )
             size = max_file_size or safetensors.MAX_FILE_SIZE
             return safetensors.outline(tensors, modulus=modulus, max_file_size=size)

@@ -68,7 +68,8 @@ def summarise(
     layouts = Counter(
         target.relabelled for target in coverage.targets if target.relabelled is not None
     )
-    cast = sum(any(chunk.fill.is_cast for chunk in tensor.chunks) for tensor in tensors)
+    cast = {t.path for t in tensors if any(chunk.fill.is_cast for chunk in t.chunks)}
+    relabelled = {job.path_of(target.key) for target in coverage.targets if target.relabelled}
     family = job.weights.keymap.name if job.weights.keymap else AS_STORED
     return ConversionReport(
         source=Side(
@@ -89,11 +90,11 @@ def summarise(
             sum(fill.nbytes for file in outline.files for _, fill in file.payloads),
             _labels_by_bytes(target_bytes),
         ),
-        copied=len(tensors) - sum(layouts.values()) - cast,
+        copied=len({tensor.path for tensor in tensors} - cast - relabelled),
         relabelled=tuple(
             Relabelled(source, target, count) for (source, target), count in layouts.items()
         ),
-        cast=cast,
+        cast=len(cast),
         lossy=(),
         tied=tuple((t.key, t.tied_to) for t in coverage.targets if t.tied_to is not None),
         ignored=tuple((fault.key, fault.why) for fault in coverage.ignored),

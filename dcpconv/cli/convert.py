@@ -189,7 +189,7 @@ def lines(report: ConversionReport) -> Iterator[str]:
             f"  {count(side.tensors, 'key'):>10}  {size(side.nbytes):>10}"
             f"  {'+'.join(side.dtypes) or '-'}  {side.path}"
         )
-    yield f"copied    {report.copied:,} tensors as they are"
+    yield f"copied    {count(report.copied, 'tensor')} as they are"
     for item in report.relabelled:
         yield (
             f"relabel   {count(item.tensors, 'tensor')}  {item.source_layout} ->"
@@ -204,7 +204,8 @@ def lines(report: ConversionReport) -> Iterator[str]:
         )
     yield from _listed("tied", [f"{key} = {owner}" for key, owner in report.tied])
     yield from _listed("ignored", [f"{key}  {reason}" for key, reason in report.ignored])
-    yield from _listed("left", report.left)
+    if report.left:
+        yield f"left      {count(len(report.left), 'key')} beside the weights"
     yield from _listed("allowed", [f"{name}  {why}" for name, why in report.allowed])
     if report.side_files:
         yield f"beside    {', '.join(report.side_files)}"

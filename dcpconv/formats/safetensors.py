@@ -8,6 +8,7 @@ Source:
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from dcpconv.outline import Fill, OutFile, Outline, OutTensor
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
 
+_RANK_FILE = re.compile(r"shard-(\d{5})-")
 _LARGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses more (``MAX_HEADER_SIZE`` in ``tensor.rs``)."""
 
@@ -129,7 +131,7 @@ def gather(
             chunks.setdefault(entry.key, []).append((placed, entry))
     files_of = {key: _file_of(parts) for key, parts in chunks.items()}
     found.extend(index_problems(weight_map, files_of, files))
-    found.extend(_slice_problems(chunks))
+    found.extend(_slice_problems(chunks, files))
     if is_strict and found:
         raise FormatError(
             "the shard files do not hold what they should",
@@ -349,13 +351,17 @@ def _assemble(key: str, parts: list[tuple[Chunk, TensorEntry]]) -> TensorEntry:
     return TensorEntry(key, parts[0][1].dtype, shape, chunks)
 
 
-def _slice_problems(chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]]) -> Iterator[str]:
-    """Slices that leave gaps or overlap; a lost last file shows only against a config."""
-    for key, parts in chunks.items():
+def _slice_problems(
+    chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]], files: Iterable[str]
+) -> Iterator[str]:
+    """Lost files, gaps and overlaps; a lost last file shows only against a config."""
+    numbers = {int(match[1]) for name in files if (match := _RANK_FILE.match(name))}
+    absent = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    yield from (f"shard-{n:05d}-*.safetensors is absent, a later one is there" for n in absent)
+    for key, parts in chunks.items() if not absent else ():
         entry = _assemble(key, parts)
         boxes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
-        for problem in inspect_boxes(entry.shape, boxes):
-            yield f"{key}: {problem}"
+        yield from (f"{key}: {problem}" for problem in inspect_boxes(entry.shape, boxes))
 
 
 def _place(name: str, tensors: list[OutTensor], modulus: int) -> OutFile:

@@ -196,6 +196,9 @@ def test_the_form_before_zip_archives_goes_through_torch(tmp_path: Path, suffix:
     with pytest.raises(FormatError, match="before version") as caught:
         convert(tmp_path / "old.pth", tmp_path / "out")
     assert "--engine torch" in (caught.value.hint or "")
+    with pytest.raises(FormatError, match="before version") as caught:
+        convert(tmp_path / "old.pth", tmp_path / "out", engine="torch", dry_run=True)
+    assert "leave --dry-run out" in (caught.value.hint or "")
 
     if suffix == "to-dcp":
         convert(tmp_path / "old.pth", tmp_path / "out", engine="torch")

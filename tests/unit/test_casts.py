@@ -161,3 +161,13 @@ def test_a_generated_file_names_the_type_of_most_bytes(tmp_path: Path, to: str) 
     assert back["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert back["model.norm.weight"].dtype == torch.float32
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_every_tensor_is_counted_as_what_happened_to_it(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "hf")
+
+    report = convert(source, tmp_path / "out", to="lingua", dtype="bf16")
+
+    assert report.copied == 7  # norms
+    assert sum(item.tensors for item in report.relabelled) == 6  # wq and wk, cast as well
+    assert report.cast == 23
