@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +84,8 @@ def read_catalog(name: str, *, problems: list[str] | None = None) -> tuple[Catal
         NotACheckpointError: The repository has no safetensors.
         FormatError: A file is truncated or malformed.
     """
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  slow import
+
     repository = _Repository.open(name)
     weights = repository.weights()
     found = problems if problems is not None else []
@@ -240,4 +241,4 @@ def _hint(error: Exception) -> str:
         return "the repository is there, the revision is not"
     if isinstance(error, RepositoryNotFoundError):
         return "neither a path here nor a model there; a private one needs `hf auth login`"
-    return "is HF_ENDPOINT right?  A downloaded copy can be named by its path"
+    return "no such path is here, so it was taken for a model on a hub; is HF_ENDPOINT right?"

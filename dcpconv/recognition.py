@@ -6,12 +6,13 @@ Everything is decided from keys (and the config, where there is one); the eviden
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dcpconv.catalog import Catalog, TensorEntry
 from dcpconv.errors import AmbiguousFamilyError
-from dcpconv.keymaps import Keymap, Row, keymaps, split_key
+from dcpconv.keymaps import Keymap, Row, keymaps, split_key, tables_for
 from dcpconv.spec import ModelSpec
 
 _ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
@@ -20,6 +21,14 @@ scripts (``model``, ``state_dict``), ``DistributedDataParallel`` (``module``).""
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Components that ``torch.compile``, FSDP1 and activation checkpointing put anywhere in a key."""
+
+
+_STATED = 2
+"""Hints of a table whose family's parameter file lies beside the tensors."""
+
+_RULED_OUT = -9
+"""Hints of a table that contradicts the parameter file; a shape that is unusual for a family only
+makes it less likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,11 @@ class _Fit:
     absent: int
     hinted: int
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether no other table can be a better one: nothing is left over and config agrees."""
+        return not self.unmatched and not self.absent and self.hinted >= _STATED
+
 
 def recognise(
     catalog: Catalog,
@@ -117,29 +131,20 @@ def recognise(
         root: What stands before every key, where the user has said it; ``""`` for nothing.
         tables: Candidates; by default the tables that come with the package.
     """
-    counts: dict[tuple[str, ...], int] = {}
-    for key in catalog.tensors:
-        template = tuple(split_key(key)[0].split("."))
-        counts[template] = counts.get(template, 0) + 1
+    templates = Counter(split_key(key)[0] for key in catalog.tensors)
+    counts = {tuple(template.split(".")): count for template, count in templates.items()}
     roots = [_dotted(root)] if root is not None else _roots(counts)
-    candidates = [keymap] if keymap else list(tables if tables is not None else _ordered(spec))
-    fits = sorted(
-        (
+    fits: list[_Fit] = []
+    for candidates in _candidates(spec, keymap, tables):
+        fits += (
             fit
             for at in roots
             for table in candidates
             if (fit := _fit(at, table, counts, catalog, spec)).matched
-        ),
-        key=lambda fit: (
-            fit.hinted < 2 or fit.unmatched > fit.matched,
-            fit.unmatched > 0,
-            fit.unmatched / fit.matched,
-            fit.absent,
-            -fit.hinted,
-            -fit.matched,
-            fit.foreign,
-        ),
-    )
+        )
+        fits.sort(key=_misfit)
+        if fits and fits[0].is_certain:
+            break
     if not fits or (keymap is None and fits[0].unmatched > fits[0].matched):
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
         return _weights(catalog, chosen, keymap, (), ("no table knows these keys",))
@@ -153,7 +158,7 @@ def recognise(
     others = tuple(
         fit.keymap
         for fit in same_root[1:]
-        if _rows_used(fit, counts) != rows and (fit.hinted >= 0 or best.hinted < 0)
+        if _rows_used(fit, counts) != rows and (fit.hinted > _RULED_OUT or best.hinted < 0)
     )
     equal = [fit.keymap.name for fit in same_root[1:] if _rows_used(fit, counts) == rows]
     under = f" under {best.root!r}" if best.root else ""
@@ -204,12 +209,33 @@ def _weights(
     return Weights(catalog, entries, tied, keymap, root, tuple(rest), alternatives, evidence)
 
 
-def _ordered(spec: ModelSpec | None) -> Sequence[Keymap]:
-    """The tables, those for the config's architecture first."""
-    tables = list(keymaps().values())
-    if spec is not None:
-        tables.sort(key=lambda table: spec.architecture not in table.architectures)
-    return tables
+def _candidates(
+    spec: ModelSpec | None, keymap: Keymap | None, tables: Iterable[Keymap] | None
+) -> Iterator[list[Keymap]]:
+    """The tables to try: those for the config's architecture, and then the others.
+
+    Few are read where the first already explain everything.
+    """
+    if keymap is not None or tables is not None:
+        yield [keymap] if keymap is not None else list(tables or ())
+        return
+    first = tables_for(spec.architecture) if spec is not None else []
+    yield first
+    names = {table.name for table in first}
+    yield [table for table in keymaps().values() if table.name not in names]
+
+
+def _misfit(fit: _Fit) -> tuple[float, ...]:
+    """The better a table fits, the less; in a tie the order of the candidates decides."""
+    return (
+        fit.hinted < _STATED or fit.unmatched > fit.matched,
+        fit.unmatched > 0,
+        fit.unmatched / fit.matched,
+        fit.absent,
+        -fit.hinted,
+        -fit.matched,
+        fit.foreign,
+    )
 
 
 def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
@@ -260,10 +286,10 @@ def _fit(
 
 def _hinted(root: str, table: Keymap, catalog: Catalog, spec: ModelSpec | None) -> int:
     if spec is not None and spec.origin:
-        said = 2 if spec.origin == table.config else 0
+        said = _STATED if spec.origin == table.config else 0
         for name, value in table.hints.items():
             if hasattr(spec, name) and name != "vocab_size":
-                said += 1 if getattr(spec, name) == value else -9
+                said += 1 if getattr(spec, name) == value else _RULED_OUT
         return said
     found = _shape_facts(root, table, catalog) if table.hints else {}
     if not table.hints.keys() & found.keys():

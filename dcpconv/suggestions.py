@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dcpconv.coverage import Coverage
 from dcpconv.keymaps import Keymap, keymaps, split_key
@@ -32,8 +32,9 @@ def suggest(coverage: Coverage, weights: Weights) -> tuple[str, ...]:
     said = list(_marks(weights))
     if unknown:
         said.extend(_prefix(unknown, missing))
-        said.extend(_families(coverage, weights))
-        said.extend(_renames(unknown, missing))
+        templates = Counter(split_key(key)[0] for key in unknown)
+        said.extend(_families(coverage, weights, templates))
+        said.extend(_renames(templates, missing))
     return tuple(dict.fromkeys(said))
 
 
@@ -62,10 +63,9 @@ def _prefix(unknown: list[str], missing: list[str]) -> Iterator[str]:
             )
 
 
-def _families(coverage: Coverage, weights: Weights) -> Iterator[str]:
+def _families(coverage: Coverage, weights: Weights, unknown: Counter[str]) -> Iterator[str]:
     """A table that knows more of the keys than the one that was taken."""
     counts = Counter(split_key(key)[0] for key in weights.entries)
-    unknown = Counter(split_key(fault.key)[0] for fault in coverage.unknown)
     own = coverage.source
 
     def known(table: Keymap, templates: Counter[str]) -> int:
@@ -83,10 +83,9 @@ def _families(coverage: Coverage, weights: Weights) -> Iterator[str]:
             yield f"did you mean family {table.name}? it knows {count:,} of the {total:,} keys"
 
 
-def _renames(unknown: list[str], missing: list[str]) -> Iterator[str]:
+def _renames(found: Iterable[str], missing: list[str]) -> Iterator[str]:
     """Unknown keys that are spelt almost like a missing one."""
     wanted = list(dict.fromkeys(split_key(key)[0] for key in missing))
-    found = dict.fromkeys(split_key(key)[0] for key in unknown)
     for template in list(found)[: 10 * _RENAMES]:
         if template in wanted:
             continue  # the same name with other numbers

@@ -57,6 +57,14 @@ def is_torch_file(path: Path) -> bool:
         return False
 
 
+def is_one_in_a_directory(path: Path) -> bool:
+    """Whether a directory holds one checkpoint of this form, by its usual name or as one file."""
+    return path.is_dir() and (
+        any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
+        or len([*path.glob("*.pth")]) == 1
+    )
+
+
 def read_catalog(path: Path) -> Catalog:
     """Everything in a ``torch.save`` file, or in a directory that holds such files.
 

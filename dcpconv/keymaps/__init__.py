@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dcpconv.errors import KeymapError
-from dcpconv.keymaps.reading import read_keymap
+from dcpconv.keymaps.reading import Head, read_head, read_keymap
 from dcpconv.keymaps.table import Keymap, Match, Row, split_key
 
 __all__ = [
@@ -24,17 +24,59 @@ __all__ = [
     "read_keymap",
     "resolve_family",
     "split_key",
+    "tables_for",
 ]
 
 _TABLES = Path(__file__).parent
 
 
+class _Tables(Mapping[str, Keymap]):
+    """The tables that come with the package; one is read when it is asked for.
+
+    Reading all of them takes longer than most checks, and few are ever needed at once.
+    """
+
+    def __init__(self) -> None:
+        paths = sorted(_TABLES.glob("*.toml"), key=lambda path: path.stem)
+        self._heads = {head.name: head for head in map(read_head, paths)}
+        self._read: dict[str, Keymap] = {}
+
+    def __getitem__(self, name: str) -> Keymap:
+        if name not in self._read:
+            self._read[name] = read_keymap(self._heads[name].file)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._heads
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    @property
+    def heads(self) -> Mapping[str, Head]:
+        """What each table says before its keys."""
+        return self._heads
+
+
 @lru_cache(maxsize=1)
+def _tables() -> _Tables:
+    return _Tables()
+
+
 def keymaps() -> Mapping[str, Keymap]:
     """The tables that come with the package, by name."""
-    paths = sorted(_TABLES.glob("*.toml"), key=lambda path: path.stem)
-    tables = (read_keymap(path) for path in paths)
-    return {table.name: table for table in tables}
+    return _tables()
+
+
+def tables_for(architecture: str) -> list[Keymap]:
+    """The tables for models of one architecture; the others are not read."""
+    tables = _tables()
+    return [
+        tables[name] for name, head in tables.heads.items() if architecture in head.architectures
+    ]
 
 
 def families() -> Iterator[tuple[str, list[Keymap]]]:
@@ -55,24 +97,24 @@ def resolve_family(name: str, architecture: str | None = None) -> Keymap:
     Raises:
         KeymapError: No such family, or none of its tables is for this architecture.
     """
-    tables = keymaps()
+    tables = _tables()
     if name in tables:
         return tables[name]
-    group = [table for table in tables.values() if name in (table.family, *table.also)]
+    group = [head for head in tables.heads.values() if name in (head.family, *head.also)]
     if not group:
-        known = ", ".join(sorted({table.family for table in tables.values()}))
+        known = ", ".join(sorted({head.family for head in tables.heads.values()}))
         raise KeymapError(
             f"there is no family {name!r}",
             [("families", known)],
             hint="`dcpconv families` lists them; --keymap FILE adds your own",
         )
     if architecture is None and len(group) == 1:
-        return group[0]
-    for table in group:
-        if architecture in table.architectures:
-            return table
+        return tables[group[0].name]
+    for head in group:
+        if architecture in head.architectures:
+            return tables[head.name]
     raise KeymapError(
         f"family {name!r} has no table for architecture {architecture!r}",
-        [("tables", ", ".join(table.name for table in group))],
+        [("tables", ", ".join(head.name for head in group))],
         hint="name one of them, or describe the model with --keymap FILE",
     )

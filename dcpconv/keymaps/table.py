@@ -11,7 +11,8 @@ from typing import Literal
 from dcpconv.layout import Layout
 
 _INDEX = re.compile(r"\{([A-Z])\}")
-_DIGITS = frozenset("0123456789")
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
+"""A component of a key that is a number; ten digits are no index."""
 
 Indices = Mapping[str, int]
 """Values of the indices in a key: ``{"L": 3, "E": 0}``."""
@@ -249,10 +250,7 @@ def split_key(key: str) -> tuple[str, tuple[int, ...]]:
     >>> split_key("layers.3.attention.wq.weight")
     ('layers.{}.attention.wq.weight', (3,))
     """
-    parts = key.split(".")
-    numbers = []
-    for at, part in enumerate(parts):
-        if part and part[0] in _DIGITS and part.isdigit() and len(part) < 10:
-            numbers.append(int(part))
-            parts[at] = "{}"
-    return ".".join(parts), tuple(numbers)
+    numbers = _NUMBER.findall(key)
+    if not numbers:
+        return key, ()
+    return _NUMBER.sub("{}", key), tuple(map(int, numbers))

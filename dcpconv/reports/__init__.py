@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from importlib import import_module
 
 from dcpconv.coverage import Coverage
-from dcpconv.reports import github, junit, text
 
-__all__ = ["KINDS", "github", "junit", "text"]
-
-
-def _json(coverage: Coverage) -> str:
-    return json.dumps(coverage.to_json(), indent=2) + "\n"
+KINDS = ("text", "json", "junit", "github")
 
 
-KINDS: Mapping[str, Callable[[Coverage], str]] = {
-    "text": text.render,
-    "json": _json,
-    "junit": junit.render,
-    "github": github.summary,
-}
-"""What a file of each kind holds.  (A GitHub log takes ``github.commands``.)"""
+def render(coverage: Coverage, kind: str) -> str:
+    """What a file of one of ``KINDS`` holds; a GitHub log takes ``github.commands`` instead."""
+    if kind == "json":
+        return json.dumps(coverage.to_json(), indent=2) + "\n"
+    # Imported one by one: a report in text should not wait for an XML library.
+    rendered: str = import_module(f"dcpconv.reports.{kind}").render(coverage)
+    return rendered

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from dcpconv.coverage import Coverage
 from dcpconv.reports.folding import fold, plain
-from dcpconv.reports.matrix import render as picture
+from dcpconv.reports.matrix import picture
 from dcpconv.reports.text import verdict
 
 _SHOWN = 10
@@ -33,7 +33,7 @@ def commands(coverage: Coverage) -> Iterator[str]:
         yield _command("notice", "dcpconv: hint", text)
 
 
-def summary(coverage: Coverage) -> str:
+def render(coverage: Coverage) -> str:
     """Markdown for the job summary: the answer, the picture, a row per reason."""
     source, target = coverage.read.path or coverage.source, coverage.asked.path or coverage.target
     answer = "fits" if coverage else f"does not fit: {coverage.counts()}"

@@ -52,8 +52,9 @@ def make_grid(coverage: Coverage) -> Grid:
     layers: dict[int, dict[str, str]] = {}
     outside: dict[str, str] = {}
     heads: dict[tuple[str, tuple[str, ...]], str] = {}
-    for glyph, key, slots in _marks(coverage):
-        template, numbers = split_key(key)
+    for glyph, key, slots, indices in _marks(coverage):
+        # Splitting is what takes long, and a table has already said which number is the layer.
+        template, numbers = ("", indices) if slots and indices else split_key(key)
         head = heads.get((template, slots))
         if head is None:
             head = heads[template, slots] = _head(template, slots)
@@ -66,7 +67,7 @@ def make_grid(coverage: Coverage) -> Grid:
     return Grid(tuple(_ordered(seen, coverage.target)), layers, outside)
 
 
-def render(coverage: Coverage, *, width: int = 80) -> Iterator[str]:
+def picture(coverage: Coverage, *, width: int = 80) -> Iterator[str]:
     """The picture as lines, with a legend of the glyphs in it; none for a coverage without keys."""
     grid = make_grid(coverage)
     if not grid.layers and not grid.outside:
@@ -83,9 +84,13 @@ def render(coverage: Coverage, *, width: int = 80) -> Iterator[str]:
     yield "  ".join(f"{glyph} {word}" for glyph, word in GLYPHS.items() if glyph in used)
 
 
-def _marks(coverage: Coverage) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+_Mark = tuple[str, str, tuple[str, ...], tuple[int, ...]]
+
+
+def _marks(coverage: Coverage) -> Iterator[_Mark]:
+    """Glyph, key, slots and the numbers in the key, as far as they are known."""
     for target in coverage.targets:
-        yield _HOW[target.how], target.key, target.slots
+        yield _HOW[target.how], target.key, target.slots, target.indices
     for glyph, faults in (
         ("X", coverage.missing),
         ("!", coverage.misshapen),
@@ -93,7 +98,7 @@ def _marks(coverage: Coverage) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         ("-", coverage.ignored),
     ):
         for fault in faults:
-            yield glyph, fault.key, fault.slots
+            yield glyph, fault.key, fault.slots, ()
 
 
 def _head(template: str, slots: tuple[str, ...]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from dcpconv.coverage import Coverage, End
 from dcpconv.reports.folding import fold, plain
-from dcpconv.reports.matrix import render as picture
+from dcpconv.reports.matrix import picture
 
 _LISTED = 200
 """Lines of one kind before the rest is only counted; JSON has them all."""
