@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,31 @@ class _Table(pydantic.BaseModel):
     hints: dict[str, int | bool] = {}
     spec: dict[str, int | float | bool] = {}
     published: tuple[dict[str, int | str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a table says before its keys; see ``Keymap`` for the fields."""
+
+    name: str
+    family: str
+    architectures: tuple[str, ...]
+    also: tuple[str, ...]
+    file: Path
+
+
+def read_head(path: Path) -> Head:
+    """The head of a table that is known to keep the rules; takes a tenth of reading it all."""
+    text, _, _ = path.read_text(encoding="utf-8").partition("\n[keys]\n")
+    head = tomllib.loads(text)
+    name = head["name"]
+    return Head(
+        name,
+        head.get("family") or name,
+        tuple(head.get("architectures", ())),
+        tuple(head.get("also", ())),
+        path,
+    )
 
 
 def read_keymap(path: Path) -> Keymap:
