@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from dcpconv.plan import make_plan, row_chunks, whole
 from dcpconv.publish import check_space, check_target, staging
 from dcpconv.recognition import Weights, recognise
 from dcpconv.report import ConversionReport
+from dcpconv.selection import select
 from dcpconv.side_files import SideFiles
 from dcpconv.space import spared
 from dcpconv.spec import ModelSpec
@@ -216,32 +216,6 @@ def default_form(source: Form, target: Path, to: str | None = None) -> Form:
         return "torch"
     family_is_hf = to is None or to == "hf" or to.startswith("hf-")
     return "hf" if source == "dcp" and family_is_hf else "dcp"
-
-
-def select(catalog: Catalog, only: str | None) -> Catalog:
-    """The part of a checkpoint under one key, or whose keys match a shell pattern.
-
-    Raises:
-        FormatError: Nothing is there; says what is.
-    """
-    if only is None:
-        return catalog
-    keys = [*catalog.tensors, *catalog.objects]
-    under = {key for key in keys if key == only or key.startswith(f"{only}.")}
-    chosen = under or {key for key in keys if fnmatch.fnmatchcase(key, only)}
-    if not chosen:
-        tops = sorted({str(catalog.path_of(key)[0]) for key in keys})
-        raise FormatError(
-            f"nothing in the checkpoint is under {only!r} or matches it",
-            [("source", catalog.source), ("found", ", ".join(tops[:12]))],
-            hint="give a container such as model, or a pattern such as 'layers.0.*'",
-        )
-    return replace(
-        catalog,
-        tensors={key: entry for key, entry in catalog.tensors.items() if key in chosen},
-        objects={key: value for key, value in catalog.objects.items() if key in chosen},
-        tied={k: v for k, v in catalog.tied.items() if k in chosen and v in chosen},
-    )
 
 
 def _write(

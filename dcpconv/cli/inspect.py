@@ -34,10 +34,10 @@ def inspect(
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
     from dcpconv import configs
-    from dcpconv.conversion import select
-    from dcpconv.errors import SpecError
+        from dcpconv.errors import SpecError
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.recognition import recognise
+    from dcpconv.selection import select
 
     catalog = select(open_checkpoint(Path(source)), only)
     spec, remarks = None, list(catalog.notes)

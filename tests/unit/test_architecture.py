@@ -35,7 +35,7 @@ LAYERS = (
         ("formats", "keymaps", "configs"),
         frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
     ),
-    Row("decide", ("recognition", "coverage", "derived", "sizes", "matching", "plan")),
+    Row("decide", ("selection", "recognition", "coverage", "derived", "sizes", "matching", "plan")),
     Row(
         "do",
         (
@@ -64,9 +64,12 @@ LAYERS = (
             "parameters",
             "runs",
             "job",
+            "training_state",
             "summary",
             "torch_engine",
             "conversion",
+            "drafting",
+            "families_page",
             "drop_in",
             "load_report",
             "init_weights",
