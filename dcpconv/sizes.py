@@ -48,7 +48,10 @@ def inferred_spec(
         return None, ()
     fields |= heads
     rows_q = width.get("layer.q", 0)
-    fields.setdefault("head_dim", rows_q // int(fields["n_heads"]))
+    channels = rows_q or _columns(shapes, "layer.o")
+    if not channels:
+        return None, ()
+    fields.setdefault("head_dim", max(1, channels // int(fields["n_heads"])))
     facts = dict(table.facts)
     per_token, norm_top1 = facts.pop("per_token", None), facts.pop("norm_top1", True)
     if "experts" in fields:
@@ -128,6 +131,10 @@ def _stored(
                 "shared_ffn_size": width.get("layer.shared.gate", sizes["m"]),
             }
     return fields, width
+
+
+def _columns(shapes: Mapping[Row, tuple[int, ...]], slot: str) -> int:
+    return next((shape[1] for row, shape in shapes.items() if row.slots == (slot,)), 0)
 
 
 def _head_counts(

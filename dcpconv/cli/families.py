@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dcpconv.cli.answers import answers, say, say_json
 from dcpconv.cli.words import count
+from dcpconv.errors import KeymapError
 
 if TYPE_CHECKING:
     from dcpconv.keymaps import Keymap
@@ -16,13 +18,33 @@ if TYPE_CHECKING:
 @answers
 def families(
     name: Annotated[
-        str | None, typer.Argument(metavar="[FAMILY]", help="Show one table in full.")
+        str | None,
+        typer.Argument(metavar="[FAMILY|check|new]", help="Show one table, or check or draft one."),
+    ] = None,
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PATH]", help="The table to check, or the checkpoint to draft for."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The tables as JSON.")] = False,
 ) -> None:
-    """List the namings that --to and --from take, or show one as a table of keys."""
+    """List the namings that --to and --from take, or show one as a table of keys.
+
+    `families check my.toml` validates a table of your own, and `families new SRC` drafts one from
+    the keys of a checkpoint.
+    """
     from dcpconv.keymaps import keymaps, resolve_family
 
+    if name in {"check", "new"}:
+        if path is None:
+            raise KeymapError(f"families {name} needs a path", [("expected", _USAGE[name])])
+        _check(path) if name == "check" else _new(path)
+        return
+    if path is not None:
+        raise KeymapError(
+            "a path goes with check or new", [("expected", usage) for usage in _USAGE.values()]
+        )
     tables = [resolve_family(name)] if name else list(keymaps().values())
     if as_json:
         say_json([_as_json(table) for table in tables])
@@ -35,6 +57,28 @@ def families(
         say(f"{table.name:<{width}}  {table.title}  ({count(len(table.rows), 'row')})")
 
 
+_USAGE = {
+    "check": "dcpconv families check my.toml",
+    "new": "dcpconv families new SRC > my.toml",
+}
+
+
+def _check(path: Path) -> None:
+    from dcpconv.drafting import checked_keymap, foreign_slots
+
+    table = checked_keymap(path)
+    say(f"{table.name}: {count(len(table.rows), 'row')}, {count(len(table.slots), 'slot')}, sound")
+    for slot in foreign_slots(table):
+        say(f"own slot  {slot}  no other family has it")
+
+
+def _new(path: Path) -> None:
+    from dcpconv.drafting import draft
+    from dcpconv.formats.opening import open_checkpoint
+
+    say(draft(open_checkpoint(path)).rstrip("\n"))
+
+
 def _show(table: Keymap) -> None:
     say(f"{table.name}: {table.title}")
     say(f"source: {table.source}")
@@ -45,6 +89,8 @@ def _show(table: Keymap) -> None:
         say(line.rstrip())
     for tie in table.ties:
         say(f"{tie.key:<{widths[0]}}  = {tie.owner}{' (not in hf files)' if tie.omitted else ''}")
+    for key, rule in table.derived.items():
+        say(f"{key:<{widths[0]}}  {rule}, where the source has none")
     for pattern, reason in table.ignored:
         say(f"{pattern.text:<{widths[0]}}  ignored: {reason}")
 
@@ -66,5 +112,6 @@ def _as_json(table: Keymap) -> dict[str, Any]:
             for row in table.rows
         },
         "tied": {tie.key: tie.owner for tie in table.ties},
+        "derived": dict(table.derived),
         "ignored": {pattern.text: reason for pattern, reason in table.ignored},
     }

@@ -11,6 +11,7 @@ import pydantic
 
 from dcpconv.errors import KeymapError, LayoutError
 from dcpconv.keymaps.table import Keymap, Pattern, Row, Tie
+from dcpconv.keymaps.words import AXES, CONDITIONS, INDICES
 from dcpconv.layout import Layout
 
 if sys.version_info >= (3, 11):
@@ -76,20 +77,35 @@ def read_keymap(path: Path) -> Keymap:
         KeymapError: The file cannot be read, or breaks a rule; every problem is listed with its
             line.
     """
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         table = _Table.model_validate(tomllib.loads(text))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
     except pydantic.ValidationError as error:
+        lines = text.splitlines()
         facts = [
-            ("wrong", f"{'.'.join(map(str, item['loc']))}: {item['msg']}")
+            (f"{path.name}:{_line(lines, item['loc'])}", f"{_place(item['loc'])}: {item['msg']}")
             for item in error.errors()
         ]
-        raise KeymapError(
-            "the keymap has fields of the wrong kind", [("file", path), *facts]
-        ) from None
+        raise KeymapError("the keymap has fields of the wrong kind", facts) from None
     return _Builder(path, text, table).build()
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    # A row is a union of lengths; which member complained is no place in the file.
+    return ".".join(str(part) for part in loc if not str(part).startswith("tuple["))
+
+
+def _line(lines: list[str], loc: tuple[int | str, ...]) -> int:
+    """The line of a field or key, or 1."""
+    for part in reversed(loc):
+        for number, text in enumerate(lines, 1):
+            bare = text.strip()
+            if bare.startswith((f'"{part}"', f"{part} ", f"{part}=", f"[{part}]")):
+                return number
+    return 1
 
 
 class _Builder:
@@ -114,6 +130,7 @@ class _Builder:
         ignored = tuple((Pattern(key), reason) for key, reason in table.ignore.items())
         self._check_overlaps(rows, ties, ignored)
         self._check_slots(rows)
+        self._check_names(rows, known)
         if self.problems:
             raise KeymapError("the keymap breaks the rules of a table", self.problems)
         return Keymap(
@@ -138,8 +155,20 @@ class _Builder:
             published=table.published,
         )
 
+    def _check_names(self, rows: tuple[Row, ...], known: set[str]) -> None:
+        """Names elsewhere in the file lead to keys, slots and axes that exist."""
+        slots = {slot for row in rows for slot in row.slots}
+        for slot in self.table.always:
+            if slot not in slots:
+                self._problem("always", f"no row holds {slot}")
+        for key in self.table.derived:
+            if key not in known and key not in self.table.ignore:
+                self._problem(key, "is derived, but neither a key nor ignored")
+        for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - AXES.keys():
+            self._problem("same_sizes", f"there is no axis {axis}")
+
     def _problem(self, key: str, what: str) -> None:
-        line = next((n for n, text in enumerate(self.lines, 1) if f'"{key}"' in text), 0)
+        line = _line(self.lines, (key,))
         self.problems.append((f"{self.path.name}:{line}", f"{key}: {what}"))
 
     def _row(self, key: str, value: tuple[str, ...]) -> Row | None:
@@ -154,7 +183,13 @@ class _Builder:
             self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
             return None
         pattern = Pattern(key)
+        if when and when not in CONDITIONS:
+            self._problem(key, f"no condition {when!r}; there is {', '.join(CONDITIONS)}")
         axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
+        for axis in sorted(axes - AXES.keys()):
+            self._problem(key, f"axis {axis} has no size; there is {', '.join(AXES)}")
+        for name in sorted(set(pattern.names) - INDICES.keys()):
+            self._problem(key, f"{{{name}}} is no index; there is {', '.join(INDICES)}")
         repeated = set(pattern.names) & axes
         if repeated or len(set(pattern.names)) != len(pattern.names):
             self._problem(key, f"index {', '.join(sorted(repeated or pattern.names))} occurs twice")

@@ -1,0 +1,46 @@
+"""The words that a table may use: axes of layouts, and conditions of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+INDICES: Mapping[str, str] = {
+    "L": "layer",
+    "E": "routed expert",
+    "S": "shared expert",
+}
+"""Axes that may stand in a key, ``layers.{L}.``, as well as in a layout."""
+
+AXES: Mapping[str, str] = {
+    **INDICES,
+    "V": "tokens of the vocabulary",
+    "d": "hidden size",
+    "h": "query heads",
+    "g": "key and value heads",
+    "e": "channels of a head, where RoPE does not tell them apart",
+    "two": "the two channels that RoPE turns together",
+    "p": "pairs of channels: e = two * p",
+    "f": "width of the feed-forward block",
+    "m": "width of one routed expert",
+    "s": "width of one shared expert",
+    "c": "latent attention: rank of keys and values",
+    "a": "latent attention: rank of queries",
+    "n": "latent attention: channels of a head that RoPE leaves alone",
+    "v": "latent attention: channels of a value head",
+}
+"""Every axis whose size ``ModelSpec.axes`` gives."""
+
+CONDITIONS: Mapping[str, str] = {
+    "tied": "the head is the embedding",
+    "untied": "the head is a tensor of its own",
+    "dense": "in layers with a plain feed-forward block",
+    "moe": "in layers with experts",
+    "shared_experts": "in layers with experts, where some see every token",
+    "qkv_bias": "q, k and v have biases",
+    "o_bias": "the attention output has a bias",
+    "mlp_bias": "gate, up and down have biases",
+    "qk_norm": "every head of q and k is normalised",
+    "q_latent": "latent attention projects queries through a rank",
+    "q_direct": "latent attention projects queries directly",
+}
+"""When a row exists: ``ModelSpec.has`` decides."""
