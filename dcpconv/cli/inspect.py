@@ -34,7 +34,7 @@ def inspect(
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
     from dcpconv import configs
-        from dcpconv.errors import SpecError
+    from dcpconv.errors import SpecError
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.recognition import recognise
     from dcpconv.selection import select
