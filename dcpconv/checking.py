@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcpconv.catalog import TensorEntry
+from dcpconv.configs.patching import parse_pairs
 from dcpconv.contracts import (
     compare_keys,
     compare_results,
@@ -23,15 +24,21 @@ from dcpconv.dtypes import BY_LABEL
 from dcpconv.errors import KeymapError, LayoutError
 from dcpconv.keymaps import Keymap, keymaps, read_keymap, resolve_family
 from dcpconv.matching import cover
-from dcpconv.naming import named_keymap, refused_features, target_keymap, without
+from dcpconv.naming import (
+    named_keymap,
+    refused_features,
+    settled_spec,
+    target_keymap,
+    without,
+)
 from dcpconv.recognition import Weights, recognise
 from dcpconv.sides import Named, Side, open_side, open_target
 from dcpconv.spec import ModelSpec
 from dcpconv.suggestions import suggest
 
 _NO_CONFIG = (
-    "no config beside the source: sizes, layers and experts are taken from its keys and shapes;"
-    " --assets DIR names one"
+    "no config beside the source: its layers and experts are those its keys count; --assets DIR"
+    " names one"
 )
 
 
@@ -43,6 +50,7 @@ def check(
     from_: str | None = None,
     keymap: str | os.PathLike[str] | None = None,
     assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
     dtypes: bool = False,
 ) -> Coverage:
@@ -60,6 +68,7 @@ def check(
         from_: Naming of the source, where keys leave a choice.
         keymap: A table of your own, which ``to`` and ``from_`` may then name.
         assets: Directory with the source's config, where there is none beside it.
+        spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features that may be lost although the target cannot express them, by name.
         dtypes: Element types must agree too, with the target's or those the config names;
             otherwise differences are notes.
@@ -75,9 +84,14 @@ def check(
     directory = os.fspath(assets) if assets is not None else None
     own = read_keymap(Path(keymap)) if keymap is not None else None
     side = open_side(source, assets=directory, problems=problems)
-    stated = from_ if from_ is not None else _known(side.family)
-    weights = recognise(side.catalog, spec=side.spec, keymap=named_keymap(stated, own, side.spec))
-    notes = [*side.notes]
+    named = from_ if from_ is not None else _known(side.family)
+    weights = recognise(side.catalog, spec=side.spec, keymap=named_keymap(named, own, side.spec))
+    numbers = parse_pairs([spec] if isinstance(spec, str) else spec)
+    settled, remarks = settled_spec(weights, side.spec, numbers)
+    notes = [*side.notes, *remarks]
+    if side.spec is None and weights.keymap is not None:
+        notes.append(_NO_CONFIG)
+    side = replace(side, spec=settled)
     try:
         if against is not None:
             target = open_target(against)
@@ -91,8 +105,6 @@ def check(
     except LayoutError as error:
         hint = "--assets DIR names the model's config.json or params.json"
         raise LayoutError(error.headline, error.facts, hint=hint) from None
-    if side.spec is None and weights.keymap is not None and not target.is_config:
-        notes.append(_NO_CONFIG)
     made = ((t.key, t, wanted[t.key]) for t in coverage.targets if t.key in wanted)
     unlike = tuple(dtype_faults(made) if wanted else _unlike_config(weights, target.spec))
     if unlike and not dtypes:
@@ -107,7 +119,7 @@ def check(
         read=side.end,
         asked=target.end if against is not None else coverage.asked,
         evidence=weights.evidence,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys((*coverage.notes, *notes))),
     )
     return coverage or replace(coverage, suggestions=suggest(coverage, weights))
 

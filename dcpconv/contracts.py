@@ -11,7 +11,7 @@ from dataclasses import replace
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target
 from dcpconv.keymaps import Keymap
-from dcpconv.matching import expected
+from dcpconv.matching import expected, tie_pairs
 from dcpconv.recognition import Weights
 from dcpconv.spec import ModelSpec
 
@@ -42,9 +42,8 @@ def compare_keys(source: Weights, wanted: Weights, *, is_tied: bool) -> Coverage
         slots, reason = _told(table, key)
         name = key
         if name not in source.entries:
-            name = next(
-                (n for n in (owners.get(key), seconds.get(key)) if n in source.entries), None
-            ) or key  # fmt: skip
+            twins = (owners.get(key, ""), seconds.get(key, ""))
+            name = next((twin for twin in twins if twin in source.entries), key)
         found = source.entries.get(name)
         if found is None:
             if reason:
@@ -135,9 +134,8 @@ def _owners(
 ) -> Mapping[str, str]:
     """Second name -> owner, from shared storage on either side and from the table."""
     owners = dict(source.tied) | dict(wanted.tied)
-    if table is not None and (is_tied or owners):
-        for tie in table.ties:
-            owners.setdefault(tie.key, tie.owner)
+    if table is not None and is_tied:
+        owners = tie_pairs(table) | owners
     return owners
 
 

@@ -149,7 +149,7 @@ class _Account:
         """
         entries, shared = self.weights.entries, self.weights.tied
         is_tied = self.spec.tied if self.spec else None
-        for second, owner in self._tie_pairs().items():
+        for second, owner in tie_pairs(self.source).items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:
                 if here and owner_here and self._is_row(second):
@@ -164,15 +164,6 @@ class _Account:
                 self.present[second] = (self._row(owner), {})
                 self.stand_in[owner] = second
         return bool(is_tied)
-
-    def _tie_pairs(self) -> dict[str, str]:
-        """``second name -> owner``: the table's own, and the head beside the embedding."""
-        pairs = {tie.key: tie.owner for tie in self.source.ties}
-        embeddings = [row.pattern.text for row, _ in self.source.holders("embed")]
-        for row, _ in self.source.holders("head"):
-            if row.when == "untied" and embeddings:
-                pairs.setdefault(row.pattern.text, embeddings[0])
-        return pairs
 
     def _is_row(self, key: str) -> bool:
         return any(row.pattern.text == key for row in self.source.rows)
@@ -362,6 +353,16 @@ class _Account:
         if row.when and self.spec is not None:
             return f"the config says that the model has no {row.when}"
         return f"nothing in {self.target.name} uses it"
+
+
+def tie_pairs(table: Keymap) -> dict[str, str]:
+    """``second name -> owner``: the table's own, and the head beside the embedding."""
+    pairs = {tie.key: tie.owner for tie in table.ties}
+    embeddings = [row.pattern.text for row, _ in table.holders("embed")]
+    for row, _ in table.holders("head"):
+        if row.when == "untied" and embeddings:
+            pairs.setdefault(row.pattern.text, embeddings[0])
+    return pairs
 
 
 def expected(

@@ -28,6 +28,7 @@ def assert_covers(
     from_: str | None = None,
     keymap: str | os.PathLike[str] | None = None,
     assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
     dtypes: bool = False,
 ) -> Coverage:
@@ -41,6 +42,7 @@ def assert_covers(
         from_: Naming of the source, where its keys leave a choice.
         keymap: A table of your own.
         assets: Directory with the source's config, where there is none beside it.
+        spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features that may be lost, by name.
         dtypes: Element types must agree too.
 
@@ -58,6 +60,7 @@ def assert_covers(
         from_=from_,
         keymap=keymap,
         assets=assets,
+        spec=spec,
         allow=allow,
         dtypes=dtypes,
     )

@@ -73,6 +73,13 @@ def check(
         str | None,
         typer.Option(help="Directory with the config, where SRC has none.", metavar="DIR"),
     ] = None,
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Numbers of the model that no file states: heads=8,kv_heads=2.  Repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,6 +134,7 @@ def check(
         from_=from_,
         keymap=keymap,
         assets=assets,
+        spec=spec or (),
         allow=allow or (),
         dtypes=dtypes,
     )
