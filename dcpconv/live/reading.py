@@ -149,9 +149,16 @@ def read_landings(
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
+    device = next((one.into.device for one in landings if one.into.device.type == "cuda"), None)
+    if device is not None:
+        # Kernels queued before us may still use the memory that the destinations now have.
+        torch.cuda.synchronize(device)
+
     def loop() -> None:
         desk = _Desk()
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread would pin memory for device 0
             while not errors:
                 with lock:
                     unit = next(work, None)
@@ -272,8 +279,6 @@ class _Desk:
         stream = self.streams.get(into.device)
         if stream is None:
             stream = self.streams[into.device] = torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
-            # Kernels queued before us may still use the memory that the destination now has.
-            stream.wait_stream(torch.cuda.default_stream(into.device))
         with torch.cuda.stream(stream):
             into.copy_(source, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dcpconv import errors
 from dcpconv.init_weights import load_init_weights
 from dcpconv.live import reading
-from support.hf_models import save_hf, tiny
+from support.hf_models import MODEL_TYPES, save_hf, tiny
 from support.sharded_models import build, lingua_weights
 
 
@@ -111,6 +111,25 @@ def test_a_table_of_ones_own(llama: Path, tmp_path: Path, right: dict[str, Tenso
     load_init_weights(model, llama, to="mine", keymap=table, strict=False)
 
     equal(model, {"embed": right["tok_embeddings.weight"].t(), "final": right["norm.weight"]})
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_hugging_face_model_from_the_meta_device(
+    tmp_path: Path,
+    model_type: str,
+    tied: bool,  # noqa: FBT001
+) -> None:
+    right = tiny(model_type, tie_word_embeddings=tied)
+    save_hf(right, tmp_path)
+    with torch.device("meta"):
+        model = type(right)._from_config(right.config, attn_implementation="eager").eval()
+
+    load_init_weights(model, tmp_path)
+
+    tokens = torch.arange(34).reshape(2, 17)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, right(tokens).logits)
 
 
 def test_progress_ends_at_the_bytes_of_the_report(llama: Path) -> None:
