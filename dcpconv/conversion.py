@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from dcpconv import splitting
 from dcpconv.catalog import Catalog, Form
 from dcpconv.configs import read_spec
 from dcpconv.configs.patching import parse_pairs
@@ -20,7 +22,7 @@ from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.hub import locate
 from dcpconv.idle import without_idle
-from dcpconv.job import Job, disk_nbytes
+from dcpconv.job import Job, block_size, disk_nbytes
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.naming import find_spec, named_keymap, settled_spec, target_keymap
 from dcpconv.outline import Outline, OutTensor
@@ -89,7 +91,8 @@ def convert(
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
         spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
-        chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
+        chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them; or
+            model-parallel files of a torch result ``to="meta"``, which is then a directory.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         jobs: Threads.
         engine: ``torch`` reads and writes with torch's own functions, the whole model in memory;
@@ -111,7 +114,8 @@ def convert(
     stated = parse_pairs([spec] if isinstance(spec, str) else spec)
     source, typed_target = locate(source), Path(target)
     if not dry_run:
-        is_file = (form or default_form("hf", typed_target, to)) == "torch"
+        is_split = to == "meta" and chunks > 1
+        is_file = not is_split and (form or default_form("hf", typed_target, to)) == "torch"
         check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)
     opened: AbstractContextManager[Catalog]
     by_torch = _by_torch(engine, trust=trust)
@@ -158,6 +162,7 @@ def convert(
             dtype=_dtype(dtype),
             cast_all=cast_all,
             allow=tuple(allow),
+            ranks=chunks if form == "torch" and to == "meta" else 1,
         )
         if job.renames and model is None and spec_note:
             read_spec(source)  # raises: another naming needs what the config says
@@ -169,14 +174,26 @@ def convert(
             regions=(lambda shape: row_chunks(shape, chunks)) if form == "dcp" else whole,
             dtype_of=job.dtype_of,
         )
-        outline = job.outline(tensors, max_file_size=max_file_size)
+        planned = tensors
+        if job.ranks > 1:
+            shares = splitting.shares(
+                coverage,
+                job.ranks,
+                spec=model,
+                path_of=job.path_of,
+                dtype_of=job.dtype_of,
+            )
+            planned = tuple(chain.from_iterable(shares))
+            outline = splitting.outline(shares, modulus=block_size(typed_target))
+        else:
+            outline = job.outline(tensors, max_file_size=max_file_size)
         side = job.side_files(coverage, tensors)
         notes = (*catalog.notes, *spec_note, *settled, *notes, *side.notes, *job.notes(coverage))
         report = summarise(job, coverage, tensors, outline, side, notes)
         if dry_run:
             return report
         moved = _write(
-            outline, tensors, side, job, jobs=jobs, overwrite=overwrite, progress=progress
+            outline, planned, side, job, jobs=jobs, overwrite=overwrite, progress=progress
         )
         return replace(
             report,
@@ -240,7 +257,7 @@ def _write(
     with staging(
         job.target,
         overwrite=overwrite,
-        is_file=job.form == "torch",
+        is_file=job.is_one_file,
         source=job.catalog.source,
     ) as stage:
         check_space(

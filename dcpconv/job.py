@@ -41,6 +41,12 @@ class Job:
     dtype: DType | None
     cast_all: bool
     allow: tuple[str, ...]
+    ranks: int = 1
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the result is a file and not a directory."""
+        return self.form == "torch" and self.ranks == 1
 
     @property
     def keeps_nesting(self) -> bool:
@@ -163,7 +169,7 @@ class Job:
 
     def side_files(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:
         """Config and tokenizer to stand beside the weights."""
-        if self.form == "torch":
+        if self.is_one_file:
             return SideFiles()
         source = self.catalog.source
         directory = source if source.is_dir() else source.parent

@@ -37,6 +37,11 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         return safetensors.read_catalog(path, problems=problems)
     from dcpconv.formats import torchfile  # noqa: PLC0415
 
+    if path.is_dir() and (path / "consolidated.00.pth").is_file():
+        from dcpconv.formats import metashards  # noqa: PLC0415
+
+        if metashards.is_split(path):
+            return metashards.read_catalog(path)
     if torchfile.is_torch_file(path) or torchfile.is_one_in_a_directory(path):
         return torchfile.read_catalog(path)
     from dcpconv.formats.strangers import explain  # noqa: PLC0415

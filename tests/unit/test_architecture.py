@@ -66,6 +66,7 @@ LAYERS = (
             "job",
             "training_state",
             "summary",
+            "splitting",
             "torch_engine",
             "conversion",
             "drafting",
