@@ -114,7 +114,7 @@ def check(
     Without --to and --against: are the files whole, and is every key of SRC's own naming there?
     Exit codes: 0 it fits, 1 it does not, 2 could not tell.
 
-    dcpconv check weights/Llama-3.2-1B --to lingua
+    dcpconv check weights/Llama-3-8B --to lingua
 
     dcpconv check out/checkpoint --against expected.json --report junit -o check.xml
     """

@@ -139,7 +139,7 @@ def convert(
 
     Memory does not grow with the model.  DST appears whole or not at all, and SRC is only read.
 
-    dcpconv convert weights/Llama-3.2-1B out/llama --to lingua     # before torchrun
+    dcpconv convert weights/Llama-3-8B out/llama --to lingua     # before torchrun
 
     dcpconv convert dump/checkpoints/0000001000 out/hf             # back, for evaluation
     """
