@@ -183,7 +183,7 @@ def _against(
     if are_alike or target_table is None:
         return compare_keys(weights, wanted_keys, is_tied=is_tied), wanted_keys.entries
     coverage = cover(weights, target_table, spec=side.spec or target.spec)
-    return compare_results(coverage, wanted_keys), wanted_keys.entries
+    return compare_results(coverage, weights, wanted_keys), wanted_keys.entries
 
 
 def _same(weights: Weights, wanted: Weights) -> bool:

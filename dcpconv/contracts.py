@@ -73,11 +73,11 @@ def compare_keys(source: Weights, wanted: Weights, *, is_tied: bool) -> Coverage
     )
 
 
-def compare_results(coverage: Coverage, wanted: Weights) -> Coverage:
+def compare_results(coverage: Coverage, source: Weights, wanted: Weights) -> Coverage:
     """The account of a conversion whose result should have exactly the keys of ``wanted``."""
     made = {target.key: target for target in coverage.targets}
     why = {fault.key: fault for fault in coverage.missing}
-    wrong = {fault.key for fault in coverage.misshapen}
+    wrong = {e.key for f in coverage.misshapen if (e := source.entries.get(f.key))}
     missing, misshapen = [], list(coverage.misshapen)
     for key, entry in wanted.entries.items():
         target = made.get(key)
@@ -86,7 +86,7 @@ def compare_results(coverage: Coverage, wanted: Weights) -> Coverage:
             owner = wanted.tied.get(key)
             if not reason and owner not in made:
                 missing.append(why.get(key, Fault(key, "nothing in the source makes it", slots)))
-        elif target.shape != entry.shape and key not in wrong:
+        elif target.shape != entry.shape and not any(p.entry.key in wrong for p in target.pieces):
             misshapen.append(Fault.unlike(key, list(entry.shape), list(target.shape), slots))
     unknown = list(coverage.unknown)
     for key, target in made.items():

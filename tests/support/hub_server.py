@@ -1,0 +1,133 @@
+"""A server that speaks as much of the hub's protocol as a download needs, and counts bytes.
+
+Source: what huggingface_hub asks for: ``GET /api/models/ORG/NAME[/revision/REV]`` for the list of
+files, ``HEAD`` and ``GET /ORG/NAME/resolve/REV/FILE`` for the files, with ``Range``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """A hub with one model.
+
+    Attributes:
+        url: For ``HF_ENDPOINT``.
+        served: Bytes of files sent, by name.
+    """
+
+    def __init__(self, name: str, directory: Path, *, reported: dict[str, int] | None) -> None:
+        self.name = name
+        self.directory = directory
+        self.reported = reported or {}
+        self.served: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def files(self) -> list[dict[str, object]]:
+        return [
+            {"rfilename": file.name, "size": self.reported.get(file.name, file.stat().st_size)}
+            for file in sorted(self.directory.iterdir())
+        ]
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            del format, args
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, *, with_body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            api = re.fullmatch(rf"/api/models/{re.escape(hub.name)}(?:/revision/(.+))?", path)
+            file = re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path)
+            if api and api[1] in {None, "main", COMMIT}:
+                answer = {"id": hub.name, "sha": COMMIT, "siblings": hub.files()}
+                self._send(200, json.dumps(answer).encode(), {}, with_body=with_body)
+            elif file and file[1] in {"main", COMMIT} and (hub.directory / file[2]).is_file():
+                self._file(file[2], with_body=with_body)
+            else:
+                code = "RevisionNotFound" if api or file else "RepoNotFound"
+                self._send(404, b"{}", {"X-Error-Code": code}, with_body=with_body)
+
+        def _file(self, name: str, *, with_body: bool) -> None:
+            path = hub.directory / name
+            size = path.stat().st_size
+            headers = {
+                "ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+                "Accept-Ranges": "bytes",
+            }
+            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            start, stop, status = 0, size, 200
+            if found:
+                start, status = int(found[1]), 206
+                stop = min(size, int(found[2]) + 1) if found[2] else size
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            with path.open("rb") as file:
+                file.seek(start)
+                data = file.read(stop - start) if with_body else b""
+            if with_body:
+                with hub.lock:
+                    hub.served[name] = hub.served.get(name, 0) + len(data)
+            self._send(status, data, headers, with_body=with_body, nbytes=stop - start)
+
+        def _send(
+            self,
+            status: int,
+            data: bytes,
+            headers: dict[str, str],
+            *,
+            with_body: bool,
+            nbytes: int | None = None,
+        ) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data) if nbytes is None else nbytes))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(data)
+
+    return Handler
+
+
+@contextmanager
+def serving(
+    directory: Path, *, name: str = "org/tiny", reported: dict[str, int] | None = None
+) -> Iterator[Hub]:
+    """A hub whose one model is a directory.
+
+    Args:
+        directory: Its files; no directories in it.
+        name: ``org/name``.
+        reported: Sizes to state that differ from the files'.
+    """
+    hub = Hub(name, directory, reported=reported)
+    thread = threading.Thread(target=hub.server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.server.shutdown()
+        hub.server.server_close()
+        thread.join()
