@@ -10,6 +10,7 @@ from functools import cache
 from typing import NamedTuple
 
 from dcpconv.dtypes import DType
+from dcpconv.outline import BlockScale
 
 _STEP = 32 << 10
 """Elements per torch call: torch starts its own threads above this, and every temporary is this
@@ -55,6 +56,44 @@ def cast(
         if risk.underflow:
             underflowed += int(before.count_nonzero()) - int(after.count_nonzero())
     return overflowed, underflowed
+
+
+def dequantise(
+    source: memoryview,
+    into: memoryview,
+    *,
+    source_dtype: DType,
+    target_dtype: DType,
+    factors: memoryview,
+    scale: BlockScale,
+    first: int,
+) -> None:
+    """Multiply a run of a matrix by the factors of its blocks, in fp32, and cast the products.
+
+    Args:
+        source: Elements of ``source_dtype``, writable memory.
+        into: As many elements of ``target_dtype``.
+        source_dtype: Element type to read.
+        target_dtype: Element type to write.
+        factors: One fp32 per block, in C order.
+        scale: What the blocks are.
+        first: Place of the run in the matrix, in elements.
+
+    Source:
+        ``weight_dequant`` of deepseek-ai/DeepSeek-V3 ``inference/kernel.py``.
+    """
+    import torch  # noqa: PLC0415 - only a cast needs it
+
+    values = torch.frombuffer(source, dtype=getattr(torch, source_dtype.name))
+    result = torch.frombuffer(into, dtype=getattr(torch, target_dtype.name))
+    factor = torch.frombuffer(factors, dtype=torch.float32)
+    down, across = scale.block
+    for start in range(0, len(values), _STEP):
+        part = values[start : start + _STEP]
+        place = torch.arange(first + start, first + start + len(part))
+        row, column = place // scale.columns, place % scale.columns
+        block = row // down * scale.factors_shape[1] + column // across
+        result[start : start + _STEP].copy_(part.float() * factor[block])
 
 
 class _Risk(NamedTuple):

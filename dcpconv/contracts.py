@@ -11,8 +11,9 @@ from dataclasses import replace
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target
 from dcpconv.keymaps import Keymap
-from dcpconv.matching import expected, tie_pairs
+from dcpconv.matching import tie_pairs
 from dcpconv.recognition import Weights
+from dcpconv.sizes import expected
 from dcpconv.spec import ModelSpec
 
 _ENOUGH = 0.5

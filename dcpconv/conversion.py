@@ -22,7 +22,7 @@ from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.hub import locate
 from dcpconv.idle import without_idle
-from dcpconv.job import Job, block_size, disk_nbytes
+from dcpconv.job import Job, block_size, disk_nbytes, most_used
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.naming import find_spec, named_keymap, settled_spec, target_keymap
 from dcpconv.outline import Outline, OutTensor
@@ -31,7 +31,7 @@ from dcpconv.publish import check_space, check_target, staging
 from dcpconv.recognition import Weights, recognise
 from dcpconv.report import ConversionReport
 from dcpconv.selection import select
-from dcpconv.side_files import SideFiles
+from dcpconv.side_files import SideFiles, dequantized
 from dcpconv.space import spared
 from dcpconv.spec import ModelSpec
 from dcpconv.summary import labels, lossy_casts, summarise
@@ -59,6 +59,7 @@ def convert(
     only: str | None = None,
     dtype: str | None = None,
     cast_all: bool = False,
+    dequantize: bool = False,
     allow: Sequence[str] = (),
     assets: str | os.PathLike[str] | None = None,
     spec: str | Sequence[str] = (),
@@ -87,6 +88,7 @@ def convert(
         dtype: Cast floating-point tensors of two or more dims (``bf16``, ``fp16``, ``fp32``).
             Vectors, such as norm weights and biases, and integers keep their type.
         cast_all: Cast floating-point vectors and scalars too.
+        dequantize: Multiply weights in scaled one-byte blocks (fp8) out, into bf16 or ``dtype``.
         allow: Features to leave out although the target cannot express them, by name;
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
@@ -149,6 +151,8 @@ def convert(
         model, settled = settled_spec(weights, model, stated)
         wanted = _target_keymap(to, own, weights, model, form)
         weights, model = without_idle(weights, model, wanted)
+        if dequantize:
+            wanted = wanted or weights.require_keymap()
         job = Job(
             catalog=catalog,
             weights=weights,
@@ -163,6 +167,7 @@ def convert(
             cast_all=cast_all,
             allow=tuple(allow),
             ranks=chunks if form == "torch" and to == "meta" else 1,
+            dequantize=dequantize,
         )
         if job.renames and model is None and spec_note:
             read_spec(source)  # raises: another naming needs what the config says
@@ -188,6 +193,8 @@ def convert(
         else:
             outline = job.outline(tensors, max_file_size=max_file_size)
         side = job.side_files(coverage, tensors)
+        if dequantize:
+            side = dequantized(side, most_used(tensors))
         notes = (*catalog.notes, *spec_note, *settled, *notes, *side.notes, *job.notes(coverage))
         report = summarise(job, coverage, tensors, outline, side, notes)
         if dry_run:

@@ -308,6 +308,11 @@ class Crew:
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
         self._gather(tile, desk, into=source)
+        if fill.scales:
+            self._dequantise(tile, source, result)
+            write(output.fd, result, tile.offset, system=self._ladder.system)
+            desk.tally.cast += tile.nbytes
+            return tile.nbytes
         lost = cast(source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype)
         write(output.fd, result, tile.offset, system=self._ladder.system)
         desk.tally.cast += tile.nbytes
@@ -316,3 +321,31 @@ class Crew:
             known = desk.losses.get(place, (0, 0))
             desk.losses[place] = (known[0] + lost[0], known[1] + lost[1])
         return tile.nbytes
+
+    def _dequantise(self, tile: Tile, source: memoryview, into: memoryview) -> None:
+        from dcpconv.cast import dequantise  # noqa: PLC0415 - imports torch when called
+
+        fill = tile.box.fill
+        width, itemsize = fill.target_dtype.itemsize, tile.box.itemsize
+        for part in tile.box.parts_in(tile.start, tile.stop):
+            scale = next(
+                scale
+                for scale in fill.scales
+                if scale.file == part.file
+                and 0 <= part.offset - scale.offset < scale.numel * itemsize
+            )
+            down, across = scale.factors_shape
+            factors = memoryview(bytearray(4 * down * across))
+            with self._sources.open(scale.factors_file) as opened:
+                opened.read(scale.factors_offset, [factors], len(factors))
+            begin = part.target - tile.start
+            end = begin + part.numel
+            dequantise(
+                source[begin * itemsize : end * itemsize],
+                into[begin * width : end * width],
+                source_dtype=fill.source_dtype,
+                target_dtype=fill.target_dtype,
+                factors=factors,
+                scale=scale,
+                first=(part.offset - scale.offset) // itemsize,
+            )

@@ -42,6 +42,7 @@ class Job:
     cast_all: bool
     allow: tuple[str, ...]
     ranks: int = 1
+    dequantize: bool = False
 
     @property
     def is_one_file(self) -> bool:
@@ -94,7 +95,13 @@ class Job:
     def _cover(self, spec: ModelSpec | None) -> Coverage:
         if self.wanted is None:
             return cover_as_stored(self.weights)
-        return cover(self.weights, self.wanted, spec=spec, omit_ties=self.form == "hf")
+        return cover(
+            self.weights,
+            self.wanted,
+            spec=spec,
+            omit_ties=self.form == "hf",
+            dequantize=self.dequantize,
+        )
 
     def _is_stored_twice(self, key: str, owner: str) -> bool:
         tied, entries = self.weights.tied, self.weights.entries
@@ -178,7 +185,7 @@ class Job:
         is_untied = self.spec is not None and self.spec.tied and not coverage.is_tied
         tied = False if self.wanted is not None and is_untied else None
         if self.assets is not None and self._is_described_by(self.assets):
-            return carried(self.assets, dtype=_most_used(tensors), tied=tied)
+            return carried(self.assets, dtype=most_used(tensors), tied=tied)
         if self.wanted is not None and (self.renames or not has_config):
             return generated(
                 self.wanted,
@@ -189,7 +196,7 @@ class Job:
                 target=self.target,
                 source=directory,
                 assets=self.assets,
-                dtype=_most_used(tensors),
+                dtype=most_used(tensors),
                 left_out=dict(self.allowed),
             )
         if not is_own:
@@ -220,7 +227,8 @@ class Job:
         return tuple(notes)
 
 
-def _most_used(tensors: Iterable[OutTensor]) -> DType | None:
+def most_used(tensors: Iterable[OutTensor]) -> DType | None:
+    """Element type of most bytes of floating-point tensors."""
     nbytes: Counter[DType] = Counter()
     for tensor in tensors:
         if tensor.dtype.is_floating_point:

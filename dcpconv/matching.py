@@ -8,10 +8,12 @@ from itertools import product
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target
 from dcpconv.derived import derive
+from dcpconv.dtypes import BY_NAME
 from dcpconv.errors import LayoutError
 from dcpconv.keymaps import Keymap, Row
 from dcpconv.layout import Placement
 from dcpconv.recognition import Weights
+from dcpconv.scales import SCALE, block_of, factors_along, scales_of, with_scale
 from dcpconv.sizes import solve
 from dcpconv.spec import ModelSpec
 
@@ -25,6 +27,7 @@ def cover(
     spec: ModelSpec | None = None,
     omit_ties: bool = False,
     refused: tuple[Fault, ...] = (),
+    dequantize: bool = False,
 ) -> Coverage:
     """The account of a conversion into another naming.
 
@@ -34,12 +37,15 @@ def cover(
         spec: The model's numbers; without it sizes come from the shapes where they can.
         omit_ties: Leave out second names that the target's files do not carry.
         refused: Features that the target cannot express, found by its config module.
+        dequantize: Multiply weights in scaled blocks out, into bf16.
 
     Raises:
         AmbiguousFamilyError: The source's naming is not known.
         LayoutError: A layout needs a size that neither config nor shapes reveal.
     """
-    return _Account(weights, target, spec, omit_ties=omit_ties).run(refused)
+    account = _Account(weights, target, spec, omit_ties=omit_ties)
+    account.dequantize = dequantize
+    return account.run(refused)
 
 
 class _Account:
@@ -66,6 +72,8 @@ class _Account:
         self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
         self.placements: dict[tuple[Row, int], Placement] = {}
         self.shapes: dict[Row, tuple[int, ...]] = {}
+        self.dequantize = False
+        self.scales: dict[str, TensorEntry] = {}
         self.derivable = {
             row.pattern.text: row
             for row in self.target.rows
@@ -78,6 +86,10 @@ class _Account:
         self._check_shapes()
         made = {target.key: target for target in self._targets(is_tied=is_tied)}
         made.update(self._derived(made))
+        if self.scales and not self.dequantize:
+            along, faults = factors_along(made, self.scales, self.weights.root, self.target.name)
+            made.update(along)
+            self.unknown.extend(faults)
         for tie in self.target.ties if is_tied else ():
             owner = made.get(tie.owner)
             if owner is None or tie.key in made or (tie.omitted and self.omit_ties):
@@ -113,7 +125,9 @@ class _Account:
         )
 
     def _read_source(self) -> None:
-        for key in self.weights.entries:
+        self.scales = scales_of(self.weights.entries)
+        factors = {key + SCALE for key in self.scales}
+        for key in self.weights.entries.keys() - factors if factors else self.weights.entries:
             match = self.source.match(key)
             if match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
@@ -125,6 +139,8 @@ class _Account:
                 self.second[key] = match.row.pattern.key(match.indices)
             else:
                 self.present[key] = (match.row, match.indices)
+        dropped = {fault.key: fault.why for fault in self.ignored} if factors else {}
+        self.ignored += [Fault(k + SCALE, dropped[k]) for k in self.scales if k in dropped]
         for name in _INDEX_AXES:
             seen = [at[name] for _, at in self.present.values() if name in at]
             if seen and name not in self.sizes:
@@ -258,7 +274,7 @@ class _Account:
             if srow.same_storage(row):
                 entry = self._entry(srow.pattern.key(indices), lacking)
                 if entry is not None:
-                    pieces.append(Piece(entry))
+                    pieces.append(self._piece(Piece(entry)))
                 break
             if srow.axes(sterm) != row.axes(term):
                 lacking.append(f"{slot} has other axes in {self.source.name}: {srow.layout.text}")
@@ -282,7 +298,7 @@ class _Account:
         return Target(
             key,
             shape,
-            pieces[0].entry.dtype,
+            BY_NAME["bfloat16"] if pieces[0].scale is not None else pieces[0].entry.dtype,
             tuple(pieces),
             relabelled=relabelled,
             slots=row.slots,
@@ -318,7 +334,15 @@ class _Account:
             entry = self._entry(srow.pattern.key({**indices, **more}), lacking)
             if entry is not None and entry.shape == placed.shape:
                 limit = {**fixed, **{name: (v, v + 1) for name, v in more.items()}}
-                yield Piece(entry, placed, wanted, limit)
+                yield self._piece(Piece(entry, placed, wanted, limit))
+
+    def _piece(self, piece: Piece) -> Piece:
+        if not self.dequantize or not self.scales:
+            return piece
+        scaled, fault = with_scale(piece, self.scales, self.weights.root, block_of(self.spec))
+        if fault is not None:
+            self.misshapen.append(fault)
+        return scaled
 
     def _place(self, row: Row, term: int) -> Placement:
         found = self.placements.get((row, term))
@@ -363,24 +387,3 @@ def tie_pairs(table: Keymap) -> dict[str, str]:
         if row.when == "untied" and embeddings:
             pairs.setdefault(row.pattern.text, embeddings[0])
     return pairs
-
-
-def expected(
-    table: Keymap, spec: ModelSpec
-) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
-    """Key, shape and slots of every tensor that a model has in a naming, from its numbers alone.
-
-    The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
-    names of a tied tensor are not among them.
-    """
-    sizes = spec.axes()
-    for row in table.rows:
-        try:
-            shape = row.layout.shape(sizes)
-        except LayoutError:
-            shape = None
-        for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
-            indices = dict(zip(row.pattern.names, values, strict=True))
-            exists = {"tied": spec.tied, "untied": not spec.tied}.get(row.when)
-            if spec.has(row.when, indices.get("L", 0)) if exists is None else exists:
-                yield row.pattern.key(indices), shape, row.slots

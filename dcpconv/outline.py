@@ -50,6 +50,31 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockScale:
+    """Factors of a matrix whose elements were divided by one number per block.
+
+    Attributes:
+        file: Source file of the matrix.
+        offset: Byte of its element 0; it lies in C order without gaps.
+        numel: Its elements.
+        columns: Its columns.
+        block: Rows and columns of a block; the last ones may be cut short.
+        factors_file: Source file of the factors, which are fp32 in C order without gaps.
+        factors_offset: Byte of the first factor.
+        factors_shape: Blocks down and across.
+    """
+
+    file: str
+    offset: int
+    numel: int
+    columns: int
+    block: tuple[int, int]
+    factors_file: str
+    factors_offset: int
+    factors_shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """How one target box, stored in C order without gaps, gets all of its elements.
 
@@ -59,6 +84,8 @@ class Fill:
         numel: Elements in the box; the parts cover each exactly once.
         parts: In order of ``target``.
         data: The bytes themselves, for a box that no source holds; there are no parts then.
+        scales: Factors that the elements of the parts are multiplied by on the way, for a cast out
+            of a type of one byte; every part is then a contiguous run of one of the matrices.
     """
 
     source_dtype: DType
@@ -66,6 +93,7 @@ class Fill:
     numel: int
     parts: tuple[Part, ...]
     data: bytes | None = None
+    scales: tuple[BlockScale, ...] = ()
 
     @property
     def nbytes(self) -> int:

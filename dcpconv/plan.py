@@ -12,7 +12,7 @@ from dcpconv.derived import encode
 from dcpconv.dtypes import DType
 from dcpconv.errors import FormatError
 from dcpconv.layout import Box, anonymous, nest, overlap
-from dcpconv.outline import Fill, OutChunk, OutTensor, Part
+from dcpconv.outline import BlockScale, Fill, OutChunk, OutTensor, Part
 
 Region = tuple[tuple[int, ...], tuple[int, ...]]
 """``(offsets, sizes)`` of a box inside a tensor, in elements."""
@@ -60,7 +60,15 @@ def fill_of(
                 ],
                 hint="a rank file is missing, or two runs were saved into one directory",
             )
-    return Fill(target.dtype, dtype or target.dtype, numel, tuple(parts))
+    scales = tuple(_scale(piece) for piece in target.pieces if piece.scale is not None)
+    if scales and not all(part.is_contiguous for part in parts):
+        raise FormatError(
+            "elements in scaled blocks would change places",
+            [("key", target.key)],
+            hint="dequantize into the same naming first, then convert the result",
+        )
+    source = target.pieces[0].entry.dtype if scales else target.dtype
+    return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales)
 
 
 def whole(shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -169,6 +177,28 @@ def _general_parts(
                     _address(target_base, target_steps, both),
                     nest(both, _Steps(source_steps), _Steps(target_steps)),
                 )
+
+
+def _scale(piece: Piece) -> BlockScale:
+    entry, factors = piece.entry, piece.scale
+    chunks = [*entry.chunks, *(factors.chunks if factors else ())]
+    if factors is None or len(chunks) != 2 or any(chunk.strides for chunk in chunks):
+        raise FormatError(
+            "a tensor in scaled blocks is not stored in one piece",
+            [("key", entry.key), ("chunks", len(entry.chunks))],
+        )
+    matrix, scale = (chunk.extent for chunk in chunks)
+    down, across = factors.shape
+    return BlockScale(
+        file=matrix.file,
+        offset=matrix.offset,
+        numel=entry.numel,
+        columns=entry.shape[1],
+        block=piece.block,
+        factors_file=scale.file,
+        factors_offset=scale.offset,
+        factors_shape=(down, across),
+    )
 
 
 def _box(

@@ -138,6 +138,21 @@ def generated(
     return SideFiles(tuple(files), tuple(notes))
 
 
+def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
+    """The same files where config.json no longer speaks of quantized weights."""
+    files = []
+    for file in side.files:
+        if file.name == "config.json":
+            fields = json.loads(file.read())
+            fields.pop("quantization_config", None)
+            if dtype is not None:
+                fields |= {"dtype": dtype.name, "torch_dtype": dtype.name}
+            files.append(SideFile(file.name, text=to_text(fields)))
+        else:
+            files.append(file)
+    return SideFiles(tuple(files), side.notes)
+
+
 def _lingua_tokenizer(directory: Path) -> tuple[str, Path | None]:
     """Lingua's name for a tokenizer and the file it reads.
 

@@ -6,11 +6,12 @@ note says which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 from dcpconv.configs.patching import built_spec
-from dcpconv.errors import SpecError
+from dcpconv.errors import LayoutError, SpecError
 from dcpconv.keymaps import Keymap, Row
 from dcpconv.recognition import Weights
 from dcpconv.spec import ModelSpec
@@ -211,3 +212,24 @@ def _axis_names(node: object) -> list[str]:
         return [name for child in nodes for name in _axis_names(child)]
     name = getattr(node, "name", "1")
     return [] if name.isdigit() else [name]
+
+
+def expected(
+    table: Keymap, spec: ModelSpec
+) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
+    """Key, shape and slots of every tensor that a model has in a naming, from its numbers alone.
+
+    The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
+    names of a tied tensor are not among them.
+    """
+    sizes = spec.axes()
+    for row in table.rows:
+        try:
+            shape = row.layout.shape(sizes)
+        except LayoutError:
+            shape = None
+        for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
+            indices = dict(zip(row.pattern.names, values, strict=True))
+            exists = {"tied": spec.tied, "untied": not spec.tied}.get(row.when)
+            if spec.has(row.when, indices.get("L", 0)) if exists is None else exists:
+                yield row.pattern.key(indices), shape, row.slots

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dcpconv.configs import config_name
 from dcpconv.keymaps import Keymap, keymaps
-from dcpconv.matching import cover, expected
+from dcpconv.matching import cover
 from dcpconv.recognition import recognise
+from dcpconv.sizes import expected
 from support.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
 
 TABLES = list(keymaps().values())

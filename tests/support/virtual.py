@@ -13,9 +13,9 @@ from dcpconv.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.coverage import Coverage
 from dcpconv.dtypes import BY_NAME
 from dcpconv.keymaps import Keymap
-from dcpconv.matching import expected
 from dcpconv.outline import Fill, Loop
 from dcpconv.plan import fill_of
+from dcpconv.sizes import expected
 from dcpconv.spec import Experts, LatentAttention, ModelSpec
 
 _INT32 = BY_NAME["int32"]

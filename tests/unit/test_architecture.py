@@ -35,7 +35,10 @@ LAYERS = (
         ("formats", "keymaps", "configs"),
         frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
     ),
-    Row("decide", ("selection", "recognition", "coverage", "derived", "sizes", "matching", "plan")),
+    Row(
+        "decide",
+        ("selection", "recognition", "coverage", "derived", "sizes", "scales", "matching", "plan"),
+    ),
     Row(
         "do",
         (
