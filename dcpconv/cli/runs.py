@@ -221,3 +221,101 @@ def _existing(run_dir: str) -> Path:
     if not path.exists():
         raise NotACheckpointError("there is no such directory", [("path", run_dir)])
     return path
+
+
+@runs.command()
+@answers
+def carry(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="MiniMind's *_resume.pth, checkpoint-N, or a DCP or Lingua step."
+        ),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Where the result goes; must not exist yet.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(help="Whose checkpoint: minimind, hf-trainer, dcp, lingua.", metavar="KIND"),
+    ],
+    family: Annotated[
+        str | None,
+        typer.Option(help="Naming of DST's weights.  Default: that of KIND.", metavar="FAMILY"),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Naming of SRC's weights, where keys leave a choice.", metavar="FAMILY"
+        ),
+    ] = None,
+    assets: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
+        ),
+    ] = None,
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A number of the model (n_heads=8), where no config says.  Repeatable.",
+            metavar="NAME=VALUE",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks that will go on: MiniMind's step is rescaled for them.", metavar="N", min=1
+        ),
+    ] = None,
+    chunks: Annotated[
+        int, typer.Option(help="Row chunks per tensor in a DCP: write for this many ranks.", min=1)
+    ] = 1,
+    jobs: Annotated[int | None, typer.Option(help="Threads.", min=1)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST once the result is complete.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Carry a training run, optimizer and all, to another trainer's checkpoint.
+
+    Weights and moments are copied or relabelled alike, never cast; nothing in SRC is executed.
+
+    dcpconv runs carry pretrain_512_resume.pth out/step-4000 --to dcp
+
+    dcpconv runs carry out/step-8000 pretrain_512_resume.pth --to minimind --overwrite
+    """
+    from dcpconv.configs.patching import parse_pairs
+    from dcpconv.training_state import convert_run
+
+    report = convert_run(
+        source,
+        target,
+        to=to,  # type: ignore[arg-type]  # checked there
+        family=family,
+        from_=from_,
+        assets=assets,
+        sizes=parse_pairs(spec or ()),
+        world_size=world_size,
+        chunks=chunks,
+        jobs=jobs,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    if as_json:
+        say_json(report.to_json())
+        return
+    say(f"source    {report.source_kind:<10} {report.source_family:<12} {report.source}")
+    say(f"target    {report.target_kind:<10} {report.target_family:<12} {report.target}")
+    say(f"weights   {count(report.weights, 'tensor')}, {report.relabelled:,} relabelled")
+    groups = " + ".join(f"{number:,}" for number in report.groups)
+    say(f"optimizer {', '.join(report.moments)} of {groups} parameters")
+    say(f"beside    {', '.join(report.beside) or '-'}")
+    for name, why in report.left:
+        say(f"left      {name}  {why}")
+    say(f"tensors   {size(report.nbytes)}{'; nothing was written' if report.is_dry_run else ''}")
+    for text in report.notes:
+        note(text)

@@ -12,6 +12,13 @@ _SPARE_ITEMS: Final = 1024
 """List items that may be missing: empty mappings leave no leaf, so torch's lists can have gaps."""
 
 
+class DictKey(int):
+    """A number in a path that is the key of a mapping, where a plain one is the index of a list.
+
+    Integer optimizer states need it: ``{"state": {0: ...}}``.
+    """
+
+
 def flatten(
     value: Mapping[object, object], *, is_tensor: Callable[[object], bool]
 ) -> list[tuple[KeyPath, object]]:
@@ -64,7 +71,8 @@ class _Branch(dict[str | int, object]):
 
 
 def nest(leaves: Iterable[tuple[KeyPath, object]]) -> dict[str, object]:
-    """The nested containers with these leaves: a list where paths go on with a number.
+    """The nested containers with these leaves: a list where paths go on with a number, unless it is
+    a ``DictKey``.
 
     Raises:
         FormatError: Two leaves want the same place, or one lies inside another.
@@ -74,6 +82,8 @@ def nest(leaves: Iterable[tuple[KeyPath, object]]) -> dict[str, object]:
 
     >>> nest([(("groups", 0, "eps"), 3), (("lr",), [1, 2])])
     {'groups': [{'eps': 3}], 'lr': [1, 2]}
+    >>> nest([(("state", DictKey(7)), "moments")])
+    {'state': {7: 'moments'}}
     """
     root = _Branch()
     refused: list[tuple[str, object]] = []
@@ -100,7 +110,7 @@ def _container(path: KeyPath, node: object) -> object:
     if not isinstance(node, _Branch):
         return node
     items = {key: _container((*path, key), item) for key, item in node.items()}
-    indices = [key for key in items if isinstance(key, int)]
+    indices = [key for key in items if isinstance(key, int) and not isinstance(key, DictKey)]
     if not indices:
         return items
     top = max(indices)
