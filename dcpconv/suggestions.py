@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from dcpconv.coverage import Coverage
-from dcpconv.keymaps import Keymap, keymaps, split_key
-from dcpconv.recognition import Weights
+from dcpconv.keymaps import split_key
+from dcpconv.recognition import Weights, recognise
 
 _KNOWN_MARKS = (
     (
@@ -26,15 +26,16 @@ _CLOSE = 0.6
 
 
 def suggest(coverage: Coverage, weights: Weights) -> tuple[str, ...]:
-    """Sentences that name a likely cause, the most certain first; none where nothing is likely."""
+    """What is the most likely cause, in a sentence or a few; nothing where nothing is likely."""
     unknown = [fault.key for fault in coverage.unknown]
     missing = [fault.key for fault in coverage.missing]
     said = list(_marks(weights))
-    if unknown:
+    if unknown and not said:
         said.extend(_prefix(unknown, missing))
-        templates = Counter(split_key(key)[0] for key in unknown)
-        said.extend(_families(coverage, weights, templates))
-        said.extend(_renames(templates, missing))
+    if unknown and not said:
+        said.extend(_families(coverage, weights))
+    if unknown and not said:
+        said.extend(_renames(Counter(split_key(key)[0] for key in unknown), missing))
     return tuple(dict.fromkeys(said))
 
 
@@ -58,29 +59,23 @@ def _prefix(unknown: list[str], missing: list[str]) -> Iterator[str]:
                     break
                 at = key.find(".", at + 1)
         for prefix, count in prefixes.most_common(1):
+            if 2 * count <= len(longer):
+                continue  # of the few that are left, some end alike by chance
             yield (
                 f"{count:,} source keys {verb} the prefix {prefix!r} and are the target's otherwise"
             )
 
 
-def _families(coverage: Coverage, weights: Weights, unknown: Counter[str]) -> Iterator[str]:
-    """A table that knows more of the keys than the one that was taken."""
-    counts = Counter(split_key(key)[0] for key in weights.entries)
-    own = coverage.source
-
-    def known(table: Keymap, templates: Counter[str]) -> int:
-        return sum(count for template, count in templates.items() if table.knows(template))
-
-    current = keymaps().get(own)
-    floor = known(current, counts) if current is not None else 0
-    scored = sorted(
-        ((known(table, counts), table) for table in keymaps().values() if table.name != own),
-        key=lambda scored: -scored[0],
-    )
-    for count, table in scored[:1]:
-        if count > floor and known(table, unknown):
-            total = sum(counts.values())
-            yield f"did you mean family {table.name}? it knows {count:,} of the {total:,} keys"
+def _families(coverage: Coverage, weights: Weights) -> Iterator[str]:
+    """The naming that keys speak for, where another was taken and knows fewer of them."""
+    best = recognise(weights.catalog)
+    if best.keymap is None or best.keymap.name == coverage.source:
+        return
+    unknown = {fault.key for fault in coverage.unknown}
+    count = sum(best.keymap.match(key) is not None for key in best.entries)
+    if count > len(weights.entries) - len(unknown):
+        total = len(best.entries)
+        yield f"did you mean family {best.keymap.name}? it knows {count:,} of the {total:,} keys"
 
 
 def _renames(found: Iterable[str], missing: list[str]) -> Iterator[str]:

@@ -59,10 +59,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _answer(self, *, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             api = re.fullmatch(rf"/api/models/{re.escape(hub.name)}(?:/revision/(.+))?", path)
+            tree = re.fullmatch(rf"/api/models/{re.escape(hub.name)}/tree/([^/]+)", path)
             file = re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path)
             if api and api[1] in {None, "main", COMMIT}:
                 answer = {"id": hub.name, "sha": COMMIT, "siblings": hub.files()}
                 self._send(200, json.dumps(answer).encode(), {}, with_body=with_body)
+            elif tree and tree[1] in {"main", COMMIT}:
+                nodes = [
+                    {
+                        "type": "file",
+                        "path": node["rfilename"],
+                        "size": node["size"],
+                        "oid": "0" * 40,
+                    }
+                    for node in hub.files()
+                ]
+                self._send(200, json.dumps(nodes).encode(), {}, with_body=with_body)
             elif file and file[1] in {"main", COMMIT} and (hub.directory / file[2]).is_file():
                 self._file(file[2], with_body=with_body)
             else:
