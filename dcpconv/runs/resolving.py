@@ -16,7 +16,6 @@ from dcpconv.runs.finding import (
     look_into,
     names_in,
 )
-from dcpconv.runs.layouts import layout_of
 from dcpconv.runs.listing import typed_path
 
 _NO: Final = frozenset({"no", "none", "false"})
@@ -169,13 +168,3 @@ def _complete(step: FoundStep) -> FoundStep:
             hint="take another step: `dcpconv runs list` shows which are complete",
         )
     return step
-
-
-def step_number(name: str) -> int | None:
-    r"""The number in a stored path to a step, of either system.
-
-    >>> step_number("out\\checkpoint-500")
-    500
-    """
-    known = layout_of(name.replace("\\", "/").rstrip("/").rpartition("/")[2])
-    return known[1] if known else None
