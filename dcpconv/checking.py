@@ -84,6 +84,8 @@ def check(
     directory = os.fspath(assets) if assets is not None else None
     own = read_keymap(Path(keymap)) if keymap is not None else None
     side = open_side(source, assets=directory, problems=problems)
+    if not side.catalog.tensors and not problems:
+        problems.append("there are no tensors in it")
     named = from_ if from_ is not None else _known(side.family)
     weights = recognise(side.catalog, spec=side.spec, keymap=named_keymap(named, own, side.spec))
     numbers = parse_pairs([spec] if isinstance(spec, str) else spec)
