@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import jsonschema
@@ -23,7 +24,18 @@ from dcpconv.reports.github import commands
 from dcpconv.reports.matrix import picture
 from support.check_cases import CONFIG, MISFITS, Misfit, llama_shapes, write_hf
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "check.schema.json").read_text())
+
+def strict(schema: Any) -> Any:
+    """A schema that also refuses fields it does not name: ours must all be documented."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: strict(value) for key, value in schema.items()}
+    return {**inner, "additionalProperties": False} if schema.get("type") == "object" else inner
+
+
+SCHEMA = strict(json.loads((Path(__file__).parents[2] / "docs" / "check.schema.json").read_text()))
 COMMAND = re.compile(r"::(error|notice) title=([^:,\r\n]*)::([^\r\n]*)")
 KEY = re.compile(r"\S*\.\S+")
 
