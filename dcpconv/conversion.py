@@ -64,6 +64,7 @@ def convert(
     assets: str | os.PathLike[str] | None = None,
     spec: str | Sequence[str] = (),
     chunks: int = 1,
+    model_parallel: int = 1,
     max_file_size: int | None = None,
     jobs: int | None = None,
     engine: Engine = "stream",
@@ -93,8 +94,9 @@ def convert(
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
         spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
-        chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them; or
-            model-parallel files of a torch result ``to="meta"``, which is then a directory.
+        chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
+        model_parallel: Files of a torch result ``to="meta"``, which is then a directory: every
+            rank's share of each tensor, as Meta releases its larger models.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         jobs: Threads.
         engine: ``torch`` reads and writes with torch's own functions, the whole model in memory;
@@ -116,7 +118,7 @@ def convert(
     stated = parse_pairs([spec] if isinstance(spec, str) else spec)
     source, typed_target = locate(source), Path(target)
     if not dry_run:
-        is_split = to == "meta" and chunks > 1
+        is_split = to == "meta" and model_parallel > 1
         is_file = not is_split and (form or default_form("hf", typed_target, to)) == "torch"
         check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)
     opened: AbstractContextManager[Catalog]
@@ -166,7 +168,7 @@ def convert(
             dtype=_dtype(dtype),
             cast_all=cast_all,
             allow=tuple(allow),
-            ranks=chunks if form == "torch" and to == "meta" else 1,
+            ranks=model_parallel if form == "torch" and to == "meta" else 1,
             dequantize=dequantize,
         )
         if job.renames and model is None and spec_note:

@@ -127,7 +127,9 @@ class _Account:
     def _read_source(self) -> None:
         self.scales = scales_of(self.weights.entries)
         factors = {key + SCALE for key in self.scales}
-        for key in self.weights.entries.keys() - factors if factors else self.weights.entries:
+        for key in self.weights.entries:
+            if key in factors:
+                continue
             match = self.source.match(key)
             if match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))

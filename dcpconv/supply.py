@@ -13,7 +13,14 @@ from dcpconv.errors import AmbiguousFamilyError, NotExpressibleError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.matching import cover
-from dcpconv.naming import find_spec, named_keymap, refused_features, target_keymap, without
+from dcpconv.naming import (
+    find_spec,
+    named_keymap,
+    refused_features,
+    settled_spec,
+    target_keymap,
+    without,
+)
 from dcpconv.recognition import Weights, recognise
 from dcpconv.spec import ModelSpec
 
@@ -81,6 +88,8 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     own = read_keymap(options.keymap) if options.keymap else None
     spec, notes = find_spec(catalog, options.assets)
     weights = recognise(catalog, spec=spec, keymap=named_keymap(options.from_, own, spec))
+    spec, settled = settled_spec(weights, spec, {})
+    notes = (*notes, *settled)
     model = _model_weights(wanted) if wanted is not None else None
     target = target_keymap(options.to, own, weights.keymap, spec) if options.to else None
     if target is None and own is not None and own is not weights.keymap:

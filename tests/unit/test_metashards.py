@@ -66,7 +66,7 @@ def test_files_are_merged_and_split_bit_for_bit(
     assert_same(hf_tensors(tmp_path / "hf2"), hf_tensors(source))
     assert any("2 model-parallel files" in note for note in report.notes)
 
-    convert(source, tmp_path / "split", form="torch", to="meta", chunks=2)
+    convert(source, tmp_path / "split", form="torch", to="meta", model_parallel=2)
     names = sorted(path.name for path in (tmp_path / "split").iterdir())
     assert names == ["consolidated.00.pth", "consolidated.01.pth", "params.json"]
     for name in names[:2]:
@@ -76,7 +76,7 @@ def test_files_are_merged_and_split_bit_for_bit(
 
 def test_what_was_split_is_cast_on_the_way(tmp_path: Path) -> None:
     source = release(tmp_path)
-    convert(source, tmp_path / "split", form="torch", to="meta", chunks=2, dtype="bf16")
+    convert(source, tmp_path / "split", form="torch", to="meta", model_parallel=2, dtype="bf16")
     found = torch_tensors(tmp_path / "split" / "consolidated.01.pth")
     whole = torch_tensors(tmp_path / "whole.pth")["layers.1.attention.wo.weight"]
     assert torch.equal(found["layers.1.attention.wo.weight"], whole[:, 48:].bfloat16())
@@ -85,7 +85,7 @@ def test_what_was_split_is_cast_on_the_way(tmp_path: Path) -> None:
 def test_a_dim_that_does_not_divide_is_told(tmp_path: Path) -> None:
     source = release(tmp_path)
     with pytest.raises(FormatError, match="7 equal parts") as raised:
-        convert(source, tmp_path / "split", form="torch", to="meta", chunks=7)
+        convert(source, tmp_path / "split", form="torch", to="meta", model_parallel=7)
     assert ("norm.weight", "[96]") not in raised.value.facts
     assert ("layers.0.attention.wq.weight", "[96, 96] along dim 0") in raised.value.facts
     assert not (tmp_path / "split").exists()
