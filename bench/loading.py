@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,7 @@ class Loaded:
 
     Attributes:
         name: As printed.
-        seconds: Median wall time of the slower rank.
+        seconds: Wall time of the slower rank in the fastest run: a busy machine only adds.
         peak: Largest high-water mark of a rank above its start, in MiB.
         shard: What a rank holds afterwards, in MiB.
         ratio: Of the best peer's wall time; ``None`` for a peer.
@@ -85,7 +84,7 @@ def rows(work: Path, *, gb: float = 2.5, runs: int = 3) -> list[Loaded]:
     for path in (hf, work / "loading-dcp"):
         shutil.rmtree(path, ignore_errors=True)
     pth.unlink()
-    seconds_of = {name: statistics.median(s for s, _, _ in found) for name, found in spent.items()}
+    seconds_of = {name: min(s for s, _, _ in found) for name, found in spent.items()}
     best = min(seconds_of[name] for name, case in CASES.items() if not case.is_ours)
     return [
         Loaded(
