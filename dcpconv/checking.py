@@ -19,9 +19,9 @@ from dcpconv.contracts import (
     nothing_known,
     share_keys,
 )
-from dcpconv.coverage import Coverage, Fault, cover_as_stored
+from dcpconv.coverage import MISFITS, Coverage, Fault, cover_as_stored
 from dcpconv.dtypes import BY_LABEL
-from dcpconv.errors import KeymapError, LayoutError
+from dcpconv.errors import DcpconvError, KeymapError, LayoutError
 from dcpconv.keymaps import Keymap, keymaps, read_keymap, resolve_family
 from dcpconv.matching import cover
 from dcpconv.naming import (
@@ -178,14 +178,29 @@ def _against(
         target.catalog, spec=target.spec, keymap=named_keymap(stated, own, target.spec)
     )
     is_tied = any(one.spec is not None and one.spec.tied for one in (side, target))
-    source_table, target_table = weights.keymap, wanted_keys.keymap
-    are_alike = source_table is None or target_table is None or _same(weights, wanted_keys)
-    if not are_alike and to is None and from_ is None:
-        are_alike = share_keys(weights, wanted_keys)
-    if are_alike or target_table is None:
-        return compare_keys(weights, wanted_keys, is_tied=is_tied), wanted_keys.entries
-    coverage = cover(weights, target_table, spec=side.spec or target.spec)
-    return compare_results(coverage, weights, wanted_keys), wanted_keys.entries
+    alike = compare_keys(weights, wanted_keys, is_tied=is_tied)
+    table = wanted_keys.keymap
+    if weights.keymap is None or table is None or _same(weights, wanted_keys):
+        return alike, wanted_keys.entries
+    # Tables of one group differ in a few rows only, and then keys do not say which one was meant:
+    # the account that needs fewer excuses does.
+    may_be_alike = to is None and from_ is None and share_keys(weights, wanted_keys)
+    if may_be_alike and alike:
+        return alike, wanted_keys.entries
+    try:
+        converted = compare_results(
+            cover(weights, table, spec=side.spec or target.spec), weights, wanted_keys
+        )
+    except DcpconvError:
+        if may_be_alike:
+            return alike, wanted_keys.entries
+        raise
+    accounts = (alike, converted) if may_be_alike else (converted,)
+    return min(accounts, key=_faults), wanted_keys.entries
+
+
+def _faults(coverage: Coverage) -> int:
+    return sum(len(getattr(coverage, label)) for label in MISFITS)
 
 
 def _same(weights: Weights, wanted: Weights) -> bool:
