@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import loop, scale
+from bench import loading, loop, scale
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -25,6 +25,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="run only rows whose name contains this")
     parser.add_argument("--no-peers", action="store_true", help="leave out what others do")
+    parser.add_argument("--no-loading", action="store_true", help="leave out live models")
     parser.add_argument("--no-scale", action="store_true", help="leave out the 671B shape")
     parser.add_argument(
         "--write", action="store_true", help="write docs/benchmarks.md and its plot"
@@ -44,15 +45,18 @@ def main() -> int:
                 continue
             with found as directory:
                 sections[kind] = loop.rows(directory, gb=options.gb, only=options.only)
+        loaded = [] if options.no_loading else loading.rows(work, gb=options.gb)
         growth = [] if options.no_scale else scale.rows(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for title, results in sections.items():
         _say(f"\n{title}\n{table(results)}")
+    if loaded:
+        _say(f"\n2 ranks load\n{loading.table(loaded)}")
     for line in growth:
         _say(str(line))
     if options.write:
-        write_page(sections, growth, notes, gb=options.gb, pairs=options.pairs)
+        write_page(sections, loaded, growth, notes, gb=options.gb, pairs=options.pairs)
     return 0
 
 

@@ -75,7 +75,7 @@ def rows(work: Path, *, gb: float = 2.5, runs: int = 3) -> list[Loaded]:
             if case.converts:
                 dcp = work / "loading-dcp"
                 started = time.perf_counter()
-                command = [sys.executable, "-m", "dcpconv", "convert", "-q", hf, dcp]
+                command = [sys.executable, "-m", "dcpconv", "convert", "-q", str(hf), str(dcp)]
                 subprocess.run([*command, "--to", "lingua", "--overwrite"], check=True)  # noqa: S603
                 before = time.perf_counter() - started
                 source = dcp
@@ -134,7 +134,10 @@ def _world(name: str, source: Path, hf: Path) -> tuple[float, float, float]:
     if any(process.returncode for process in processes):
         raise RuntimeError(f"{name}: a rank failed")
     found = [json.loads(text.splitlines()[-1]) for text in told]
-    return tuple(max(one[field] for one in found) for field in ("seconds", "peak", "shard"))  # type: ignore[return-value]
+    seconds, peak, shard = (
+        max(float(one[field]) for one in found) for field in ("seconds", "peak", "shard")
+    )
+    return seconds, peak, shard
 
 
 # -- what a rank does ------------------------------------------------------------------------
@@ -231,29 +234,29 @@ def _ours(model: Any, source: Path) -> None:
 
 def _stock(model: Any, source: Path) -> None:
     """``dcp.load`` into what ``get_model_state_dict`` returns, as Lingua does."""
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
-    from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
+        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
         get_model_state_dict,
         set_model_state_dict,
     )
+    from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
 
     model.to_empty(device="cpu")
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=source)
+    load(state, checkpoint_id=source)
     set_model_state_dict(model, state["model"])
 
 
 def _stock_hf(model: Any, source: Path) -> None:
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415
-    from torch.distributed.checkpoint import HuggingFaceStorageReader  # noqa: PLC0415
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
     from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
         get_model_state_dict,
         set_model_state_dict,
     )
+    from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
 
     model.to_empty(device="cpu")
     state = get_model_state_dict(model)
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(source)))
+    load(state, storage_reader=HuggingFaceStorageReader(str(source)))
     set_model_state_dict(model, state)
 
 

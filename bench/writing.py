@@ -8,7 +8,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench import loading
 from bench.cases import PEERS
+from bench.loading import Loaded
 from bench.measure import Result, table
 from bench.scale import Growth
 
@@ -18,6 +20,7 @@ PLOT = Path("docs/benchmarks.svg")
 
 def write_page(
     sections: Mapping[str, Sequence[Result]],
+    loaded: Sequence[Loaded],
     growth: Sequence[Growth],
     notes: Sequence[str],
     *,
@@ -44,6 +47,15 @@ def write_page(
     for title, results in sections.items():
         lines += [f"## {title}", "", "```", table(results), "```", ""]
     lines += _against_peers(sections.get("ordinary disk", ()))
+    if loaded:
+        lines += [
+            "## Two ranks load into a sharded model",
+            "",
+            "```",
+            loading.table(loaded),
+            "```",
+            "",
+        ]
     if growth:
         lines += ["## 100 to 100,000 tensors", "", "```", *map(str, growth), "```", ""]
     lines += [f"* {note}" for note in notes]
