@@ -234,7 +234,7 @@ def _ours(model: Any, source: Path) -> None:
 
 def _stock(model: Any, source: Path) -> None:
     """``dcp.load`` into what ``get_model_state_dict`` returns, as Lingua does."""
-        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
         get_model_state_dict,
         set_model_state_dict,
     )
