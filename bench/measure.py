@@ -69,6 +69,8 @@ class Result:
 def run_python(code: str, *arguments: str | os.PathLike[str]) -> Cost:
     """Runs Python code in a fresh interpreter; ``sys.argv[1:]`` are the arguments."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    # An installed package has its bytecode; where writing it is switched off, every run compiles.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile("w+") as log:
         started = time.perf_counter()
         process = subprocess.Popen(  # noqa: S603  our own interpreter
