@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from dcpconv.cli.answers import answers, say
+from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 
 if TYPE_CHECKING:
     from dcpconv.coverage import Coverage
@@ -60,26 +61,10 @@ def check(
             metavar="TARGET",
         ),
     ] = None,
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
-        ),
-    ] = None,
-    keymap: Annotated[
-        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
-    ] = None,
-    assets: Annotated[
-        str | None,
-        typer.Option(help="Directory with the config, where SRC has none.", metavar="DIR"),
-    ] = None,
-    spec: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Numbers of the model that no file states: heads=8,kv_heads=2.  Repeatable.",
-            metavar="NAME=VALUE",
-        ),
-    ] = None,
+    from_: From = None,
+    keymap: KeymapFile = None,
+    assets: Assets = None,
+    spec: Spec = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(

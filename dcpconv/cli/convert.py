@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 from dcpconv.cli.words import count, parse_size, size
 
 if TYPE_CHECKING:
@@ -44,15 +45,8 @@ def convert(
             metavar="FAMILY",
         ),
     ] = None,
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
-        ),
-    ] = None,
-    keymap: Annotated[
-        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
-    ] = None,
+    from_: From = None,
+    keymap: KeymapFile = None,
     root: Annotated[
         str | None,
         typer.Option(
@@ -86,12 +80,15 @@ def convert(
             metavar="NAME",
         ),
     ] = None,
-    assets: Annotated[
-        str | None,
+    assets: Assets = None,
+    spec: Spec = None,
+    dequantize: Annotated[
+        bool,
         typer.Option(
-            help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
+            "--dequantize",
+            help="Multiply weights in scaled fp8 blocks out, into bf16 or --dtype.",
         ),
-    ] = None,
+    ] = False,
     chunks: Annotated[
         int,
         typer.Option(
@@ -104,6 +101,15 @@ def convert(
         str | None,
         typer.Option(help="Most bytes of tensors in one file: 5GB, 512MiB.", metavar="SIZE"),
     ] = None,
+    model_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Files of a torch DST --to meta, which is then a directory of consolidated.0N.pth:"
+            " one per rank of Meta's own code.",
+            metavar="N",
+            min=1,
+        ),
+    ] = 1,
     jobs: Annotated[
         int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
     ] = None,
@@ -162,7 +168,10 @@ def convert(
             cast_all=cast_all,
             allow=allow or (),
             assets=assets,
+            spec=spec or (),
+            dequantize=dequantize,
             chunks=chunks,
+            model_parallel=model_parallel,
             max_file_size=parse_size(max_file_size),
             jobs=jobs,
             engine=engine,  # type: ignore[arg-type]  # checked inside

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dcpconv.cli.answers import answers
+from dcpconv.cli.options import From, KeymapFile, Output
 
 
 @answers
@@ -16,19 +17,9 @@ def keys(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")
     ],
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"
-        ),
-    ] = None,
-    keymap: Annotated[
-        str | None, typer.Option(help="A naming table of your own (TOML).", metavar="FILE")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
-    ] = None,
+    from_: From = None,
+    keymap: KeymapFile = None,
+    output: Output = None,
 ) -> None:
     """Write the list of keys, shapes and types of a checkpoint: commit it, and check against it.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dcpconv.cli.answers import answers, note
+from dcpconv.cli.options import Output
 
 
 @answers
@@ -22,10 +23,7 @@ def params(
         list[str] | None,
         typer.Option(help="Leave out a feature that the family cannot express.", metavar="NAME"),
     ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Write params.json from a config.json, or config.json from a params.json.
 

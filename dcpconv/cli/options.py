@@ -1,0 +1,33 @@
+"""Options that several commands share, each with one meaning and one help text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+From = Annotated[
+    str | None,
+    typer.Option("--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"),
+]
+KeymapFile = Annotated[
+    str | None, typer.Option("--keymap", help="A naming table of your own (TOML).", metavar="FILE")
+]
+Assets = Annotated[
+    str | None,
+    typer.Option(
+        "--assets", help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
+    ),
+]
+Spec = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--spec",
+        help="Numbers of the model that no file states: heads=8,kv_heads=2.  Repeatable.",
+        metavar="NAME=VALUE",
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
+]
