@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +18,9 @@ if TYPE_CHECKING:
 
 @answers
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint of any form.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")
+    ],
     only: Annotated[
         str | None,
         typer.Option(help="List only keys under this one, or that match.", metavar="KEY"),
@@ -33,20 +34,13 @@ def inspect(
 
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
-    from dcpconv import configs
-    from dcpconv.errors import SpecError
-    from dcpconv.formats.opening import open_checkpoint
     from dcpconv.recognition import recognise
     from dcpconv.selection import select
+    from dcpconv.sides import open_side
 
-    catalog = select(open_checkpoint(Path(source)), only)
-    spec, remarks = None, list(catalog.notes)
-    if configs.find_config(Path(source)) is not None:
-        try:
-            spec = configs.read_spec(Path(source))
-        except SpecError as error:
-            remarks.append(f"the config beside it cannot be read: {error.headline}")
-    weights = recognise(catalog, spec=spec)
+    side = open_side(source)
+    catalog = select(side.catalog, only)
+    weights = recognise(catalog, spec=side.spec)
     if as_json:
         say_json(_as_json(catalog, weights))
         return
@@ -56,7 +50,7 @@ def inspect(
         say("")
         for line in listing(catalog):
             say(line)
-    for text in remarks:
+    for text in dict.fromkeys((*catalog.notes, *side.notes)):
         note(text)
 
 
