@@ -45,6 +45,7 @@ def main() -> int:
                 continue
             with found as directory:
                 sections[kind] = loop.rows(directory, gb=options.gb, only=options.only)
+                _say(f"{kind}\n{table(sections[kind])}")
         loaded = [] if options.no_loading else loading.rows(work, gb=options.gb)
         growth = [] if options.no_scale else scale.rows(work)
     finally:

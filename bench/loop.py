@@ -24,7 +24,7 @@ def mounted(kind: str, work: Path, *, gigabytes: float) -> AbstractContextManage
     if shutil.which(_MAKE[kind][0]) is None:
         return f"{_MAKE[kind][0]} is not installed"
     image, place = work / f"{kind}.img", work / kind
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     with image.open("wb") as file:
         file.truncate(int(gigabytes * 1e9))
     made = _run([*_MAKE[kind], str(image)]) or _run(["mount", "-o", "loop", str(image), str(place)])
