@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -63,10 +64,15 @@ def rows(directory: Path, *, gb: float, only: str) -> list[Result]:
 
 
 def used(directory: Path) -> int:
-    """Bytes in use on the file system of a directory."""
-    os.sync()
-    state = os.statvfs(directory)
-    return (state.f_blocks - state.f_bfree) * state.f_frsize
+    """Bytes in use on the file system of a directory, once it has come to rest: XFS and Btrfs free
+    the blocks of deleted files some time later."""
+    readings: list[int] = []
+    while len(readings) < 4 or len(set(readings[-4:])) > 1:
+        os.sync()
+        state = os.statvfs(directory)
+        readings.append((state.f_blocks - state.f_bfree) * state.f_frsize)
+        time.sleep(0.5)
+    return readings[-1]
 
 
 def _run(command: list[str]) -> str | None:
