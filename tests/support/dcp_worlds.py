@@ -7,8 +7,6 @@ saving.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from support.ranks import run_ranks
 from support.wild_worlds import kinds_scene
 
-_TESTS = Path(__file__).parent.parent
 SHAPES = {
     "even.weight": (8, 6),
     "odd.weight": (7, 5),
@@ -45,27 +43,7 @@ def launch(ranks: int, directory: Path, *, script: str = __file__, timeout_s: fl
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": f"{_TESTS}{os.pathsep}{_TESTS.parent / 'examples'}",
-    }
-    logs = [directory / f"rank{rank}.log" for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", script, str(rank), str(ranks), str(directory)]
-        with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            )
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(script, ranks, directory, timeout_s=timeout_s)
 
 
 def _model() -> nn.Module:

@@ -8,8 +8,6 @@ costs more than most of them.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 import warnings
@@ -18,6 +16,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from support.ranks import run_ranks
 
 TIMEOUT_S = 60
 """How long a rank waits for another: a scene that hangs is an error long before the test ends."""
@@ -51,30 +51,7 @@ def launch(
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join(
-            str(Path(__file__).parents[depth] / name)
-            for depth, name in ((1, ""), (2, "examples"), (2, ""))
-        ),
-    }
-    logs = [directory / f"rank{rank}-of-{ranks}.log" for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", script, str(rank), str(ranks), str(directory)]
-        with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            )
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(script, ranks, directory, timeout_s=timeout_s)
     texts = [(directory / f"rank{rank}-of-{ranks}.json").read_text() for rank in range(ranks)]
     return [{name: Outcome(**found) for name, found in json.loads(text).items()} for text in texts]
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from dcpconv.cli.app import app
 from dcpconv.cli.words import count, parse_size, size
 from support.hf_models import save_hf, tiny
+from support.models.minimind import MiniMind, MiniMindConfig, save_pth
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +165,18 @@ def test_sizes_read_and_written() -> None:
     ]
     assert size(3 << 40) == "3.00 TiB"
     assert count(1, "entry", "entries") == "1 entry"
+
+
+def test_head_counts_that_no_file_states_come_from_spec(tmp_path: Path) -> None:
+    """A bare MiniMind file: 6 heads over 2 are in no shape, and RoPE needs them."""
+    file = tmp_path / "full_sft_96.pth"
+    save_pth(MiniMind(MiniMindConfig(generation="gen2")), file)
+    arguments = ["convert", str(file), str(tmp_path / "hf"), "--form", "hf", "--to", "hf-llama"]
+
+    without = CliRunner().invoke(app, arguments)
+    found = CliRunner().invoke(app, [*arguments, "--spec", "heads=6,kv_heads=2"])
+
+    assert without.exit_code == 2
+    assert "--spec" in without.stderr
+    assert found.exit_code == 0, found.stderr
+    assert "relabel   3 tensors  (h p two) d -> (h two p) d" in found.stdout.splitlines()
