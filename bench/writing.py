@@ -29,12 +29,13 @@ def write_page(
 ) -> None:
     """Writes what was measured, with machine and date."""
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    kernel = platform.release().split("-")[0]
     lines = [
         "# Benchmarks",
         "",
         (
             f"Measured {today} with `make bench` on {os.cpu_count()} cores ({platform.machine()},"
-            f" Linux {platform.release().split('-')[0]}), Python {platform.python_version()}.  The model is"
+            f" Linux {kernel}), Python {platform.python_version()}.  The model is"
             f" Llama-3.2-1B shaped, {gb} GB in bf16.  Every row is a whole process, interpreter"
             " start and final sync included; `floor` is `cp` and `sync` of the same bytes, run in"
             f" turns with the case; medians over {pairs} pairs.  The machine is shared and noisy:"

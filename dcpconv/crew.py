@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from dcpconv.errors import DcpconvError
 from dcpconv.gather import Slices, read_runs
 from dcpconv.outline import OutFile
 from dcpconv.units import Literal, Run, Stretch, Tile, Unit, units
+
+_SECONDS_TO_START = 1.0
+"""How long a thread may take to say that it runs, on a machine that is very busy."""
 
 _WORTH_STARTING = 256 << 10
 """Bytes from which a unit is worth a system call to start writing it to disk."""
@@ -164,16 +168,17 @@ class Crew:
             threading.Thread(target=self._loop, args=(desk,), name="dcpconv", daemon=True)
             for desk in self.desks
         ]
+        started: list[threading.Thread] = []
         try:
             for thread in threads:
+                started.append(thread)
                 thread.start()
             for thread in threads:
                 thread.join()
         finally:
             self._stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            for thread in started:
+                _end(thread)
             for output in self._open:
                 os.close(output.fd)
         if self._errors:
@@ -349,3 +354,16 @@ class Crew:
                 scale=scale,
                 first=(part.offset - scale.offset) // itemsize,
             )
+
+
+def _end(thread: threading.Thread) -> None:
+    """Wait for a thread whose ``start`` may have been interrupted.
+
+    Ctrl-C can arrive when the thread exists but has not said so yet; until it has, it cannot be
+    joined.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while thread.ident is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if thread.ident is not None:
+        thread.join()
