@@ -273,7 +273,8 @@ def test_ctrl_c_stops_every_thread(tmp_path: Path, target: Path) -> None:
         text=True,
     ) as process:
         assert process.stdout
-        assert process.stdout.readline() == "going\n"
+        for _ in range(5):  # by then every thread is up
+            assert process.stdout.readline() == "going\n"
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
     assert rest.splitlines()[-1] == "stopped 1"
