@@ -130,6 +130,37 @@ class _Output:
             os.close(self.fd)
 
 
+class _Worker:
+    """A thread that can be waited for although Ctrl-C interrupts the waiting.
+
+    ``Thread.join`` cannot: in CPython 3.11 an interrupted ``join`` takes the thread for ended.
+    """
+
+    def __init__(self, work: Callable[[Desk], None], desk: Desk) -> None:
+        self.ended = threading.Event()
+        self.thread = threading.Thread(
+            target=self._run, args=(work, desk), name="dcpconv", daemon=True
+        )
+
+    def _run(self, work: Callable[[Desk], None], desk: Desk) -> None:
+        try:
+            work(desk)
+        finally:
+            self.ended.set()
+
+    def join(self) -> None:
+        """Wait for the end of a thread whose ``start`` may have been interrupted.
+
+        Ctrl-C can arrive when the thread exists but has not said so yet.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while self.thread.ident is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self.thread.ident is not None:
+            self.ended.wait()
+            self.thread.join()
+
+
 class Crew:
     """Threads that share one iterator of units, so that what exists at a time is a unit each.
 
@@ -164,21 +195,18 @@ class Crew:
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
-        threads = [
-            threading.Thread(target=self._loop, args=(desk,), name="dcpconv", daemon=True)
-            for desk in self.desks
-        ]
-        started: list[threading.Thread] = []
+        workers = [_Worker(self._loop, desk) for desk in self.desks]
+        started: list[_Worker] = []
         try:
-            for thread in threads:
-                started.append(thread)
-                thread.start()
-            for thread in threads:
-                thread.join()
+            for worker in workers:
+                started.append(worker)
+                worker.thread.start()
+            for worker in workers:
+                worker.ended.wait()
         finally:
             self._stop.set()
-            for thread in started:
-                _end(thread)
+            for worker in started:
+                worker.join()
             for output in self._open:
                 os.close(output.fd)
         if self._errors:
@@ -354,16 +382,3 @@ class Crew:
                 scale=scale,
                 first=(part.offset - scale.offset) // itemsize,
             )
-
-
-def _end(thread: threading.Thread) -> None:
-    """Wait for a thread whose ``start`` may have been interrupted.
-
-    Ctrl-C can arrive when the thread exists but has not said so yet; until it has, it cannot be
-    joined.
-    """
-    deadline = time.monotonic() + _SECONDS_TO_START
-    while thread.ident is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    if thread.ident is not None:
-        thread.join()
