@@ -148,7 +148,7 @@ def convert(
             catalog,
             spec=model,
             keymap=named_keymap(from_, own, model),
-            root=_source_root(root, form, to, catalog),
+            root=_source_root(root, form, catalog),
         )
         model, settled = settled_spec(weights, model, stated)
         wanted = _target_keymap(to, own, weights, model, form)
@@ -164,7 +164,6 @@ def convert(
             target=typed_target,
             assets=Path(assets) if assets else None,
             root=root,
-            only=only,
             dtype=_dtype(dtype),
             cast_all=cast_all,
             allow=tuple(allow),
@@ -314,10 +313,9 @@ def _target_keymap(
     return None
 
 
-def _source_root(root: str | None, form: Form, to: str | None, catalog: Catalog) -> str | None:
+def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
     """``--root`` names the container in the result; in an hf result there is none to name, so it
     then says where the weights of the source are."""
-    del to
     return root if form == "hf" and root is not None and catalog.form != "hf" else None
 
 

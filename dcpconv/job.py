@@ -37,7 +37,6 @@ class Job:
     target: Path
     assets: Path | None
     root: str | None
-    only: str | None
     dtype: DType | None
     cast_all: bool
     allow: tuple[str, ...]

@@ -89,11 +89,6 @@ def is_minimind_name(name: str) -> bool:
     return _MINIMIND.fullmatch(name) is not None
 
 
-def names_of_step(step: int) -> list[str]:
-    """Directory names that this step may have."""
-    return [f"checkpoint-{step}", f"{step:010d}", f"step-{step}", f"checkpoint_{step}"]
-
-
 def layout_by_contents(listing: Listing) -> Layout | None:
     """Whose step a directory of another name looks like."""
     files = listing.files

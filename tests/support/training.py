@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from support.models.minimind import GenerationName, MiniMind, MiniMindConfig
+from support.ranks import run_ranks
 
 BATCH, SEQ = 4, 16
 STEPS = 40
@@ -108,27 +107,7 @@ def launch(directory: Path, *, ranks: int, timeout_s: float = 120) -> dict[str, 
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
     """
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    logs = [directory / f"rank{rank}.log" for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-W", "ignore", __file__, str(rank), str(ranks), str(directory)]
-        with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-            )
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(__file__, ranks, directory, timeout_s=timeout_s)
     answer: dict[str, Any] = json.loads((directory / "answer.json").read_text())
     return answer
 
