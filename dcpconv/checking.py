@@ -22,12 +22,13 @@ from dcpconv.contracts import (
 from dcpconv.coverage import MISFITS, Coverage, Fault, cover_as_stored
 from dcpconv.dtypes import BY_LABEL
 from dcpconv.errors import DcpconvError, KeymapError, LayoutError
+from dcpconv.idle import without_idle
 from dcpconv.keymaps import Keymap, keymaps, read_keymap, resolve_family
 from dcpconv.matching import cover
 from dcpconv.naming import (
     named_keymap,
     refused_features,
-    settled_spec,
+    settle,
     target_keymap,
     without,
 )
@@ -87,9 +88,9 @@ def check(
     if not side.catalog.tensors and not problems:
         problems.append("there are no tensors in it")
     named = from_ if from_ is not None else _known(side.family)
-    weights = recognise(side.catalog, spec=side.spec, keymap=named_keymap(named, own, side.spec))
-    numbers = parse_pairs([spec] if isinstance(spec, str) else spec)
-    settled, remarks = settled_spec(weights, side.spec, numbers)
+    weights, settled, remarks = settle(
+        side.catalog, side.spec, from_=named, own=own, sizes=parse_pairs(spec)
+    )
     notes = [*side.notes, *remarks]
     if side.spec is None and weights.keymap is not None:
         notes.append(_NO_CONFIG)
@@ -147,6 +148,7 @@ def _into(
     if weights.keymap is None:
         return nothing_known(weights, wanted, spec)
     is_renamed = wanted.name != weights.keymap.name
+    weights, spec = without_idle(weights, spec, wanted, allow=allow)
     refused = refused_features(wanted, spec) if spec is not None and is_renamed else ()
     return cover(
         weights,
@@ -188,9 +190,8 @@ def _against(
     if may_be_alike and alike:
         return alike, wanted_keys.entries
     try:
-        converted = compare_results(
-            cover(weights, table, spec=side.spec or target.spec), weights, wanted_keys
-        )
+        source, spec = without_idle(weights, side.spec or target.spec, table, allow=allow)
+        converted = compare_results(cover(source, table, spec=spec), source, wanted_keys)
     except DcpconvError:
         if may_be_alike:
             return alike, wanted_keys.entries

@@ -7,34 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from dcpconv import splitting
 from dcpconv.catalog import Catalog, Form
-from dcpconv.configs import read_spec
 from dcpconv.configs.patching import parse_pairs
-from dcpconv.coverage import Coverage
+from dcpconv.deciding import Decided, Request, decide
 from dcpconv.dtypes import BY_LABEL, BY_NAME, DType
 from dcpconv.engine import Moved, execute
 from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.hub import locate
-from dcpconv.idle import without_idle
-from dcpconv.job import Job, block_size, disk_nbytes, most_used
-from dcpconv.keymaps import Keymap, read_keymap
-from dcpconv.naming import find_spec, named_keymap, settled_spec, target_keymap
-from dcpconv.outline import Outline, OutTensor
-from dcpconv.plan import make_plan, row_chunks, whole
-from dcpconv.publish import check_space, check_target, staging
-from dcpconv.recognition import Weights, recognise
+from dcpconv.job import disk_nbytes
+from dcpconv.publish import check_space, staging
 from dcpconv.report import ConversionReport
-from dcpconv.selection import select
-from dcpconv.side_files import SideFiles, dequantized
 from dcpconv.space import spared
-from dcpconv.spec import ModelSpec
-from dcpconv.summary import labels, lossy_casts, summarise
+from dcpconv.summary import labels, lossy_casts
 
 Engine = Literal["stream", "torch"]
 
@@ -115,108 +103,68 @@ def convert(
         NoSpaceError: The disk cannot hold the result.
     """
     started = time.perf_counter()
-    stated = parse_pairs([spec] if isinstance(spec, str) else spec)
-    source, typed_target = locate(source), Path(target)
+    request = Request(
+        source=locate(source),
+        target=Path(target),
+        form=form,
+        to=to,
+        from_=from_,
+        keymap=Path(keymap) if keymap else None,
+        root=root,
+        only=only,
+        dtype=_dtype(dtype),
+        cast_all=cast_all,
+        dequantize=dequantize,
+        allow=tuple(allow),
+        assets=Path(assets) if assets else None,
+        sizes=parse_pairs(spec),
+        chunks=chunks,
+        model_parallel=model_parallel,
+        max_file_size=max_file_size,
+        overwrite=overwrite,
+        trust=trust,
+    )
+    is_by_torch = _is_by_torch(engine, trust=trust)
     if not dry_run:
-        is_split = to == "meta" and model_parallel > 1
-        is_file = not is_split and (form or default_form("hf", typed_target, to)) == "torch"
-        check_target(typed_target, overwrite=overwrite, is_file=is_file, source=source)
-    opened: AbstractContextManager[Catalog]
-    by_torch = _by_torch(engine, trust=trust)
-    if by_torch and dry_run:
-        opened = nullcontext(_open_without_torch(source))
-    elif by_torch:
-        from dcpconv import torch_engine  # noqa: PLC0415 - imports torch
+        request.check_target()
+        if is_by_torch and (form := request.plain_form()) is not None:
+            from dcpconv import torch_engine  # noqa: PLC0415 - imports torch
 
-        own_form = torch_engine.form_of(source)
-        wanted_form = form or default_form(own_form, typed_target, to)
-        changes = (to, from_, keymap, root, only, dtype, assets, max_file_size)
-        is_verbatim = chunks == 1 and not stated and all(change is None for change in changes)
-        if is_verbatim and {own_form, wanted_form} == {"torch", "dcp"}:
             return torch_engine.convert_plain(
-                source, typed_target, form=wanted_form, overwrite=overwrite, trust=trust
+                request.source, request.target, form=form, overwrite=overwrite, trust=trust
             )
-        opened = torch_engine.rewritten(source, typed_target, overwrite=overwrite, trust=trust)
-    else:
-        opened = nullcontext(open_checkpoint(source))
-    with opened as everything:
-        catalog = select(everything, only)
-        form = form or default_form(catalog.form, typed_target, to)
-        own = read_keymap(Path(keymap)) if keymap else None
-        model, spec_note = find_spec(catalog, assets)
-        weights = recognise(
-            catalog,
-            spec=model,
-            keymap=named_keymap(from_, own, model),
-            root=_source_root(root, form, catalog),
-        )
-        model, settled = settled_spec(weights, model, stated)
-        wanted = _target_keymap(to, own, weights, model, form)
-        weights, model = without_idle(weights, model, wanted)
-        if dequantize:
-            wanted = wanted or weights.require_keymap()
-        job = Job(
-            catalog=catalog,
-            weights=weights,
-            wanted=wanted,
-            spec=model,
-            form=form,
-            target=typed_target,
-            assets=Path(assets) if assets else None,
-            root=root,
-            dtype=_dtype(dtype),
-            cast_all=cast_all,
-            allow=tuple(allow),
-            ranks=model_parallel if form == "torch" and to == "meta" else 1,
-            dequantize=dequantize,
-        )
-        if job.renames and model is None and spec_note:
-            read_spec(source)  # raises: another naming needs what the config says
-        coverage, notes = job.cover()
-        coverage.require(source, hint=_coverage_hint(coverage, model, assets))
-        tensors = make_plan(
-            coverage,
-            path_of=job.path_of,
-            regions=(lambda shape: row_chunks(shape, chunks)) if form == "dcp" else whole,
-            dtype_of=job.dtype_of,
-        )
-        planned = tensors
-        if job.ranks > 1:
-            shares = splitting.shares(
-                coverage,
-                job.ranks,
-                spec=model,
-                path_of=job.path_of,
-                dtype_of=job.dtype_of,
-            )
-            planned = tuple(chain.from_iterable(shares))
-            outline = splitting.outline(shares, modulus=block_size(typed_target))
-        else:
-            outline = job.outline(tensors, max_file_size=max_file_size)
-        side = job.side_files(coverage, tensors)
-        if dequantize:
-            side = dequantized(side, most_used(tensors))
-        notes = (*catalog.notes, *spec_note, *settled, *notes, *side.notes, *job.notes(coverage))
-        report = summarise(job, coverage, tensors, outline, side, notes)
+    with _opened(request, by_torch=is_by_torch, dry_run=dry_run) as everything:
+        decided = decide(everything, request)
         if dry_run:
-            return report
-        moved = _write(
-            outline, planned, side, job, jobs=jobs, overwrite=overwrite, progress=progress
-        )
+            return decided.report
+        moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
         return replace(
-            report,
+            decided.report,
             moved={
                 name: nbytes
                 for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
                 if (nbytes := getattr(moved, name))
             },
-            lossy=lossy_casts(moved, tensors, outline),
+            lossy=lossy_casts(moved, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
 
 
-def _by_torch(engine: str, *, trust: bool) -> bool:
+def _opened(request: Request, *, by_torch: bool, dry_run: bool) -> AbstractContextManager[Catalog]:
+    """The source; under torch's engine what torch makes of it, for as long as it is needed."""
+    if by_torch and dry_run:
+        return nullcontext(_open_without_torch(request.source))
+    if by_torch:
+        from dcpconv import torch_engine  # noqa: PLC0415 - imports torch
+
+        return torch_engine.rewritten(
+            request.source, request.target, overwrite=request.overwrite, trust=request.trust
+        )
+    return nullcontext(open_checkpoint(request.source))
+
+
+def _is_by_torch(engine: str, *, trust: bool) -> bool:
     if engine not in {"stream", "torch"}:
         raise DcpconvError(f"there is no engine {engine!r}", [("expected", "stream or torch")])
     if trust and engine != "torch":
@@ -235,24 +183,15 @@ def _open_without_torch(source: Path) -> Catalog:
         raise FormatError(error.headline, error.facts, hint=hint) from error
 
 
-def default_form(source: Form, target: Path, to: str | None = None) -> Form:
-    """The form that a target's name and the source suggest."""
-    if target.suffix in {".pth", ".pt", ".bin"}:
-        return "torch"
-    family_is_hf = to is None or to == "hf" or to.startswith("hf-")
-    return "hf" if source == "dcp" and family_is_hf else "dcp"
-
-
 def _write(
-    outline: Outline,
-    tensors: tuple[OutTensor, ...],
-    side: SideFiles,
-    job: Job,
+    decided: Decided,
     *,
     jobs: int | None,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
 ) -> Moved:
+    """Carries the plan out beside the target, and makes the result visible once it is whole."""
+    job, outline, side = decided.job, decided.outline, decided.side
     total = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
     done = 0
 
@@ -280,7 +219,7 @@ def _write(
                 target=stage.path,
                 jobs=jobs,
                 progress=advance,
-                labels=labels(tensors, outline),
+                labels=labels(decided.planned, outline),
                 allow_overflow="overflow" in job.allow,
             )
         except LossyCastError as error:
@@ -294,31 +233,6 @@ def _write(
     return moved
 
 
-def _target_keymap(
-    to: str | None,
-    own: Keymap | None,
-    weights: Weights,
-    spec: ModelSpec | None,
-    form: Form,
-) -> Keymap | None:
-    """The table of the result, or ``None`` to keep keys as they are stored."""
-    if to is not None:
-        return target_keymap(to, own, weights.keymap, spec)
-    if own is not None and weights.keymap is not own:
-        return own
-    if form == "hf" and weights.keymap is not None:
-        if weights.keymap.family == "hf":
-            return weights.keymap
-        return target_keymap("hf", None, weights.keymap, spec)
-    return None
-
-
-def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
-    """``--root`` names the container in the result; in an hf result there is none to name, so it
-    then says where the weights of the source are."""
-    return root if form == "hf" and root is not None and catalog.form != "hf" else None
-
-
 def _dtype(name: str | None) -> DType | None:
     if name is None:
         return None
@@ -327,13 +241,3 @@ def _dtype(name: str | None) -> DType | None:
         floats = ", ".join(d.label for d in BY_LABEL.values() if d.is_floating_point)
         raise DcpconvError(f"cannot cast to {name!r}", [("expected", f"one of {floats}")])
     return dtype
-
-
-def _coverage_hint(
-    coverage: Coverage, spec: ModelSpec | None, assets: str | os.PathLike[str] | None
-) -> str | None:
-    if coverage.misshapen and spec is not None:
-        return "the config does not describe these tensors; is it the right one?"
-    if coverage.unknown and spec is None and assets is None:
-        return "--assets DIR names a config; --keymap FILE adds keys to a table"
-    return None

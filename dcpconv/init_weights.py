@@ -38,6 +38,7 @@ def load_init_weights(
     from_: str | None = None,
     keymap: str | os.PathLike[str] | None = None,
     assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
     strict: bool = True,
     dtype: Literal["model", "source"] = "model",
@@ -71,6 +72,7 @@ def load_init_weights(
         from_: Naming of the source, where its keys leave a choice.
         keymap: File with a table of your own.
         assets: Directory with the config, where the source has none.
+        spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the model's naming cannot express them, by name.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
             buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors
@@ -102,6 +104,7 @@ def load_init_weights(
         from_=from_,
         keymap=Path(keymap) if keymap else None,
         assets=Path(assets) if assets else None,
+        spec=(spec,) if isinstance(spec, str) else tuple(spec),
         allow=tuple(allow),
     )
     if dtype not in {"model", "source"} or read not in {"auto", "all", "once", "rank0"}:

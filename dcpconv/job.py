@@ -12,12 +12,12 @@ from dcpconv import configs
 from dcpconv.catalog import Catalog, Form, KeyPath
 from dcpconv.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.dtypes import DType
-from dcpconv.errors import FormatError, NotExpressibleError
+from dcpconv.errors import FormatError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.nesting import key_of
 from dcpconv.keymaps import Keymap
 from dcpconv.matching import cover
-from dcpconv.naming import refused_features, without
+from dcpconv.naming import refused_features, require_expressible
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.recognition import Weights
 from dcpconv.side_files import SideFiles, carried, generated
@@ -67,16 +67,14 @@ class Job:
             return cover_as_stored(whole), ()
         if self.wanted is None:
             return cover_as_stored(self.weights), ()
-        refused = self._refused()
-        if refused:
-            raise NotExpressibleError(
-                f"{self.wanted.name} cannot express this model; nothing was written",
-                [
-                    ("source", self.catalog.source),
-                    *(("refused", f"{fault.key}: {fault.why}") for fault in refused),
-                ],
-                hint="--allow NAME leaves a feature out; the logits will then differ",
-            )
+        require_expressible(
+            self.wanted,
+            self._refusals(),
+            self.allow,
+            source=self.catalog.source,
+            undone="nothing was written",
+            allow_by="--allow NAME",
+        )
         coverage = self._cover(self.spec)
         pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
         if coverage and (unequal := differing(self.weights, pairs)):
@@ -105,9 +103,6 @@ class Job:
     def _is_stored_twice(self, key: str, owner: str) -> bool:
         tied, entries = self.weights.tied, self.weights.entries
         return owner in entries and tied.get(key, key) != tied.get(owner, owner)
-
-    def _refused(self) -> tuple[Fault, ...]:
-        return without(self._refusals(), self.allow)
 
     def _refusals(self) -> tuple[Fault, ...]:
         if self.spec is None or self.wanted is None or not self.renames:

@@ -10,9 +10,9 @@ from dcpconv import configs
 from dcpconv.catalog import Catalog
 from dcpconv.configs.patching import patched_spec
 from dcpconv.coverage import Fault
-from dcpconv.errors import SpecError
+from dcpconv.errors import NotExpressibleError, SpecError
 from dcpconv.keymaps import Keymap, resolve_family
-from dcpconv.recognition import Weights
+from dcpconv.recognition import Weights, recognise
 from dcpconv.sizes import inferred_spec
 from dcpconv.spec import ModelSpec
 
@@ -39,6 +39,34 @@ def find_spec(
             facts = "; ".join(f"{label} {value}" for label, value in error.facts)
             return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
     return None, ()
+
+
+def settle(
+    catalog: Catalog,
+    spec: ModelSpec | None,
+    *,
+    from_: str | None = None,
+    own: Keymap | None = None,
+    sizes: Mapping[str, str] | None = None,
+    root: str | None = None,
+) -> tuple[Weights, ModelSpec | None, tuple[str, ...]]:
+    """The weights of a checkpoint in their naming, the model's numbers, and what these rest on.
+
+    Args:
+        catalog: The checkpoint.
+        spec: What the config says, where one was found.
+        from_: Naming of the source, where the user has said it.
+        own: The user's own table, which ``from_`` may name.
+        sizes: What the user says of the model, from ``parse_pairs``; it goes over the config.
+        root: What stands before every key, where the user has said it.
+
+    Raises:
+        KeymapError: ``from_`` is no family, or none of its tables is for this architecture.
+        SpecError: A number does not fit, or contradicts the shapes.
+    """
+    weights = recognise(catalog, spec=spec, keymap=named_keymap(from_, own, spec), root=root)
+    settled, notes = settled_spec(weights, spec, sizes or {})
+    return weights, settled, notes
 
 
 def settled_spec(
@@ -99,3 +127,34 @@ def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
 def without(faults: Sequence[Fault], allowed: Sequence[str]) -> tuple[Fault, ...]:
     """The faults that the user did not allow by name."""
     return tuple(fault for fault in faults if fault.key not in allowed)
+
+
+def require_expressible(
+    target: Keymap,
+    features: Sequence[Fault],
+    allowed: Sequence[str],
+    *,
+    source: str | os.PathLike[str],
+    undone: str,
+    allow_by: str,
+) -> None:
+    """Raises unless the user allowed every feature by name.
+
+    Args:
+        target: The naming to reach.
+        features: From ``refused_features``.
+        allowed: Names of those that may be left out.
+        source: What errors call the model.
+        undone: What did not happen, ``nothing was written``.
+        allow_by: How the user allows a feature, ``--allow NAME``.
+
+    Raises:
+        NotExpressibleError: All reasons are listed.
+    """
+    refused = without(features, allowed)
+    if refused:
+        raise NotExpressibleError(
+            f"{target.name} cannot express this model; {undone}",
+            [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
+            hint=f"{allow_by} leaves a feature out; the logits will then differ",
+        )

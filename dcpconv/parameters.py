@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv import configs
-from dcpconv.errors import NotExpressibleError
+from dcpconv.configs.patching import parse_pairs, patched_spec
+from dcpconv.errors import SpecError
+from dcpconv.formats.opening import open_checkpoint
 from dcpconv.keymaps import resolve_family
+from dcpconv.naming import refused_features, require_expressible, settle
+from dcpconv.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,7 @@ class Parameters:
     Attributes:
         name: What the family calls the file.
         text: Its content.
-        notes: Features that were left out because the user said so.
+        notes: What its numbers rest on, and features that were left out because the user said so.
     """
 
     name: str
@@ -26,32 +30,65 @@ class Parameters:
     notes: tuple[str, ...]
 
 
-def parameters(source: Path, *, to: str, allow: Sequence[str] = ()) -> Parameters:
+def parameters(
+    source: Path,
+    *,
+    to: str,
+    from_: str | None = None,
+    spec: str | Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> Parameters:
     """The parameter file of a family for the model at ``source``.
 
     Args:
-        source: A checkpoint, or its parameter file.
+        source: A checkpoint, or its parameter file.  Of a checkpoint without one, shapes and
+            ``spec`` together have to say every number.
         to: The family whose file to write.
+        from_: Naming of a checkpoint without a parameter file, where its keys leave a choice.
+        spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the family cannot express them.
 
     Raises:
-        SpecError: There is no config, or it cannot be read.
+        SpecError: There is no config and shapes do not say enough, or it cannot be read.
         NotExpressibleError: The family cannot hold the model; all reasons are listed.
     """
-    spec = configs.read_spec(source)
-    keymap = resolve_family(to, spec.architecture)
+    model, notes = _model(source, from_, parse_pairs(spec))
+    keymap = resolve_family(to, model.architecture)
     family = keymap.name if keymap.family == "hf" else keymap.config
-    refusals = configs.refusals(family, spec)
-    refused = [item for item in refusals if item.name not in allow]
-    if refused:
-        raise NotExpressibleError(
-            f"{keymap.name} cannot express this model",
-            [("source", source), *(("refused", f"{item.name}: {item.reason}") for item in refused)],
-            hint="--allow NAME leaves a feature out; the logits will then differ",
-        )
-    notes = tuple(
-        f"{item.name} is not expressible in {keymap.name} and was left out ({item.reason})"
-        for item in refusals
+    features = refused_features(keymap, model)
+    require_expressible(
+        keymap,
+        features,
+        allow,
+        source=source,
+        undone="nothing was written",
+        allow_by="--allow NAME",
     )
-    text = configs.to_text(configs.write_config(family, spec))
-    return Parameters(configs.config_name(family) or "", text, notes)
+    left_out = (
+        f"{item.key} is not expressible in {keymap.name} and was left out ({item.why})"
+        for item in features
+    )
+    text = configs.to_text(configs.write_config(family, model))
+    return Parameters(configs.config_name(family) or "", text, (*notes, *left_out))
+
+
+def _model(
+    source: Path, from_: str | None, sizes: dict[str, str]
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    is_file = source.is_file() and source.suffix == ".json"
+    if is_file or configs.find_config(source) is not None:
+        spec = configs.read_spec(source)
+        return (patched_spec(spec, sizes) if sizes else spec), ()
+    catalog = open_checkpoint(source)
+    weights, model, notes = settle(catalog, None, from_=from_, sizes=sizes)
+    table = weights.require_keymap()
+    if model is None:
+        raise SpecError(
+            "no parameter file, and shapes do not say how many heads there are",
+            [("source", source), ("family", table.name)],
+            hint="--spec heads=N,kv_heads=M says it",
+        )
+    floats = {entry.dtype.label: 0 for entry in weights.entries.values()}
+    for entry in weights.entries.values():
+        floats[entry.dtype.label] += entry.nbytes if entry.dtype.is_floating_point else 0
+    return model.model_copy(update={"dtype": max(floats, key=lambda label: floats[label])}), notes

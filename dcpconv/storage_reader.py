@@ -59,6 +59,7 @@ class CheckpointReader(StorageReader):
         keymap: File with a table of your own.
         root: Container to present the weights under: ``model`` for ``{"model": state_dict}``.
         assets: Directory with the config, where the source has none.
+        spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
         jobs: Threads.
     """
@@ -72,6 +73,7 @@ class CheckpointReader(StorageReader):
         keymap: str | os.PathLike[str] | None = None,
         root: str | None = None,
         assets: str | os.PathLike[str] | None = None,
+        spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         jobs: int | None = None,
     ) -> None:
@@ -82,6 +84,7 @@ class CheckpointReader(StorageReader):
             from_=from_,
             keymap=Path(keymap) if keymap else None,
             assets=Path(assets) if assets else None,
+            spec=(spec,) if isinstance(spec, str) else spec,
             allow=allow,
         )
         self._root = root

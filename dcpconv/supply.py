@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.catalog import Catalog, TensorEntry
+from dcpconv.configs.patching import parse_pairs
 from dcpconv.coverage import Coverage, Target, cover_as_stored
 from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import AmbiguousFamilyError, NotExpressibleError
+from dcpconv.errors import AmbiguousFamilyError
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.idle import without_idle
 from dcpconv.keymaps import Keymap, read_keymap
 from dcpconv.matching import cover
 from dcpconv.naming import (
     find_spec,
-    named_keymap,
     refused_features,
-    settled_spec,
+    require_expressible,
+    settle,
     target_keymap,
-    without,
 )
 from dcpconv.recognition import Weights, recognise
 from dcpconv.spec import ModelSpec
@@ -37,6 +38,7 @@ class Options:
         from_: Naming of the source, where its keys leave a choice.
         keymap: File with a table of the user's own.
         assets: Directory with the config, where the source has none.
+        spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
     """
 
@@ -44,6 +46,7 @@ class Options:
     from_: str | None = None
     keymap: Path | None = None
     assets: Path | None = None
+    spec: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
 
 
@@ -86,9 +89,9 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     """
     catalog = open_checkpoint(source)
     own = read_keymap(options.keymap) if options.keymap else None
-    spec, notes = find_spec(catalog, options.assets)
-    weights = recognise(catalog, spec=spec, keymap=named_keymap(options.from_, own, spec))
-    spec, settled = settled_spec(weights, spec, {})
+    config, notes = find_spec(catalog, options.assets)
+    sizes = parse_pairs(options.spec)
+    weights, spec, settled = settle(catalog, config, from_=options.from_, own=own, sizes=sizes)
     notes = (*notes, *settled)
     model = _model_weights(wanted) if wanted is not None else None
     target = target_keymap(options.to, own, weights.keymap, spec) if options.to else None
@@ -96,6 +99,7 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         target = own
     if target is None and model is not None:
         target = _table_of(model, weights, spec)
+    weights, spec = without_idle(weights, spec, target, allow=options.allow)
     root = ""
     if target is None:
         weights = _as_wanted(weights, wanted)
@@ -103,13 +107,14 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     else:
         is_renamed = target is not weights.keymap
         features = refused_features(target, spec) if spec and is_renamed else ()
-        refused = without(features, options.allow)
-        if refused:
-            raise NotExpressibleError(
-                f"{target.name} cannot express this model; nothing was loaded",
-                [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
-                hint="allow=[NAME] leaves a feature out; the logits will then differ",
-            )
+        require_expressible(
+            target,
+            features,
+            options.allow,
+            source=source,
+            undone="nothing was loaded",
+            allow_by="allow=[NAME]",
+        )
         notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
         coverage = cover(weights, target, spec=spec)
         if model is not None:

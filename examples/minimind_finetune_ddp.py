@@ -195,8 +195,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), -1) * sin).type_as(x)
 
 
-def main() -> None:
+def finetune(args: argparse.Namespace, device: torch.device) -> None:
     """Load, train, save."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sizes = Sizes.of(json.loads((args.source / "config.json").read_text()))
+    model = MiniMind(sizes, max_seq_len=args.seq_len).to(device)
+    replica = DistributedDataParallel(model)
+    report = load_init_weights(replica, args.source)
+    if rank == 0:
+        print(report, flush=True)
+        if args.logits:
+            with torch.no_grad():
+                tokens = torch.arange(args.seq_len, device=device)[None] % sizes.vocab
+                torch.save(model(tokens).float().cpu(), args.logits)
+    optimizer = torch.optim.AdamW(replica.parameters(), lr=args.lr)
+    for step in range(1, args.steps + 1):
+        tokens = corpus_batch(
+            sizes.vocab, batch=args.batch, seq_len=args.seq_len, seed=step * world + rank
+        ).to(device)
+        logits = replica(tokens[:, :-1])
+        loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        torch.autograd.backward(loss / args.accumulation_steps)
+        if step % args.accumulation_steps == 0:
+            nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        mean = loss.detach()
+        dist.all_reduce(mean)
+        if rank == 0:
+            print(f"step {step:4d}  loss {mean.item() / world:.4f}", flush=True)
+    if args.save and rank == 0:
+        args.save.mkdir(parents=True, exist_ok=True)
+        half = {key: tensor.half().cpu() for key, tensor in model.state_dict().items()}
+        torch.save(half, args.save / f"full_sft_{sizes.hidden}.pth")
+
+
+def main() -> None:
+    """Set up this rank, and train."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("source", type=Path, help="Hugging Face directory of a Llama or Qwen3")
     parser.add_argument("--steps", type=int, default=20)
@@ -207,44 +242,16 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write full_sft_{hidden}.pth into this directory")
     parser.add_argument("--logits", type=Path, help="write the logits of tokens 0, 1, 2, ... here")
     args = parser.parse_args()
-    sizes = Sizes.of(json.loads((args.source / "config.json").read_text()))
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    on_gpu = torch.cuda.device_count() >= world
+    on_gpu = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        model = MiniMind(sizes, max_seq_len=args.seq_len).to(device)
-        replica = DistributedDataParallel(model)
-        report = load_init_weights(replica, args.source)
-        if rank == 0:
-            print(report, flush=True)
-            if args.logits:
-                with torch.no_grad():
-                    tokens = torch.arange(args.seq_len, device=device)[None] % sizes.vocab
-                    torch.save(model(tokens).float().cpu(), args.logits)
-        optimizer = torch.optim.AdamW(replica.parameters(), lr=args.lr)
-        for step in range(1, args.steps + 1):
-            tokens = corpus_batch(
-                sizes.vocab, batch=args.batch, seq_len=args.seq_len, seed=step * world + rank
-            ).to(device)
-            logits = replica(tokens[:, :-1])
-            loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            torch.autograd.backward(loss / args.accumulation_steps)
-            if step % args.accumulation_steps == 0:
-                nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            mean = loss.detach()
-            dist.all_reduce(mean)
-            if rank == 0:
-                print(f"step {step:4d}  loss {mean.item() / world:.4f}", flush=True)
-        if args.save and rank == 0:
-            args.save.mkdir(parents=True, exist_ok=True)
-            half = {key: tensor.half().cpu() for key, tensor in model.state_dict().items()}
-            torch.save(half, args.save / f"full_sft_{sizes.hidden}.pth")
+        # The DDP wrapper is gone when this returns.  Were it to outlive the process group, it would
+        # free gloo while it holds the GIL that gloo's own thread may be waiting for (torch 2.13).
+        finetune(args, device)
     finally:
         dist.destroy_process_group()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 from dcpconv.cli.words import count, size
 
 if TYPE_CHECKING:
     from dcpconv.catalog import Catalog, TensorEntry
     from dcpconv.recognition import Weights
+    from dcpconv.spec import ModelSpec
 
 
 @answers
@@ -26,6 +29,10 @@ def inspect(
         typer.Option(help="List only keys under this one, or that match.", metavar="KEY"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    from_: From = None,
+    keymap: KeymapFile = None,
+    assets: Assets = None,
+    spec: Spec = None,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="The summary without the list of keys.")
     ] = False,
@@ -34,27 +41,32 @@ def inspect(
 
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
-    from dcpconv.recognition import recognise
+    from dcpconv.configs.patching import parse_pairs
+    from dcpconv.keymaps import read_keymap
+    from dcpconv.naming import settle
     from dcpconv.selection import select
     from dcpconv.sides import open_side
 
-    side = open_side(source)
+    side = open_side(source, assets=assets)
+    own = read_keymap(Path(keymap)) if keymap is not None else None
     catalog = select(side.catalog, only)
-    weights = recognise(catalog, spec=side.spec)
+    weights, model, notes = settle(
+        catalog, side.spec, from_=from_, own=own, sizes=parse_pairs(spec or ())
+    )
     if as_json:
-        say_json(_as_json(catalog, weights))
+        say_json(_as_json(catalog, weights, model))
         return
-    for line in summary(catalog, weights):
+    for line in summary(catalog, weights, model):
         say(line)
     if not quiet:
         say("")
         for line in listing(catalog):
             say(line)
-    for text in dict.fromkeys((*catalog.notes, *side.notes)):
+    for text in dict.fromkeys((*catalog.notes, *side.notes, *notes)):
         note(text)
 
 
-def summary(catalog: Catalog, weights: Weights) -> Iterator[str]:
+def summary(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> Iterator[str]:
     """What it is, in a few aligned lines."""
     dtypes: Counter[str] = Counter()
     for entry in catalog.tensors.values():
@@ -66,6 +78,8 @@ def summary(catalog: Catalog, weights: Weights) -> Iterator[str]:
     yield f"family    {family}  ({'; '.join(weights.evidence)})"
     if weights.alternatives:
         yield f"or        {', '.join(table.name for table in weights.alternatives)}"
+    if model is not None:
+        yield f"model     {', '.join(_numbers(model))}"
     yield (
         f"tensors   {count(len(catalog.tensors), 'key')}, {size(catalog.nbytes)},"
         f" {count(chunks, 'chunk')}, {sum(dtypes.values()):,} elements"
@@ -76,6 +90,16 @@ def summary(catalog: Catalog, weights: Weights) -> Iterator[str]:
         yield f"objects   {count(len(catalog.objects), 'key')} that are not tensors"
     if weights.rest:
         yield f"beside    {count(len(weights.rest), 'key')} that are not weights"
+
+
+def _numbers(model: ModelSpec) -> Iterator[str]:
+    """What a person asks first, and every feature."""
+    yield count(model.n_layers, "layer")
+    yield f"hidden {model.hidden_size}"
+    yield f"{count(model.n_heads, 'head')} of {model.head_dim} over {model.n_kv_heads}"
+    yield f"ffn {model.ffn_size}"
+    yield f"theta {model.rope_theta:g}"
+    yield from (f"{name} ({text})" for name, text in model.features().items())
 
 
 def listing(catalog: Catalog) -> Iterator[str]:
@@ -110,7 +134,7 @@ def _chunks(catalog: Catalog, entry: TensorEntry) -> str:
     return ", ".join(words)
 
 
-def _as_json(catalog: Catalog, weights: Weights) -> dict[str, Any]:
+def _as_json(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> dict[str, Any]:
     return {
         "path": str(catalog.source),
         "form": catalog.form,
@@ -118,6 +142,7 @@ def _as_json(catalog: Catalog, weights: Weights) -> dict[str, Any]:
         "alternatives": [table.name for table in weights.alternatives],
         "evidence": list(weights.evidence),
         "root": weights.root,
+        "model": model.model_dump(mode="json") if model is not None else None,
         "files": dict(catalog.files),
         "nbytes": catalog.nbytes,
         "tensors": {

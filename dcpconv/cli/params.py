@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dcpconv.cli.answers import answers, note
-from dcpconv.cli.options import Output
+from dcpconv.cli.options import From, Output, Spec
 
 
 @answers
@@ -17,8 +17,13 @@ def params(
         str, typer.Argument(metavar="SRC", help="A checkpoint, or its config.json or params.json.")
     ],
     to: Annotated[
-        str, typer.Option(help="Whose parameter file: lingua or hf.", metavar="FAMILY")
+        str,
+        typer.Option(
+            help="Whose parameter file: lingua, hf, meta, minimind4, ...", metavar="FAMILY"
+        ),
     ] = "lingua",
+    from_: From = None,
+    spec: Spec = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="Leave out a feature that the family cannot express.", metavar="NAME"),
@@ -27,11 +32,12 @@ def params(
 ) -> None:
     """Write params.json from a config.json, or config.json from a params.json.
 
-    Refuses, with all reasons, what the family cannot express.
+    Refuses, with all reasons, what the family cannot express.  A checkpoint without either will do
+    where shapes and --spec say every number.
     """
     from dcpconv.parameters import parameters
 
-    result = parameters(Path(source), to=to, allow=allow or ())
+    result = parameters(Path(source), to=to, from_=from_, spec=spec or (), allow=allow or ())
     if output is None:
         typer.echo(result.text, nl=False)
     else:

@@ -24,8 +24,8 @@ _NAMES = {
 """What ``--spec`` takes, beside the fields themselves."""
 
 
-def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
-    """Fields and values of ``heads=8,kv_heads=2``, as text.
+def parse_pairs(texts: str | Iterable[str]) -> dict[str, str]:
+    """Fields and values of ``heads=8,kv_heads=2``, as text; of one such text or several.
 
     Raises:
         SpecError: Lists what is no pair or no field.
@@ -35,7 +35,8 @@ def parse_pairs(texts: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     wrong: list[str] = []
-    for item in (item.strip() for text in texts for item in text.split(",")):
+    said = [texts] if isinstance(texts, str) else texts
+    for item in (item.strip() for text in said for item in text.split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))
         field = _NAMES.get(name, name)
         top = field.split(".")[0]

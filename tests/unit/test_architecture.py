@@ -71,6 +71,7 @@ LAYERS = (
             "summary",
             "splitting",
             "torch_engine",
+            "deciding",
             "conversion",
             "drafting",
             "families_page",
