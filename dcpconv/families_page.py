@@ -150,6 +150,7 @@ def _words() -> Iterator[str]:
     for axis, meaning in AXES.items():
         yield f"| `{axis}` | {meaning} |"
     yield ""
+    yield "A row whose condition joins several by `&` exists where all of them hold.\n"
     yield "| condition | the row exists |"
     yield "| --- | --- |"
     for condition, meaning in CONDITIONS.items():

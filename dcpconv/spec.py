@@ -241,10 +241,24 @@ class ModelSpec(_Record):
         """Whether the model has the tensors that a naming table marks with ``condition``.
 
         Args:
-            condition: A name from ``features``; ``dense``, ``moe`` or ``shared_experts``, which
-                depend on the layer; ``q_latent`` or ``q_direct``; or empty for every model.
+            condition: A name from ``features``; ``tied`` or ``untied``; ``dense``, ``moe`` or
+                ``shared_experts``, which depend on the layer; ``q_latent`` or ``q_direct``; several
+                of them joined by ``&``; or empty for every model.
             layer: Which layer is asked about.
+
+        >>> from dcpconv.spec import ModelSpec
+        >>> spec = ModelSpec(
+        ...     vocab_size=32, hidden_size=12, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=2,
+        ...     ffn_size=20, max_seq_len=64, mlp_bias=True,
+        ... )
+        >>> spec.has("dense & mlp_bias"), spec.has("moe & mlp_bias")
+        (True, False)
         """
+        return all(self._has(word.strip(), layer) for word in condition.split("&"))
+
+    def _has(self, condition: str, layer: int) -> bool:
+        if condition in {"tied", "untied"}:
+            return self.tied == (condition == "tied")
         experts = self.experts
         is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:

@@ -43,4 +43,4 @@ CONDITIONS: Mapping[str, str] = {
     "q_latent": "latent attention projects queries through a rank",
     "q_direct": "latent attention projects queries directly",
 }
-"""When a row exists: ``ModelSpec.has`` decides."""
+"""When a row exists: ``ModelSpec.has`` decides.  A row may join several by ``&``."""

@@ -122,6 +122,28 @@ def test_only_what_is_not_neutral_is_a_feature(
 
 
 @pytest.mark.parametrize(
+    ("condition", "answers"),
+    [
+        pytest.param("", (True, True), id="always"),
+        pytest.param("dense", (True, False), id="of-one-layer"),
+        pytest.param("dense & mlp_bias", (True, False), id="both-in-one-layer"),
+        pytest.param("mlp_bias&shared_experts", (False, True), id="without-spaces"),
+        pytest.param("moe & qkv_bias", (False, False), id="one-of-two"),
+        pytest.param("tied & mlp_bias & moe", (False, True), id="three"),
+        pytest.param("untied & mlp_bias", (False, False), id="untied"),
+    ],
+)
+def test_a_condition_of_several_words_asks_for_all_of_them(
+    condition: str, answers: tuple[bool, bool]
+) -> None:
+    experts = Experts(
+        count=5, per_token=2, ffn_size=14, shared_count=1, shared_ffn_size=9, dense_layers=(0,)
+    )
+    spec = SPEC.model_copy(update={"experts": experts, "mlp_bias": True, "tied": True})
+    assert (spec.has(condition, 0), spec.has(condition, 1)) == answers
+
+
+@pytest.mark.parametrize(
     ("spelling", "label"),
     [("bf16", "bf16"), ("bfloat16", "bf16"), ("torch.float32", "fp32"), (None, None)],
 )
