@@ -372,7 +372,7 @@ class _Account:
             return f"family {self.target.name} has no {', '.join(without)}"
         for name, value in indices.items():
             if value >= self.sizes.get(name, value + 1):
-                what = {"L": "layers", "E": "experts"}.get(name, name)
+                what = {"L": "layers", "E": "experts", "S": "shared experts"}.get(name, name)
                 return f"the config has only {self.sizes[name]} {what}"
         if self.spec is not None:
             layer, has = indices.get("L", 0), self.spec.has

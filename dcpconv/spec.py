@@ -225,8 +225,7 @@ class ModelSpec(_Record):
             sizes |= {"two": 2, "p": self.head_dim // 2}
         if self.experts is not None:
             sizes |= {"E": self.experts.count, "m": self.experts.ffn_size}
-            if self.experts.shared_ffn_size is not None:
-                sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size}
+            sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size or 0}
         if self.latent is not None:
             sizes |= {
                 "c": self.latent.kv_rank,

@@ -196,7 +196,8 @@ def _experts(config: HfConfig, file: Path) -> Experts | None:
 def _is_dense(config: HfConfig, layer: int) -> bool:
     """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
     if config.model_type == "ernie4_5_moe":
-        last = config.moe_layer_end_index % config.num_hidden_layers
+        end = config.moe_layer_end_index
+        last = config.num_hidden_layers - 1 if end == -1 else end
         is_due = (layer + 1) % config.moe_layer_interval == 0
         return not (is_due and config.moe_layer_start_index <= layer <= last)
     skipped = layer in (config.mlp_only_layers or ())

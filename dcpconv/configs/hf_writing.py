@@ -39,7 +39,8 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         reason = f"{name} divides the hidden size by the heads"
         found.append(Refusal("head_dim", f"{spec.head_dim}: {reason}"))
     if spec.experts is not None and "experts" in known.expresses:
-        found += [Refusal("experts", why) for why in _unfit(model_type, spec.experts, name)]
+        unfit = _unfit(model_type, spec.experts, name, spec.n_layers)
+        found += [Refusal("experts", why) for why in unfit]
     return tuple(found)
 
 
@@ -116,7 +117,7 @@ def generation_config(spec: ModelSpec) -> dict[str, object]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _unfit(model_type: str, experts: Experts, name: str) -> list[str]:
+def _unfit(model_type: str, experts: Experts, name: str, n_layers: int) -> list[str]:
     """Why a class computes something else from these experts.
 
     Source: the ``*TopKRouter`` classes of transformers 5.23.0.
@@ -140,12 +141,26 @@ def _unfit(model_type: str, experts: Experts, name: str) -> list[str]:
     dense = experts.dense_layers
     if dense and model_type in {"mixtral", "granitemoeshared"}:
         found.append(f"{len(dense)} dense layers: {name} has experts in all")
-    elif model_type in {"ernie4_5_moe", "deepseek_v3"} and dense != tuple(range(len(dense))):
+    elif model_type == "deepseek_v3" and dense != tuple(range(len(dense))):
         found.append(f"dense layers {', '.join(map(str, dense))}: {name} has them first")
+    elif model_type == "ernie4_5_moe" and _strided(experts, n_layers) is None:
+        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has experts at a stride")
     shared = experts.shared_count * (experts.shared_ffn_size or 0)
     if model_type in {"ernie4_5_moe", "deepseek_v3"} and shared % experts.ffn_size:
         found.append(f"shared width {shared}: {name} wants a multiple of {experts.ffn_size}")
     return found
+
+
+def _strided(experts: Experts, n_layers: int) -> tuple[int, int, int] | None:
+    """First and last layer with experts and the step between them, counted as ERNIE counts it, or
+    ``None`` where there is no such step."""
+    sparse = [layer for layer in range(n_layers) if layer not in experts.dense_layers]
+    if not sparse:
+        return n_layers, n_layers, 1
+    step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    first, last = sparse[0], sparse[-1]
+    is_due = sparse == list(range(first, last + 1, step)) and (first + 1) % step == 0
+    return (first, last, step) if is_due else None
 
 
 def _nothing(spec: ModelSpec) -> dict[str, object]:
@@ -252,6 +267,7 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
     experts = spec.experts
     if experts is None:
         return {}
+    first, last, step = _strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
     # Its shared experts are as wide as the routed ones, so their number follows from the width.
     return {
         "use_bias": False,
@@ -259,9 +275,9 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
         "moe_k": experts.per_token,
         "moe_num_experts": experts.count,
         "moe_num_shared_experts": _shared_width(experts) // experts.ffn_size,
-        "moe_layer_start_index": len(experts.dense_layers),
-        "moe_layer_end_index": spec.n_layers - 1,
-        "moe_layer_interval": 1,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": step,
     }
 
 

@@ -42,9 +42,23 @@ CASES = [
         id="granite-multipliers",
     ),
     pytest.param("granitemoeshared", {"shared_intermediate_size": 304}, id="granite-two-shared"),
+    pytest.param("granitemoeshared", {"shared_intermediate_size": 0}, id="granite-none-shared"),
     pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek-direct-queries"),
     pytest.param("deepseek_v3", {"n_shared_experts": 2}, id="deepseek-two-shared"),
+    pytest.param("deepseek_v3", {"n_shared_experts": 0}, id="deepseek-none-shared"),
+    pytest.param("deepseek_v3", {"first_k_dense_replace": 0}, id="deepseek-all-sparse"),
     pytest.param("ernie4_5_moe", {"moe_layer_start_index": 0}, id="ernie-all-sparse"),
+    pytest.param("ernie4_5_moe", {"moe_layer_start_index": 3}, id="ernie-all-dense"),
+    pytest.param(
+        "ernie4_5_moe",
+        {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": -1},
+        id="ernie-every-other-layer",
+    ),
+    pytest.param(
+        "ernie4_5_moe",
+        {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
+        id="ernie-dense-at-the-end",
+    ),
 ]
 
 
@@ -103,6 +117,24 @@ def test_phi3_becomes_llama_once_its_matrices_are_cut(tmp_path: Path) -> None:
     convert(tmp_path / "llama", tmp_path / "back", form="hf", to="hf-phi3")
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
     assert difference(load_hf(tmp_path / "back"), model) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biased"),
+        pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biased"),
+        pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, id="qwen3_moe-some-dense"),
+    ],
+)
+def test_biases_and_dense_layers_are_found_where_no_config_tells_of_them(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny(model_type, tie_word_embeddings=False, **overrides)
+    torch.save(model.state_dict(), tmp_path / "live.pth")
+    family, spec = f"hf-{model_type}", "heads=6,kv_heads=2"
+    convert(tmp_path / "live.pth", tmp_path / "hf", form="hf", to=family, spec=spec)
+    assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(save_hf(model, tmp_path / "expected")))
 
 
 REFUSED = [

@@ -65,6 +65,10 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "experts": _SHARED,
         "latent": _LATENT.model_copy(update={"q_rank": None}),
     },
+    "latent-none-shared": {
+        "experts": _MOE,
+        "latent": _LATENT,
+    },
 }
 """A model for every combination of conditions that tables distinguish."""
 

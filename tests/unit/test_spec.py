@@ -40,7 +40,7 @@ def test_a_plain_spec_has_the_axes_of_a_llama_and_no_features() -> None:
     [
         pytest.param({"vocab_size": None}, {}, {"V"}, id="vocab-unknown"),
         pytest.param({"head_dim": 9}, {"e": 9}, {"two", "p"}, id="odd-head-has-no-halves"),
-        pytest.param({"experts": EXPERTS}, {"E": 5, "m": 14}, set(), id="experts"),
+        pytest.param({"experts": EXPERTS}, {"E": 5, "m": 14, "S": 0, "s": 0}, set(), id="experts"),
         pytest.param(
             {"experts": Experts(**{**dict(EXPERTS), "shared_count": 1, "shared_ffn_size": 9})},
             {"E": 5, "m": 14, "S": 1, "s": 9},
