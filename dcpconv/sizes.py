@@ -128,7 +128,8 @@ def _stored(
     fields["qk_norm"] = "layer.q_norm" in slots
     fields["qkv_bias"] = "layer.q_bias" in slots
     fields["o_bias"] = "layer.o_bias" in slots
-    fields["mlp_bias"] = "layer.down_bias" in slots
+    fields["mlp_bias"] = bool({"layer.down_bias", "layer.shared.down_bias"} & slots)
+    fields["head_bias"] = "head_bias" in slots
     if "layer.router" in slots and "m" in sizes:
         fields["experts"] = {
             "count": width["layer.router"],

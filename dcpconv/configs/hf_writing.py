@@ -12,8 +12,19 @@ from dcpconv.dtypes import BY_LABEL, BY_NAME
 from dcpconv.errors import NotExpressibleError, SpecError
 from dcpconv.spec import Experts, ModelSpec
 
-_ONE_SWITCH = frozenset({"llama", "qwen3", "qwen3_moe", "olmo2", "granitemoeshared"})
-"""Classes whose ``attention_bias`` is for q, k, v and o together."""
+_ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
+_SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama": _ATTENTION,
+    "qwen3": _ATTENTION,
+    "qwen3_moe": _ATTENTION,
+    "gemma2": _ATTENTION,
+    "olmo2": _ATTENTION,
+    "glm": ("attention_bias", ("qkv_bias",)),
+    "granitemoeshared": _ATTENTION,
+    "ernie4_5_moe": ("use_bias", ("qkv_bias", "o_bias", "mlp_bias", "head_bias")),
+    "deepseek_v3": ("attention_bias", ("latent_bias", "o_bias")),
+}
+"""The field that adds biases, and the features that come and go with it."""
 
 _OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
@@ -27,11 +38,10 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     name = known.class_name
     features = spec.features()
     found = unexpressed(spec, known.expresses, name=name, requires=known.requires)
-    if model_type in _ONE_SWITCH and spec.qkv_bias != spec.o_bias:
-        feature = "qkv_bias" if spec.qkv_bias else "o_bias"
-        found.append(
-            Refusal(feature, f"{features[feature]}: {name} has one switch for q, k, v and o")
-        )
+    switch, together = _SWITCHES.get(model_type, ("", ()))
+    if not features.keys() >= set(together):
+        reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
+        found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
     if spec.hidden_size % spec.n_heads:
         reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
         found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
@@ -88,8 +98,9 @@ def write(
         **_rope(spec),
         "tie_word_embeddings": spec.tied,
     }
-    if model_type in _ONE_SWITCH:
-        fields["attention_bias"] = spec.qkv_bias and spec.o_bias
+    if model_type in _SWITCHES:
+        switch, together = _SWITCHES[model_type]
+        fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
     eos = spec.eos_token_id
     fields |= {
@@ -237,15 +248,11 @@ def _gemma2(spec: ModelSpec) -> dict[str, object]:
         "final_logit_softcapping": spec.final_logit_softcap,
         "sliding_window": spec.sliding_window,
         "layer_types": list(spec.layer_types or ("full_attention",) * spec.n_layers),
-        "attention_bias": False,
     }
 
 
 def _glm(spec: ModelSpec) -> dict[str, object]:
-    return {
-        "attention_bias": spec.qkv_bias,
-        "partial_rotary_factor": spec.partial_rotary_factor,
-    }
+    return {"partial_rotary_factor": spec.partial_rotary_factor}
 
 
 def _granite(spec: ModelSpec) -> dict[str, object]:
@@ -270,7 +277,6 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
     first, last, step = _strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
     # Its shared experts are as wide as the routed ones, so their number follows from the width.
     return {
-        "use_bias": False,
         "moe_intermediate_size": experts.ffn_size,
         "moe_k": experts.per_token,
         "moe_num_experts": experts.count,
@@ -302,7 +308,6 @@ def _deepseek(spec: ModelSpec) -> dict[str, object]:
         "qk_nope_head_dim": latent.nope_dim,
         "qk_rope_head_dim": spec.head_dim,
         "v_head_dim": latent.value_dim,
-        "attention_bias": False,
     }
 
 

@@ -120,6 +120,9 @@ def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str
         ("glm", {"head_dim": 16, "pad_token_id": 0}, {"qkv_bias"}),
         ("granite", {"attention_multiplier": 0.0625}, set()),
         ("gemma2", {"head_dim": 16}, {"post_norms"}),
+        ("gemma2", {"head_dim": 16, "attention_bias": True}, {"post_norms", "qkv_bias", "o_bias"}),
+        ("mistral", {"attention_bias": True, "mlp_bias": True, "use_bias": True}, set()),
+        ("qwen2", {"attention_bias": True, "mlp_bias": True}, {"qkv_bias"}),
     ],
 )
 def test_features_are_the_tensors_of_the_real_model(

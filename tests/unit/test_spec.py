@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from dcpconv.spec import Experts, ModelSpec, RopeScaling
+from dcpconv.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
     vocab_size=37,
@@ -87,6 +87,12 @@ def test_axes_are_those_that_are_known(
         pytest.param({"qkv_bias": True}, {"qkv_bias": "on q, k and v"}, id="qkv_bias"),
         pytest.param({"o_bias": True}, {"o_bias": "on the attention output"}, id="o_bias"),
         pytest.param({"mlp_bias": True}, {"mlp_bias": "on gate, up and down"}, id="mlp_bias"),
+        pytest.param({"head_bias": True}, {"head_bias": "on the logits"}, id="head_bias"),
+        pytest.param(
+            {"latent": LatentAttention(q_rank=9, kv_rank=7, nope_dim=4, value_dim=6, bias=True)},
+            {"latent_attention": "rank 7", "latent_bias": "on the projections into ranks"},
+            id="latent_bias",
+        ),
         pytest.param({"qk_norm": True}, {"qk_norm": "on q and k"}, id="qk_norm"),
         pytest.param({"norm": "layernorm"}, {"norm": "layernorm"}, id="norm"),
         pytest.param(
