@@ -23,10 +23,17 @@ share slots; what one cannot hold is refused by name, and `--allow NAME` leaves 
 <!-- Written by `make docs` from dcpconv/keymaps/*.toml; a test compares. -->
 """
 
+_LATENT = LatentAttention(q_rank=4, kv_rank=4, nope_dim=4, value_dim=4)
+_LATENT_BIASES: Mapping[str, Any] = {
+    "latent": _LATENT.model_copy(update={"bias": True}),
+    "o_bias": True,
+}
+
 _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "qkv_bias": {"qkv_bias": True, "o_bias": True},
     "o_bias": {"o_bias": True, "qkv_bias": True},
     "mlp_bias": {"mlp_bias": True},
+    "head_bias": {"head_bias": True},
     "qk_norm": {"qk_norm": True},
     "qk_norm_whole": {"qk_norm_whole": True},
     "no_pre_norms": {"pre_norms": False},
@@ -54,9 +61,16 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "residual_multiplier": {"residual_multiplier": 0.5},
     "logits_scaling": {"logits_scaling": 2.0},
     "experts": {"experts": Experts(count=4, per_token=2, ffn_size=8, norm_topk=True)},
-    "latent_attention": {"latent": LatentAttention(q_rank=4, kv_rank=4, nope_dim=4, value_dim=4)},
+    "latent_attention": {"latent": _LATENT},
+    "latent_bias": _LATENT_BIASES,
 }
 """A model with each feature, to ask every family about."""
+
+_TOGETHER: tuple[Mapping[str, Any], ...] = (
+    dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+    _LATENT_BIASES,
+)
+"""Models with several features that some family has only together."""
 
 
 def families_page() -> str:
@@ -98,13 +112,17 @@ def _held(family: str) -> str:
     found = []
     absent = {item.name for item in refusals(family, _model()) if "absent" in item.reason}
     for name, changes in _FEATURES.items():
-        refused = {
-            item.name for item in refusals(family, _model(**changes)) if "absent" not in item.reason
-        }
+        models = [
+            spec for more in (changes, *_TOGETHER) if name in (spec := _model(**more)).features()
+        ]
         is_scoring = name == "experts" and family == "hf-deepseek_v3"
-        if name not in refused or is_scoring:
+        if is_scoring or any(name not in _refused(family, spec) for spec in models):
             found.append(f"**{name}**" if name in absent else name)
     return ", ".join(found)
+
+
+def _refused(family: str, spec: ModelSpec) -> set[str]:
+    return {item.name for item in refusals(family, spec) if "absent" not in item.reason}
 
 
 def _model(**changes: Any) -> ModelSpec:
@@ -150,6 +168,7 @@ def _words() -> Iterator[str]:
     for axis, meaning in AXES.items():
         yield f"| `{axis}` | {meaning} |"
     yield ""
+    yield "A row whose condition joins several by `&` exists where all of them hold.\n"
     yield "| condition | the row exists |"
     yield "| --- | --- |"
     for condition, meaning in CONDITIONS.items():

@@ -243,14 +243,12 @@ class _Account:
         return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
 
     def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
-        if row.when == "tied":
-            return is_tied
-        if row.when == "untied":
-            return not is_tied
-        if not row.when:
-            return True
         if self.spec is not None:
             return self.spec.has(row.when, indices.get("L", 0))
+        if ("untied" if is_tied else "tied") in row.conditions:
+            return False
+        if row.conditions <= {"tied", "untied"}:
+            return True
         return any(self._supplies(slot, indices) for slot in row.slots)
 
     def _has_all(self, row: Row) -> bool:
@@ -374,10 +372,13 @@ class _Account:
             return f"family {self.target.name} has no {', '.join(without)}"
         for name, value in indices.items():
             if value >= self.sizes.get(name, value + 1):
-                what = {"L": "layers", "E": "experts"}.get(name, name)
+                what = {"L": "layers", "E": "experts", "S": "shared experts"}.get(name, name)
                 return f"the config has only {self.sizes[name]} {what}"
-        if row.when and self.spec is not None:
-            return f"the config says that the model has no {row.when}"
+        if self.spec is not None:
+            layer, has = indices.get("L", 0), self.spec.has
+            lacking = sorted(word for word in row.conditions if not has(word, layer))
+            if lacking:
+                return f"the config says that the model has no {' and no '.join(lacking)}"
         return f"nothing in {self.target.name} uses it"
 
 
@@ -386,6 +387,6 @@ def tie_pairs(table: Keymap) -> dict[str, str]:
     pairs = {tie.key: tie.owner for tie in table.ties}
     embeddings = [row.pattern.text for row, _ in table.holders("embed")]
     for row, _ in table.holders("head"):
-        if row.when == "untied" and embeddings:
+        if "untied" in row.conditions and embeddings:
             pairs.setdefault(row.pattern.text, embeddings[0])
     return pairs

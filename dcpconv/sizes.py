@@ -39,7 +39,7 @@ def inferred_spec(
     table = weights.keymap
     if table is None or weights.alternatives:
         return None, ()
-    shapes, counts = _shapes(weights, table)
+    shapes, counts, routed = _shapes(weights, table)
     fields, width = _stored(shapes, counts)
     notes: list[str] = []
     if "hidden_size" not in fields or not fields.get("n_layers"):
@@ -57,6 +57,8 @@ def inferred_spec(
     per_token, norm_top1 = facts.pop("per_token", None), facts.pop("norm_top1", True)
     if "experts" in fields:
         _complete_experts(fields["experts"], per_token, pairs, notes)
+        dense = tuple(n for n in range(int(fields["n_layers"])) if n not in routed)
+        fields["experts"]["dense_layers"] = dense
         fields["experts"]["norm_topk"] = bool(norm_top1) or fields["experts"]["per_token"] > 1
     stated = [name for name in ("norm_eps", "rope_theta", "max_seq_len") if name in facts]
     if stated:
@@ -87,17 +89,22 @@ def inferred_spec(
     return built_spec(fields, pairs), tuple(notes)
 
 
-def _shapes(weights: Weights, table: Keymap) -> tuple[dict[Row, tuple[int, ...]], dict[str, int]]:
-    """A shape for every row that is there, and how far every index counts."""
+def _shapes(
+    weights: Weights, table: Keymap
+) -> tuple[dict[Row, tuple[int, ...]], dict[str, int], set[int]]:
+    """A shape for every row that is there, how far every index counts, and layers with a router."""
     shapes: dict[Row, tuple[int, ...]] = {}
     counts: dict[str, int] = {}
+    routed: set[int] = set()
     for key, entry in weights.entries.items():
         match = table.match(key)
         if match is not None and match.row is not None and match.kind == "row":
             shapes.setdefault(match.row, entry.shape)
             for name, value in match.indices.items():
                 counts[name] = max(counts.get(name, 0), value + 1)
-    return shapes, counts
+            if "layer.router" in match.row.slots:
+                routed.add(match.indices.get("L", 0))
+    return shapes, counts, routed
 
 
 def _stored(
@@ -120,6 +127,9 @@ def _stored(
     slots = {slot for row in shapes for slot in row.slots}
     fields["qk_norm"] = "layer.q_norm" in slots
     fields["qkv_bias"] = "layer.q_bias" in slots
+    fields["o_bias"] = "layer.o_bias" in slots
+    fields["mlp_bias"] = bool({"layer.down_bias", "layer.shared.down_bias"} & slots)
+    fields["head_bias"] = "head_bias" in slots
     if "layer.router" in slots and "m" in sizes:
         fields["experts"] = {
             "count": width["layer.router"],
@@ -230,6 +240,5 @@ def expected(
             shape = None
         for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
             indices = dict(zip(row.pattern.names, values, strict=True))
-            exists = {"tied": spec.tied, "untied": not spec.tied}.get(row.when)
-            if spec.has(row.when, indices.get("L", 0)) if exists is None else exists:
+            if spec.has(row.when, indices.get("L", 0)):
                 yield row.pattern.key(indices), shape, row.slots

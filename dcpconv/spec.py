@@ -93,12 +93,14 @@ class LatentAttention(_Record):
         kv_rank: Width of the projection that keys and values share.
         nope_dim: Channels of a query or key head that RoPE leaves alone.
         value_dim: Channels of a value head.
+        bias: Whether the projections into the ranks have biases; those out of them have none.
     """
 
     q_rank: Size | None
     kv_rank: Size
     nope_dim: Size
     value_dim: Size
+    bias: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.kv_rank}"
@@ -123,6 +125,10 @@ class ModelSpec(_Record):
         sliding_window: Tokens a query sees, itself included, or ``None`` for all before it.
         layer_types: One word per layer where layers differ, or ``None`` where all are alike.
         qkv_bias: Whether the q, k and v projections have biases.
+        o_bias: Whether the projection behind attention has a bias.
+        mlp_bias: Whether gate, up and down have biases in plain feed-forward blocks and in shared
+            experts; routed experts have none.
+        head_bias: Whether the output head has a bias, which is its own also where it is tied.
         qk_norm: Whether every head of q and k is normalised before RoPE.
         qk_norm_whole: Whether q and k are normalised over all their heads together (OLMo 2).
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
@@ -169,6 +175,7 @@ class ModelSpec(_Record):
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
     norm: str = "rmsnorm"
@@ -225,8 +232,7 @@ class ModelSpec(_Record):
             sizes |= {"two": 2, "p": self.head_dim // 2}
         if self.experts is not None:
             sizes |= {"E": self.experts.count, "m": self.experts.ffn_size}
-            if self.experts.shared_ffn_size is not None:
-                sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size}
+            sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size or 0}
         if self.latent is not None:
             sizes |= {
                 "c": self.latent.kv_rank,
@@ -241,10 +247,24 @@ class ModelSpec(_Record):
         """Whether the model has the tensors that a naming table marks with ``condition``.
 
         Args:
-            condition: A name from ``features``; ``dense``, ``moe`` or ``shared_experts``, which
-                depend on the layer; ``q_latent`` or ``q_direct``; or empty for every model.
+            condition: A name from ``features``; ``tied`` or ``untied``; ``dense``, ``moe`` or
+                ``shared_experts``, which depend on the layer; ``q_latent`` or ``q_direct``; several
+                of them joined by ``&``; or empty for every model.
             layer: Which layer is asked about.
+
+        >>> from dcpconv.spec import ModelSpec
+        >>> spec = ModelSpec(
+        ...     vocab_size=32, hidden_size=12, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=2,
+        ...     ffn_size=20, max_seq_len=64, mlp_bias=True,
+        ... )
+        >>> spec.has("dense & mlp_bias"), spec.has("moe & mlp_bias")
+        (True, False)
         """
+        return all(self._has(word.strip(), layer) for word in condition.split("&"))
+
+    def _has(self, condition: str, layer: int) -> bool:
+        if condition in {"tied", "untied"}:
+            return self.tied == (condition == "tied")
         experts = self.experts
         is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:
@@ -281,6 +301,7 @@ class ModelSpec(_Record):
             ("qkv_bias", self.qkv_bias, "on q, k and v"),
             ("o_bias", self.o_bias, "on the attention output"),
             ("mlp_bias", self.mlp_bias, "on gate, up and down"),
+            ("head_bias", self.head_bias, "on the logits"),
             ("qk_norm", self.qk_norm, "on q and k"),
             ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
             ("norm", self.norm != "rmsnorm", self.norm),
@@ -300,5 +321,10 @@ class ModelSpec(_Record):
             ),
             ("experts", self.experts is not None, f"{self.experts}"),
             ("latent_attention", self.latent is not None, f"{self.latent}"),
+            (
+                "latent_bias",
+                self.latent is not None and self.latent.bias,
+                "on the projections into ranks",
+            ),
         )
         return {name: text for name, present, text in rows if present}

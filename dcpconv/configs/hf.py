@@ -65,9 +65,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         **_rope(config, file),
         "sliding_window": window,
         "layer_types": layer_types,
-        "qkv_bias": config.attention_bias if config.qkv_bias is None else config.qkv_bias,
-        "o_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **_biases(config),
         "activation": _activation(config),
         "attn_logit_softcap": config.attn_logit_softcapping,
         "final_logit_softcap": config.final_logit_softcapping,
@@ -136,6 +134,27 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
     }
 
 
+def _biases(config: HfConfig) -> dict[str, object]:
+    """Which projections have biases.
+
+    A class does not look at the switches of another, which may stand in its file all the same.
+
+    Source: the ``nn.Linear`` calls of each class in transformers 5.23.0.
+    """
+    everywhere = bool(config.use_bias)
+    attention = everywhere or config.attention_bias
+    stated = {
+        "qkv_bias": attention if config.qkv_bias is None else config.qkv_bias,
+        "o_bias": attention,
+        "mlp_bias": everywhere or config.mlp_bias,
+        "head_bias": everywhere,
+    }
+    known = MODEL_TYPES.get(config.model_type)
+    if known is None or known.expresses is None:
+        return dict(stated)
+    return {name: has and name in known.expresses for name, has in stated.items()}
+
+
 def _windows(config: HfConfig) -> tuple[int | None, tuple[str, ...] | None]:
     """The window, and one word per layer where layers differ in it.
 
@@ -196,7 +215,8 @@ def _experts(config: HfConfig, file: Path) -> Experts | None:
 def _is_dense(config: HfConfig, layer: int) -> bool:
     """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
     if config.model_type == "ernie4_5_moe":
-        last = config.moe_layer_end_index % config.num_hidden_layers
+        end = config.moe_layer_end_index
+        last = config.num_hidden_layers - 1 if end == -1 else end
         is_due = (layer + 1) % config.moe_layer_interval == 0
         return not (is_due and config.moe_layer_start_index <= layer <= last)
     skipped = layer in (config.mlp_only_layers or ())
@@ -217,6 +237,7 @@ def _latent(config: HfConfig, file: Path) -> LatentAttention | None:
             "kv_rank": config.kv_lora_rank,
             "nope_dim": config.qk_nope_head_dim,
             "value_dim": config.v_head_dim,
+            "bias": config.attention_bias,
         },
         file,
     )

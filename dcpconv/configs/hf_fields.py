@@ -40,6 +40,7 @@ class HfConfig(BaseModel):
     attention_bias: bool = False
     qkv_bias: bool | None = None
     mlp_bias: bool = False
+    use_bias: bool | None = False
     hidden_act: str = "silu"
     hidden_activation: str | None = None
 

@@ -12,8 +12,19 @@ from dcpconv.dtypes import BY_LABEL, BY_NAME
 from dcpconv.errors import NotExpressibleError, SpecError
 from dcpconv.spec import Experts, ModelSpec
 
-_ONE_SWITCH = frozenset({"llama", "qwen3", "qwen3_moe", "olmo2", "granitemoeshared"})
-"""Classes whose ``attention_bias`` is for q, k, v and o together."""
+_ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
+_SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama": _ATTENTION,
+    "qwen3": _ATTENTION,
+    "qwen3_moe": _ATTENTION,
+    "gemma2": _ATTENTION,
+    "olmo2": _ATTENTION,
+    "glm": ("attention_bias", ("qkv_bias",)),
+    "granitemoeshared": _ATTENTION,
+    "ernie4_5_moe": ("use_bias", ("qkv_bias", "o_bias", "mlp_bias", "head_bias")),
+    "deepseek_v3": ("attention_bias", ("latent_bias", "o_bias")),
+}
+"""The field that adds biases, and the features that come and go with it."""
 
 _OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
@@ -27,11 +38,10 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     name = known.class_name
     features = spec.features()
     found = unexpressed(spec, known.expresses, name=name, requires=known.requires)
-    if model_type in _ONE_SWITCH and spec.qkv_bias != spec.o_bias:
-        feature = "qkv_bias" if spec.qkv_bias else "o_bias"
-        found.append(
-            Refusal(feature, f"{features[feature]}: {name} has one switch for q, k, v and o")
-        )
+    switch, together = _SWITCHES.get(model_type, ("", ()))
+    if not features.keys() >= set(together):
+        reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
+        found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
     if spec.hidden_size % spec.n_heads:
         reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
         found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
@@ -39,7 +49,8 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         reason = f"{name} divides the hidden size by the heads"
         found.append(Refusal("head_dim", f"{spec.head_dim}: {reason}"))
     if spec.experts is not None and "experts" in known.expresses:
-        found += [Refusal("experts", why) for why in _unfit(model_type, spec.experts, name)]
+        unfit = _unfit(model_type, spec.experts, name, spec.n_layers)
+        found += [Refusal("experts", why) for why in unfit]
     return tuple(found)
 
 
@@ -87,8 +98,9 @@ def write(
         **_rope(spec),
         "tie_word_embeddings": spec.tied,
     }
-    if model_type in _ONE_SWITCH:
-        fields["attention_bias"] = spec.qkv_bias and spec.o_bias
+    if model_type in _SWITCHES:
+        switch, together = _SWITCHES[model_type]
+        fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
     eos = spec.eos_token_id
     fields |= {
@@ -116,7 +128,7 @@ def generation_config(spec: ModelSpec) -> dict[str, object]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _unfit(model_type: str, experts: Experts, name: str) -> list[str]:
+def _unfit(model_type: str, experts: Experts, name: str, n_layers: int) -> list[str]:
     """Why a class computes something else from these experts.
 
     Source: the ``*TopKRouter`` classes of transformers 5.23.0.
@@ -140,12 +152,26 @@ def _unfit(model_type: str, experts: Experts, name: str) -> list[str]:
     dense = experts.dense_layers
     if dense and model_type in {"mixtral", "granitemoeshared"}:
         found.append(f"{len(dense)} dense layers: {name} has experts in all")
-    elif model_type in {"ernie4_5_moe", "deepseek_v3"} and dense != tuple(range(len(dense))):
+    elif model_type == "deepseek_v3" and dense != tuple(range(len(dense))):
         found.append(f"dense layers {', '.join(map(str, dense))}: {name} has them first")
+    elif model_type == "ernie4_5_moe" and _strided(experts, n_layers) is None:
+        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has experts at a stride")
     shared = experts.shared_count * (experts.shared_ffn_size or 0)
     if model_type in {"ernie4_5_moe", "deepseek_v3"} and shared % experts.ffn_size:
         found.append(f"shared width {shared}: {name} wants a multiple of {experts.ffn_size}")
     return found
+
+
+def _strided(experts: Experts, n_layers: int) -> tuple[int, int, int] | None:
+    """First and last layer with experts and the step between them, counted as ERNIE counts it, or
+    ``None`` where there is no such step."""
+    sparse = [layer for layer in range(n_layers) if layer not in experts.dense_layers]
+    if not sparse:
+        return n_layers, n_layers, 1
+    step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    first, last = sparse[0], sparse[-1]
+    is_due = sparse == list(range(first, last + 1, step)) and (first + 1) % step == 0
+    return (first, last, step) if is_due else None
 
 
 def _nothing(spec: ModelSpec) -> dict[str, object]:
@@ -222,15 +248,11 @@ def _gemma2(spec: ModelSpec) -> dict[str, object]:
         "final_logit_softcapping": spec.final_logit_softcap,
         "sliding_window": spec.sliding_window,
         "layer_types": list(spec.layer_types or ("full_attention",) * spec.n_layers),
-        "attention_bias": False,
     }
 
 
 def _glm(spec: ModelSpec) -> dict[str, object]:
-    return {
-        "attention_bias": spec.qkv_bias,
-        "partial_rotary_factor": spec.partial_rotary_factor,
-    }
+    return {"partial_rotary_factor": spec.partial_rotary_factor}
 
 
 def _granite(spec: ModelSpec) -> dict[str, object]:
@@ -252,16 +274,16 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
     experts = spec.experts
     if experts is None:
         return {}
+    first, last, step = _strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
     # Its shared experts are as wide as the routed ones, so their number follows from the width.
     return {
-        "use_bias": False,
         "moe_intermediate_size": experts.ffn_size,
         "moe_k": experts.per_token,
         "moe_num_experts": experts.count,
         "moe_num_shared_experts": _shared_width(experts) // experts.ffn_size,
-        "moe_layer_start_index": len(experts.dense_layers),
-        "moe_layer_end_index": spec.n_layers - 1,
-        "moe_layer_interval": 1,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": step,
     }
 
 
@@ -286,7 +308,6 @@ def _deepseek(spec: ModelSpec) -> dict[str, object]:
         "qk_nope_head_dim": latent.nope_dim,
         "qk_rope_head_dim": spec.head_dim,
         "v_head_dim": latent.value_dim,
-        "attention_bias": False,
     }
 
 

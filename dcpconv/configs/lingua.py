@@ -29,6 +29,7 @@ _WHY = {
     "qkv_bias": "wq, wk and wv have no bias in Lingua",
     "o_bias": "wo has no bias in Lingua",
     "mlp_bias": "w1, w2 and w3 have no bias in Lingua",
+    "head_bias": "output has no bias in Lingua",
     "qk_norm": "Lingua does not normalise q and k",
     "norm": "Lingua has plain RMSNorm only",
     "post_norms": "Lingua normalises before each block only",
@@ -38,6 +39,7 @@ _WHY = {
     "query_multiplier": "Lingua scales by head_dim ** -0.5",
     "experts": "Lingua has no experts",
     "latent_attention": "Lingua's attention is the usual kind",
+    "latent_bias": "Lingua's attention is the usual kind",
     "qk_norm_whole": "Lingua does not normalise q and k",
     "no_pre_norms": "Lingua normalises before each block",
 }

@@ -156,6 +156,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         },
         {"norm": "rmsnorm_plus_one", "post_norms": True},
         expresses=_ANY
+        | _BIASES
         | _WINDOWS
         | {
             "norm",
@@ -195,7 +196,6 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": [151_329, 151_336, 151_338],
             "pad_token_id": 151_329,
         },
-        {"o_bias": False},
         expresses=_ANY | {"partial_rotary", "qkv_bias"},
     ),
     "granite": ModelType(
@@ -241,7 +241,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "pad_token_id": 0,
         },
         experts={"norm_topk": True, "selection_bias": True},
-        expresses=_ANY | _EXPERTS,
+        expresses=_ANY | _BIASES | _EXPERTS | {"mlp_bias", "head_bias"},
         requires=_EXPERTS,
     ),
     "deepseek_v3": ModelType(
@@ -269,7 +269,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 1,
         },
         experts={"scoring": "sigmoid", "selection_bias": True},
-        expresses=_ANY | _EXPERTS | {"latent_attention"},
+        expresses=_ANY | _EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
         requires=_EXPERTS | {"latent_attention"},
     ),
 }

@@ -183,8 +183,9 @@ class _Builder:
             self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
             return None
         pattern = Pattern(key)
-        if when and when not in CONDITIONS:
-            self._problem(key, f"no condition {when!r}; there is {', '.join(CONDITIONS)}")
+        row = Row(pattern, slots, layout, when)
+        for word in sorted(row.conditions - CONDITIONS.keys()):
+            self._problem(key, f"no condition {word!r}; there is {', '.join(CONDITIONS)}")
         axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
         for axis in sorted(axes - AXES.keys()):
             self._problem(key, f"axis {axis} has no size; there is {', '.join(AXES)}")
@@ -193,7 +194,7 @@ class _Builder:
         repeated = set(pattern.names) & axes
         if repeated or len(set(pattern.names)) != len(pattern.names):
             self._problem(key, f"index {', '.join(sorted(repeated or pattern.names))} occurs twice")
-        return Row(pattern, slots, layout, when)
+        return row
 
     def _check_overlaps(
         self,
@@ -223,7 +224,7 @@ class _Builder:
                 first = seen.setdefault(slot, row)
                 if first is row:
                     continue
-                if first.when == row.when or not (first.when and row.when):
+                if first.conditions == row.conditions or not (first.when and row.when):
                     self._problem(
                         row.pattern.text,
                         f"slot {slot} is also held by {first.pattern.text}; give each row its own"

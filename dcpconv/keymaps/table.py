@@ -77,13 +77,19 @@ class Row:
         pattern: The key.
         slots: One slot, or several in the order of the layout's alternatives.
         layout: Axes of the stored tensor.
-        when: ``tied``, ``untied``, a feature of the model (``qk_norm``), or ``""`` for always.
+        when: ``tied``, ``untied``, a feature of the model (``qk_norm``), several of them joined by
+            ``&``, or ``""`` for always.
     """
 
     pattern: Pattern
     slots: tuple[str, ...]
     layout: Layout
     when: str = ""
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """What ``when`` asks for, all of which a model must have."""
+        return frozenset(word.strip() for word in self.when.split("&") if word.strip())
 
     def same_storage(self, other: Row) -> bool:
         """Whether both rows store the same slots in the same way, so that bytes can be copied

@@ -38,9 +38,11 @@ CONDITIONS: Mapping[str, str] = {
     "shared_experts": "in layers with experts, where some see every token",
     "qkv_bias": "q, k and v have biases",
     "o_bias": "the attention output has a bias",
-    "mlp_bias": "gate, up and down have biases",
+    "mlp_bias": "gate, up and down have biases, except in routed experts",
+    "head_bias": "the head has a bias",
     "qk_norm": "every head of q and k is normalised",
     "q_latent": "latent attention projects queries through a rank",
     "q_direct": "latent attention projects queries directly",
+    "latent_bias": "latent attention projects into ranks with biases",
 }
-"""When a row exists: ``ModelSpec.has`` decides."""
+"""When a row exists: ``ModelSpec.has`` decides.  A row may join several by ``&``."""

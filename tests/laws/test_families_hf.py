@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dcpconv import convert
 from dcpconv.configs import read_spec, refusals, to_text, write_config
@@ -30,7 +31,11 @@ CASES = [
     pytest.param("qwen3_moe", {"tie_word_embeddings": True}, id="qwen3_moe-tied"),
     pytest.param("phi3", {"partial_rotary_factor": 0.5}, id="phi3-partial-rotary"),
     pytest.param("glm", {"attention_bias": False, "num_key_value_heads": 1}, id="glm-no-bias"),
+    pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biased"),
+    pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biased"),
     pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biased"),
+    pytest.param("qwen3_moe", {"attention_bias": True}, id="qwen3_moe-biased"),
+    pytest.param("qwen3_moe", {"decoder_sparse_step": 2}, id="qwen3_moe-every-other-layer"),
     pytest.param(
         "granitemoeshared",
         {
@@ -42,9 +47,36 @@ CASES = [
         id="granite-multipliers",
     ),
     pytest.param("granitemoeshared", {"shared_intermediate_size": 304}, id="granite-two-shared"),
+    pytest.param("granitemoeshared", {"shared_intermediate_size": 0}, id="granite-none-shared"),
     pytest.param("deepseek_v3", {"q_lora_rank": None}, id="deepseek-direct-queries"),
     pytest.param("deepseek_v3", {"n_shared_experts": 2}, id="deepseek-two-shared"),
+    pytest.param("deepseek_v3", {"n_shared_experts": 0}, id="deepseek-none-shared"),
+    pytest.param("deepseek_v3", {"first_k_dense_replace": 0}, id="deepseek-all-sparse"),
+    pytest.param("deepseek_v3", {"attention_bias": True}, id="deepseek-biased"),
+    pytest.param(
+        "deepseek_v3",
+        {"attention_bias": True, "q_lora_rank": None},
+        id="deepseek-biased-direct-queries",
+    ),
+    pytest.param("ernie4_5_moe", {"use_bias": True}, id="ernie-biased"),
+    pytest.param(
+        "ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": True}, id="ernie-biased-tied"
+    ),
+    pytest.param(
+        "ernie4_5_moe", {"use_bias": True, "moe_num_shared_experts": 0}, id="ernie-biased-unshared"
+    ),
     pytest.param("ernie4_5_moe", {"moe_layer_start_index": 0}, id="ernie-all-sparse"),
+    pytest.param("ernie4_5_moe", {"moe_layer_start_index": 3}, id="ernie-all-dense"),
+    pytest.param(
+        "ernie4_5_moe",
+        {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": -1},
+        id="ernie-every-other-layer",
+    ),
+    pytest.param(
+        "ernie4_5_moe",
+        {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
+        id="ernie-dense-at-the-end",
+    ),
 ]
 
 
@@ -105,6 +137,40 @@ def test_phi3_becomes_llama_once_its_matrices_are_cut(tmp_path: Path) -> None:
     assert difference(load_hf(tmp_path / "back"), model) == 0.0
 
 
+def test_ernie_without_experts_is_a_llama_with_biases(tmp_path: Path) -> None:
+    """The one way out of ERNIE: its biases turn in pairs, as its weights do."""
+    model = tiny("ernie4_5_moe", use_bias=True, moe_layer_start_index=3)
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+    source = save_hf(model, tmp_path / "hf")
+    tensors = hf_tensors(source)
+    del tensors["lm_head.bias"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    allow = ["experts", "head_bias"]
+    convert(source, tmp_path / "llama", form="hf", to="hf-llama", allow=allow)
+    assert difference(load_hf(tmp_path / "llama"), model) < RIGHT
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biased"),
+        pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biased"),
+        pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biased"),
+        pytest.param("ernie4_5_moe", {"use_bias": True}, id="ernie-biased"),
+        pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, id="qwen3_moe-some-dense"),
+    ],
+)
+def test_biases_and_dense_layers_are_found_where_no_config_tells_of_them(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = tiny(model_type, tie_word_embeddings=False, **overrides)
+    torch.save(model.state_dict(), tmp_path / "live.pth")
+    family, spec = f"hf-{model_type}", "heads=6,kv_heads=2"
+    convert(tmp_path / "live.pth", tmp_path / "hf", form="hf", to=family, spec=spec)
+    assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(save_hf(model, tmp_path / "expected")))
+
+
 REFUSED = [
     pytest.param("qwen2", {}, "hf-llama", {"qkv_bias"}, id="bias"),
     pytest.param("qwen3", {}, "lingua", {"qk_norm"}, id="qk-norm"),
@@ -133,6 +199,60 @@ REFUSED = [
     ),
     pytest.param(
         "qwen3_moe", {"norm_topk_prob": False}, "hf-mixtral", {"qk_norm", "experts"}, id="top-k"
+    ),
+    *(
+        pytest.param(
+            "ernie4_5_moe",
+            {"use_bias": True},
+            to,
+            {"qkv_bias", "o_bias", "mlp_bias", "head_bias", "experts", *more} - able,
+            id=f"ernie-biases-{to}",
+        )
+        for to, more, able in (
+            ("lingua", set(), set()),
+            ("meta", set(), set()),
+            ("minimind3", {"untied"}, set()),
+            ("torchtitan-qwen3", {"qk_norm"}, set()),
+            ("hf-llama", set(), {"qkv_bias", "o_bias", "mlp_bias"}),
+            ("hf-qwen3_moe", {"qk_norm"}, {"qkv_bias", "o_bias"}),
+            ("hf-granitemoeshared", set(), {"qkv_bias", "o_bias"}),
+        )
+    ),
+    pytest.param(
+        "granitemoeshared",
+        {"attention_bias": True, "shared_intermediate_size": 0},
+        "hf-ernie4_5_moe",
+        {"qkv_bias", "o_bias"},
+        id="a-switch-for-more-biases",
+    ),
+    pytest.param(
+        "deepseek_v3",
+        {"attention_bias": True},
+        "hf-llama",
+        {"o_bias", "experts", "latent_attention", "latent_bias"},
+        id="latent-biases",
+    ),
+    pytest.param(
+        "llama",
+        {"attention_bias": True},
+        "hf-deepseek_v3",
+        {"o_bias", "qkv_bias", "experts", "latent_attention"},
+        id="biases-of-another-kind",
+    ),
+    pytest.param(
+        "gemma2",
+        {"attention_bias": True},
+        "hf-llama",
+        {
+            "attn_softcap",
+            "embedding_multiplier",
+            "final_softcap",
+            "layer_types",
+            "norm",
+            "post_norms",
+            "sliding_window",
+        },
+        id="gemma-biases",
     ),
 ]
 

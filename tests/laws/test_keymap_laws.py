@@ -101,6 +101,16 @@ def test_a_slot_has_the_same_axes_in_every_table() -> None:
 
 
 @pytest.mark.parametrize("table", EACH)
+def test_a_bias_lies_as_the_rows_of_its_weight_do(table: Keymap) -> None:
+    """Else RoPE would turn other pairs of the bias than of what it is added to."""
+    rows = {row.slots: row for row in table.rows}
+    for slots, row in rows.items():
+        bias = rows.get(tuple(f"{slot}_bias" for slot in slots))
+        if bias is not None and slots != ("layer.router",):  # its bias chooses, and adds nothing
+            assert bias.layout.nodes == row.layout.nodes[:1], bias.pattern.text
+
+
+@pytest.mark.parametrize("table", EACH)
 def test_a_table_says_where_its_facts_come_from(table: Keymap) -> None:
     assert re.search(r"@[0-9a-f]{7}|transformers \d|THUDM/|meta-llama/", table.source)
     assert table.title

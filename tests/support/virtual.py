@@ -47,6 +47,13 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "experts-shared": {"experts": _SHARED},
     "experts-one-shared": {"experts": _ONE_SHARED},
     "experts-biases": {"experts": _SHARED, "qkv_bias": True, "o_bias": True},
+    "experts-all-biases": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "head_bias": True,
+    },
     "experts-qk-norm": {"experts": _MOE, "qk_norm": True},
     "some-dense": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
@@ -64,6 +71,15 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "latent-direct": {
         "experts": _SHARED,
         "latent": _LATENT.model_copy(update={"q_rank": None}),
+    },
+    "latent-biased": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+    },
+    "latent-none-shared": {
+        "experts": _MOE,
+        "latent": _LATENT,
     },
 }
 """A model for every combination of conditions that tables distinguish."""

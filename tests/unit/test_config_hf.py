@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,9 @@ def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str
         ("glm", {"head_dim": 16, "pad_token_id": 0}, {"qkv_bias"}),
         ("granite", {"attention_multiplier": 0.0625}, set()),
         ("gemma2", {"head_dim": 16}, {"post_norms"}),
+        ("gemma2", {"head_dim": 16, "attention_bias": True}, {"post_norms", "qkv_bias", "o_bias"}),
+        ("mistral", {"attention_bias": True, "mlp_bias": True, "use_bias": True}, set()),
+        ("qwen2", {"attention_bias": True, "mlp_bias": True}, {"qkv_bias"}),
     ],
 )
 def test_features_are_the_tensors_of_the_real_model(
@@ -401,6 +405,33 @@ def test_writing_for_a_class_we_do_not_know_lists_those_we_do() -> None:
         write_config("hf", change({"architecture": "novel"}))
     known = [name for name, kind in MODEL_TYPES.items() if kind.expresses is not None]
     assert raised.value.facts == tuple(("known", name) for name in known)
+
+
+ERNIE = {"model_type": "ernie4_5_moe", "num_key_value_heads": 2} | SIZES | {"num_hidden_layers": 5}
+
+
+def test_wherever_ernie_puts_experts_is_written_back() -> None:
+    path = Path("config.json")
+    for start, end, step in itertools.product(range(7), range(-1, 7), range(1, 7)):
+        stated = {
+            "moe_layer_start_index": start,
+            "moe_layer_end_index": end,
+            "moe_layer_interval": step,
+        }
+        spec = hf.read(ERNIE | stated, path)
+        assert refusals("hf", spec) == ()
+        again = hf.read(write_config("hf", spec), path)
+        assert again.experts == spec.experts, stated
+
+
+@pytest.mark.parametrize("dense", [(2,), (0, 2, 3), (1, 3)])
+def test_other_places_of_experts_are_refused(dense: tuple[int, ...]) -> None:
+    spec = hf.read(ERNIE, Path("config.json"))
+    assert spec.experts is not None
+    experts = spec.experts.model_copy(update={"dense_layers": dense})
+    found = refusals("hf", spec.model_copy(update={"experts": experts}))
+    assert [refusal.name for refusal in found] == ["experts"]
+    assert "experts at a stride" in found[0].reason
 
 
 def test_generation_config_is_read_by_transformers(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ BROKEN = [
     pytest.param('"(h two p) d"', '"L d"', "mine.toml:6", "index L occurs twice", id="index-twice"),
     pytest.param("{L}.q", "{Q}.q", "mine.toml:6", "{Q} is no index", id="unknown-index"),
     pytest.param('"untied"', '"sometimes"', "mine.toml:8", "no condition 'sometimes'", id="when"),
+    pytest.param('"untied"', '"untied & x"', "mine.toml:8", "no condition 'x'", id="one-of-two"),
+    pytest.param(
+        '"layers.{L}.q" = ["layer.q", "(h two p) d"]',
+        '"a.{L}" = ["layer.q", "d", "moe & tied"]\n"b.{L}" = ["layer.q", "d", "tied & moe"]',
+        "mine.toml:7", "layer.q is also", id="slot-under-one-condition",
+    ),
     pytest.param('["layer.q", "(h', '["embed", "(h', "mine.toml:6", "embed is also", id="slot"),
     pytest.param('"rope.freqs"', '"layers.3.q"', "mine.toml:14", "the same keys", id="overlap"),
     pytest.param('= "embed.weight"', '= "x.weight"', "mine.toml:8", "owner x.weight", id="owner"),
@@ -98,7 +104,7 @@ def test_axes_are_what_a_spec_has_sizes_for() -> None:
 
 
 def test_conditions_are_what_models_differ_in() -> None:
-    used = {row.when for table in keymaps().values() for row in table.rows} - {""}
+    used = {word for table in keymaps().values() for row in table.rows for word in row.conditions}
     assert used <= set(CONDITIONS)
     for condition in set(CONDITIONS) - {"tied", "untied"}:
         answers = {spec_of(kind).has(condition, layer) for kind in KINDS for layer in (0, 1)}

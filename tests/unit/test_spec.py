@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from dcpconv.spec import Experts, ModelSpec, RopeScaling
+from dcpconv.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
     vocab_size=37,
@@ -40,7 +40,7 @@ def test_a_plain_spec_has_the_axes_of_a_llama_and_no_features() -> None:
     [
         pytest.param({"vocab_size": None}, {}, {"V"}, id="vocab-unknown"),
         pytest.param({"head_dim": 9}, {"e": 9}, {"two", "p"}, id="odd-head-has-no-halves"),
-        pytest.param({"experts": EXPERTS}, {"E": 5, "m": 14}, set(), id="experts"),
+        pytest.param({"experts": EXPERTS}, {"E": 5, "m": 14, "S": 0, "s": 0}, set(), id="experts"),
         pytest.param(
             {"experts": Experts(**{**dict(EXPERTS), "shared_count": 1, "shared_ffn_size": 9})},
             {"E": 5, "m": 14, "S": 1, "s": 9},
@@ -87,6 +87,12 @@ def test_axes_are_those_that_are_known(
         pytest.param({"qkv_bias": True}, {"qkv_bias": "on q, k and v"}, id="qkv_bias"),
         pytest.param({"o_bias": True}, {"o_bias": "on the attention output"}, id="o_bias"),
         pytest.param({"mlp_bias": True}, {"mlp_bias": "on gate, up and down"}, id="mlp_bias"),
+        pytest.param({"head_bias": True}, {"head_bias": "on the logits"}, id="head_bias"),
+        pytest.param(
+            {"latent": LatentAttention(q_rank=9, kv_rank=7, nope_dim=4, value_dim=6, bias=True)},
+            {"latent_attention": "rank 7", "latent_bias": "on the projections into ranks"},
+            id="latent_bias",
+        ),
         pytest.param({"qk_norm": True}, {"qk_norm": "on q and k"}, id="qk_norm"),
         pytest.param({"norm": "layernorm"}, {"norm": "layernorm"}, id="norm"),
         pytest.param(
@@ -119,6 +125,28 @@ def test_only_what_is_not_neutral_is_a_feature(
     changes: dict[str, object], features: dict[str, str]
 ) -> None:
     assert ModelSpec.model_validate(dict(SPEC) | changes).features() == features
+
+
+@pytest.mark.parametrize(
+    ("condition", "answers"),
+    [
+        pytest.param("", (True, True), id="always"),
+        pytest.param("dense", (True, False), id="of-one-layer"),
+        pytest.param("dense & mlp_bias", (True, False), id="both-in-one-layer"),
+        pytest.param("mlp_bias&shared_experts", (False, True), id="without-spaces"),
+        pytest.param("moe & qkv_bias", (False, False), id="one-of-two"),
+        pytest.param("tied & mlp_bias & moe", (False, True), id="three"),
+        pytest.param("untied & mlp_bias", (False, False), id="untied"),
+    ],
+)
+def test_a_condition_of_several_words_asks_for_all_of_them(
+    condition: str, answers: tuple[bool, bool]
+) -> None:
+    experts = Experts(
+        count=5, per_token=2, ffn_size=14, shared_count=1, shared_ffn_size=9, dense_layers=(0,)
+    )
+    spec = SPEC.model_copy(update={"experts": experts, "mlp_bias": True, "tied": True})
+    assert (spec.has(condition, 0), spec.has(condition, 1)) == answers
 
 
 @pytest.mark.parametrize(

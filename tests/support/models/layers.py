@@ -69,7 +69,7 @@ def randomise(model: ModuleT, seed: int = 0) -> ModuleT:
     skipped = ("inv_freq", "mask")  # computed, not learned
     with torch.no_grad():
         for key, tensor in model.state_dict(keep_vars=True).items():
-            if not tensor.is_floating_point() or key.endswith(skipped):
+            if not tensor.is_floating_point() or key.endswith(skipped) or not tensor.numel():
                 continue
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) + seed)
             noise = torch.randn(tensor.shape, generator=generator)
