@@ -11,7 +11,6 @@ from dataclasses import replace
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target
 from dcpconv.keymaps import Keymap
-from dcpconv.matching import tie_pairs
 from dcpconv.recognition import Weights
 from dcpconv.sizes import expected
 from dcpconv.spec import ModelSpec
@@ -136,7 +135,7 @@ def _owners(
     """Second name -> owner, from shared storage on either side and from the table."""
     owners = dict(source.tied) | dict(wanted.tied)
     if table is not None and is_tied:
-        owners = tie_pairs(table) | owners
+        owners = table.tie_pairs() | owners
     return owners
 
 
@@ -145,7 +144,8 @@ def _told(table: Keymap | None, key: str) -> tuple[tuple[str, ...], str]:
     match = table.match(key) if table is not None else None
     if match is None:
         return (), ""
-    return (match.row.slots if match.row else ()), match.reason
+    reason = match.reason if match.kind == "ignored" else ""
+    return (match.row.slots if match.row else ()), reason
 
 
 def _extra(

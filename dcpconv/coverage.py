@@ -82,6 +82,11 @@ class Target:
         return "copied" if is_whole and self.pieces[0].entry.shape == self.shape else "derived"
 
 
+def as_stored(key: str, entry: TensorEntry, tied_to: str | None = None) -> Target:
+    """A source tensor under a key of the result, unchanged."""
+    return Target(key, entry.shape, entry.dtype, (Piece(entry),), tied_to)
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """A key that does not fit, and why.
@@ -148,7 +153,8 @@ class Coverage:
         unknown: Source keys that no rule covers.
         misshapen: Keys whose shape or element type contradicts the config or another tensor.
         refused: Features of the model that the target cannot express; ``key`` is their name.
-        ignored: Source keys that are dropped, with the reason.
+        ignored: Source keys that are no part of the result, with the reason.
+        aside: Those of them that are kept in a file of their own, as they are stored.
         tied: ``(key, owner)`` source keys that repeat another tensor.
         left: Stored keys beside the weights that do not take part: optimizer state.
         is_tied: Whether embedding and head are one tensor.
@@ -168,6 +174,7 @@ class Coverage:
     misshapen: tuple[Fault, ...] = ()
     refused: tuple[Fault, ...] = ()
     ignored: tuple[Fault, ...] = ()
+    aside: tuple[Target, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     left: tuple[str, ...] = ()
     is_tied: bool = False
@@ -256,10 +263,7 @@ def cover_as_stored(weights: Weights, *, keys: Iterable[str] | None = None) -> C
         keys: Bare keys to take; all by default.
     """
     wanted = weights.entries if keys is None else {k: weights.entries[k] for k in keys}
-    targets = tuple(
-        Target(key, entry.shape, entry.dtype, (Piece(entry),), weights.tied.get(key))
-        for key, entry in wanted.items()
-    )
+    targets = tuple(as_stored(key, entry, weights.tied.get(key)) for key, entry in wanted.items())
     name = weights.keymap.name if weights.keymap else "as stored"
     return Coverage(
         name, name, targets, tied=tuple(weights.tied.items()), is_tied=bool(weights.tied)

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from dcpconv import splitting
+from dcpconv.aside import taken_up, with_aside
 from dcpconv.catalog import Catalog, Form
 from dcpconv.configs import read_spec
 from dcpconv.coverage import Coverage
@@ -114,6 +115,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
     )
     wanted = _target_keymap(request.to, own, weights, spec, form)
     weights, spec = without_idle(weights, spec, wanted, allow=request.allow)
+    weights, kept_notes = taken_up(weights, wanted)
     if request.dequantize:
         wanted = wanted or weights.require_keymap()
     job = Job(
@@ -150,6 +152,13 @@ def decide(everything: Catalog, request: Request) -> Decided:
         outline = splitting.outline(shares, modulus=block_size(request.target))
     else:
         outline = job.outline(tensors, max_file_size=request.max_file_size)
+    outline, aside_notes = with_aside(
+        outline,
+        coverage,
+        weights.keymap,
+        modulus=block_size(request.target),
+        is_one_file=job.is_one_file,
+    )
     side = job.side_files(coverage, tensors)
     if request.dequantize:
         side = dequantized(side, most_used(tensors))
@@ -157,7 +166,9 @@ def decide(everything: Catalog, request: Request) -> Decided:
         *catalog.notes,
         *config_notes,
         *settled,
+        *kept_notes,
         *notes,
+        *aside_notes,
         *side.notes,
         *job.notes(coverage),
     )

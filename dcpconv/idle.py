@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dcpconv.copying import Sources
-from dcpconv.coverage import Piece, Target
+from dcpconv.coverage import as_stored
 from dcpconv.engine import fill
 from dcpconv.keymaps import Keymap
 from dcpconv.plan import fill_of
@@ -83,8 +83,7 @@ def _are_zero(weights: Weights, keys: list[str]) -> Iterator[bool]:
         return
     with Sources(weights.catalog.path) as sources:
         for entry in entries:
-            target = Target(entry.key, entry.shape, entry.dtype, (Piece(entry),))
-            box = fill_of(target, (0,) * len(entry.shape), entry.shape)
+            box = fill_of(as_stored(entry.key, entry), (0,) * len(entry.shape), entry.shape)
             buffer = memoryview(bytearray(box.nbytes))
             fill(box, source=sources, into=buffer)
             yield not any(buffer)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 
 from dcpconv.catalog import TensorEntry
-from dcpconv.coverage import Coverage, Fault, Piece, Target
+from dcpconv.coverage import Coverage, Fault, Piece, Target, as_stored
 from dcpconv.derived import derive
 from dcpconv.dtypes import BY_NAME
 from dcpconv.errors import LayoutError
@@ -65,6 +65,8 @@ class _Account:
         self.misshapen: list[Fault] = []
         self.missing: list[Fault] = []
         self.ignored: list[Fault] = []
+        self.aside: list[Target] = []
+        self.kept: list[Target] = []
         self.present: dict[str, tuple[Row, dict[str, int]]] = {}
         self.second: dict[str, str] = {}
         self.stand_in: dict[str, str] = {}
@@ -86,6 +88,7 @@ class _Account:
         self._check_shapes()
         made = {target.key: target for target in self._targets(is_tied=is_tied)}
         made.update(self._derived(made))
+        made.update((target.key, target) for target in self.kept)
         if self.scales and not self.dequantize:
             along, faults = factors_along(made, self.scales, self.weights.root, self.target.name)
             made.update(along)
@@ -109,6 +112,7 @@ class _Account:
             misshapen=tuple(self.misshapen),
             refused=refused,
             ignored=tuple(self.ignored),
+            aside=tuple(self.aside),
             tied=tuple(self.second.items()),
             left=self.weights.rest,
             is_tied=is_tied,
@@ -131,8 +135,12 @@ class _Account:
             if key in factors:
                 continue
             match = self.source.match(key)
-            if match is None:
+            if match is None and self.target.keeps_aside(key):
+                self.kept.append(as_stored(key, self.weights.entries[key]))
+            elif match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
+            elif match.kind == "aside":
+                self._set_aside(key, match.reason)
             elif match.row is None or key in self.weights.idle:
                 self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
             elif reason := self._beyond(match.indices):
@@ -147,6 +155,15 @@ class _Account:
             seen = [at[name] for _, at in self.present.values() if name in at]
             if seen and name not in self.sizes:
                 self.sizes[name] = max(seen) + 1
+
+    def _set_aside(self, key: str, reason: str) -> None:
+        """Keeps a tensor as it is: in its place where the target has one, else beside the rest."""
+        target = as_stored(key, self.weights.entries[key])
+        if self.target.keeps_aside(key):
+            self.kept.append(target)
+        else:
+            self.aside.append(target)
+            self.ignored.append(Fault(key, reason))
 
     def _beyond(self, indices: dict[str, int]) -> str | None:
         """Why a key is dropped whose index the config does not count, where the table says so."""
@@ -167,7 +184,7 @@ class _Account:
         """
         entries, shared = self.weights.entries, self.weights.tied
         is_tied = self.spec.tied if self.spec else None
-        for second, owner in tie_pairs(self.source).items():
+        for second, owner in self.source.tie_pairs().items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:
                 if here and owner_here and self._is_row(second):
@@ -380,13 +397,3 @@ class _Account:
             if lacking:
                 return f"the config says that the model has no {' and no '.join(lacking)}"
         return f"nothing in {self.target.name} uses it"
-
-
-def tie_pairs(table: Keymap) -> dict[str, str]:
-    """``second name -> owner``: the table's own, and the head beside the embedding."""
-    pairs = {tie.key: tie.owner for tie in table.ties}
-    embeddings = [row.pattern.text for row, _ in table.holders("embed")]
-    for row, _ in table.holders("head"):
-        if "untied" in row.conditions and embeddings:
-            pairs.setdefault(row.pattern.text, embeddings[0])
-    return pairs

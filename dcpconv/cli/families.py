@@ -93,6 +93,8 @@ def _show(table: Keymap) -> None:
         say(f"{key:<{widths[0]}}  {rule}, where the source has none")
     for pattern, reason in table.ignored:
         say(f"{pattern.text:<{widths[0]}}  ignored: {reason}")
+    for pattern, reason in table.aside:
+        say(f"{pattern.text:<{widths[0]}}  kept in {table.aside_file}: {reason}")
 
 
 def _as_json(table: Keymap) -> dict[str, Any]:
@@ -114,4 +116,5 @@ def _as_json(table: Keymap) -> dict[str, Any]:
         "tied": {tie.key: tie.owner for tie in table.ties},
         "derived": dict(table.derived),
         "ignored": {pattern.text: reason for pattern, reason in table.ignored},
+        "aside": {pattern.text: reason for pattern, reason in table.aside},
     }

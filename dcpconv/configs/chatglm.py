@@ -20,6 +20,9 @@ _EXPRESSES = frozenset({"partial_rotary", "qkv_bias"})
 _BASE = 10_000.0
 """RoPE base that ``rope_ratio`` multiplies.  Source: ``modeling_chatglm.py``, RotaryEmbedding."""
 
+_PREFIX = ("pre_seq_len", "prefix_projection")
+"""Fields of a p-tuning prefix.  They mean nothing elsewhere and are carried along as they are."""
+
 _AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -58,6 +61,8 @@ class _Config(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    pre_seq_len: Size | None = None
+    prefix_projection: bool = False
 
 
 def is_config(fields: Mapping[str, object]) -> bool:
@@ -106,6 +111,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
             "pad_token_id": config.pad_token_id,
             "origin": "chatglm3" if grouped else "chatglm3-mha",
+            "extra": {name: fields[name] for name in _PREFIX if fields.get(name)},
         },
         file,
     )
@@ -171,4 +177,5 @@ def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str
         "bos_token_id": spec.bos_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": spec.pad_token_id,
+        **{name: spec.extra[name] for name in _PREFIX if name in spec.extra},
     }

@@ -111,7 +111,7 @@ def write(
     if label is not None:
         name = _torch_name(label)
         fields |= {"dtype": name, "torch_dtype": name}
-    if spec.architecture != model_type or not spec.origin.startswith("hf-"):
+    if spec.architecture != model_type:
         return fields  # what is left over describes another class
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
 

@@ -172,11 +172,11 @@ def outline(
         max_shard_size=max_file_size,
     )
     files = tuple(
-        _place(name, [by_key[key] for key in keys], modulus)
+        one_file(name, [by_key[key] for key in keys], modulus=modulus)
         for name, keys in split.filename_to_tensors.items()
     )
     if len(files) <= 1:
-        return Outline(files or (_place(SINGLE, [], modulus),))
+        return Outline(files or (one_file(SINGLE, [], modulus=modulus),))
     index = {
         "metadata": {"total_size": sum(tensor.chunks[0].fill.nbytes for tensor in tensors)},
         "weight_map": dict(sorted(split.tensor_to_filename.items())),
@@ -364,7 +364,8 @@ def _slice_problems(
         yield from (f"{key}: {problem}" for problem in inspect_boxes(entry.shape, boxes))
 
 
-def _place(name: str, tensors: list[OutTensor], modulus: int) -> OutFile:
+def one_file(name: str, tensors: Iterable[OutTensor], *, modulus: int) -> OutFile:
+    """One file of a given name with all of these tensors, placed as ``outline`` does."""
     # Wide types first keep every tensor aligned to its own element size.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

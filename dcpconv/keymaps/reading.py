@@ -35,6 +35,7 @@ class _Table(pydantic.BaseModel):
     keys: dict[str, tuple[str, str] | tuple[str, str, str]]
     tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
     ignore: dict[str, str] = {}
+    aside: dict[str, str] = {}
     also: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
     derived: dict[str, Literal["zeros", "inv_freq"]] = {}
@@ -128,7 +129,8 @@ class _Builder:
                 self._problem(key, f"its owner {owner} is no key of the table")
             ties.append(Tie(key, owner, omitted))
         ignored = tuple((Pattern(key), reason) for key, reason in table.ignore.items())
-        self._check_overlaps(rows, ties, ignored)
+        aside = tuple((Pattern(key), reason) for key, reason in table.aside.items())
+        self._check_overlaps(rows, ties, (*ignored, *aside))
         self._check_slots(rows)
         self._check_names(rows, known)
         if self.problems:
@@ -143,6 +145,7 @@ class _Builder:
             rows=rows,
             ties=tuple(ties),
             ignored=ignored,
+            aside=aside,
             source=table.source,
             file=self.path,
             also=table.also,
@@ -200,14 +203,14 @@ class _Builder:
         self,
         rows: tuple[Row, ...],
         ties: list[Tie],
-        ignored: tuple[tuple[Pattern, str], ...],
+        unheld: tuple[tuple[Pattern, str], ...],
     ) -> None:
         own = [row.pattern for row in rows]
         texts = {pattern.text for pattern in own}
         patterns = [
             *own,
             *(Pattern(tie.key) for tie in ties if tie.key not in texts),
-            *(pattern for pattern, _ in ignored),
+            *(pattern for pattern, _ in unheld),
         ]
         seen: dict[str, list[Pattern]] = {}
         for pattern in patterns:

@@ -114,7 +114,7 @@ class Tie:
     omitted: bool
 
 
-Kind = Literal["row", "tied", "ignored"]
+Kind = Literal["row", "tied", "ignored", "aside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,11 @@ class Match:
     """What a table says about one key.
 
     Attributes:
-        row: The row, or for a tied key the row of its owner; ``None`` for an ignored key.
+        row: The row, or for a tied key the row of its owner; ``None`` for an ignored key and one
+            that is kept aside.
         indices: Index values read from the key.
-        kind: Whether the key is a tensor of its own, a second name, or dropped.
-        reason: Why it is ignored.
+        kind: Whether the key is a tensor of its own, a second name, dropped, or kept aside.
+        reason: Why it is ignored or kept aside.
     """
 
     row: Row | None
@@ -148,6 +149,8 @@ class Keymap:
         rows: The table.
         ties: Second names.
         ignored: ``(pattern, reason)`` of keys that are dropped.
+        aside: ``(pattern, reason)`` of keys that no other family has a place for and that are worth
+            keeping: a conversion writes them to a file of their own, and finds them there again.
         source: Where the facts come from.
         file: The table's file, for errors.
         also: Further groups that the table serves: what a live model calls its tensors is what the
@@ -174,6 +177,7 @@ class Keymap:
     ignored: tuple[tuple[Pattern, str], ...]
     source: str
     file: Path
+    aside: tuple[tuple[Pattern, str], ...] = ()
     also: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
@@ -205,6 +209,8 @@ class Keymap:
                 )
         for pattern, reason in self.ignored:
             templates.setdefault(pattern.template, []).append((pattern, None, "ignored", reason))
+        for pattern, reason in self.aside:
+            templates.setdefault(pattern.template, []).append((pattern, None, "aside", reason))
         object.__setattr__(self, "_by_template", templates)
         object.__setattr__(self, "_by_slot", slots)
 
@@ -244,6 +250,31 @@ class Keymap:
     def slots(self) -> frozenset[str]:
         """Every slot the family can hold."""
         return frozenset(self._by_slot)
+
+    def keeps_aside(self, key: str) -> bool:
+        """Whether this is the only family with a place for a key."""
+        match = self.match(key)
+        return match is not None and match.kind == "aside"
+
+    @property
+    def aside_file(self) -> str:
+        """Where a conversion keeps such tensors: named after the module they are all in.
+
+        ``transformer.prefix_encoder.trans.0.bias`` and its like are in
+        ``prefix_encoder.safetensors``.
+        """
+        paths = [pattern.text.split(".") for pattern, _ in self.aside]
+        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        return f"{common[-1] if common else 'aside'}.safetensors"
+
+    def tie_pairs(self) -> dict[str, str]:
+        """``second name -> owner``: the table's own, and the head beside the embedding."""
+        pairs = {tie.key: tie.owner for tie in self.ties}
+        embeddings = [row.pattern.text for row, _ in self.holders("embed")]
+        for row, _ in self.holders("head"):
+            if "untied" in row.conditions and embeddings:
+                pairs.setdefault(row.pattern.text, embeddings[0])
+        return pairs
 
     def tie_of(self, key: str) -> Tie | None:
         """The tie that names ``key`` as its second name."""

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from dcpconv import convert
+from dcpconv.catalog import Form
 from dcpconv.configs import read_spec, to_text, write_config
 from dcpconv.errors import AmbiguousFamilyError, NotExpressibleError
 from support.families import RIGHT, assert_same, difference, load_hf, torch_tensors
@@ -75,14 +78,61 @@ def test_our_config_reads_back_to_the_same_spec(tmp_path: Path, config: ChatGLMC
     assert read_spec(tmp_path) == spec
 
 
-def test_a_prefix_for_p_tuning_stays_behind_and_is_named(tmp_path: Path) -> None:
+def tuned(directory: Path, *, projects: bool) -> tuple[ChatGLM, Path, dict[str, Tensor]]:
+    """A model with the prefix that p-tuning trains, saved whole as ChatGLM's own script does."""
     model = randomise(ChatGLM(ChatGLMConfig()))
-    source = save(model, tmp_path / "chatglm")
-    prefix = {"transformer.prefix_encoder.embedding.weight": torch.ones(4, 192)}
+    source = save(model, directory)
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (4, 192)}
+    if projects:
+        shapes |= {"trans.0.weight": (96, 192), "trans.0.bias": (96,)}
+        shapes |= {"trans.2.weight": (192, 96), "trans.2.bias": (192,)}
+    prefix = {
+        f"transformer.prefix_encoder.{name}": torch.randn(shape) for name, shape in shapes.items()
+    }
     torch.save({**model.state_dict(), **prefix}, source)
-    report = convert(source, tmp_path / "hf", form="hf")
+    stated = {"pre_seq_len": 4, **({"prefix_projection": True} if projects else {})}
+    (directory / "config.json").write_text(json.dumps(model.config.as_json() | stated))
+    return model, source, prefix
+
+
+@pytest.mark.parametrize("form", ["hf", "dcp"])
+@pytest.mark.parametrize("projects", [False, True])
+def test_a_prefix_for_p_tuning_is_kept_in_a_file_of_its_own_and_finds_back(
+    tmp_path: Path, form: Form, *, projects: bool
+) -> None:
+    model, source, prefix = tuned(tmp_path / "chatglm", projects=projects)
+    report = convert(source, tmp_path / "glm", form=form, to="hf")
     assert set(prefix) < {key for key, _ in report.ignored}
-    assert difference(load_hf(tmp_path / "hf"), model) < RIGHT
+    assert any("prefix_encoder.safetensors" in note for note in report.notes)
+    assert_same(load_file(tmp_path / "glm" / "prefix_encoder.safetensors"), prefix)
+    if form == "hf":
+        assert difference(load_hf(tmp_path / "glm"), model) < RIGHT
+
+    convert(tmp_path / "glm", tmp_path / "back.bin", to="chatglm3")
+    assert_same(torch_tensors(tmp_path / "back.bin"), {**model.state_dict(), **prefix})
+    convert(tmp_path / "glm", tmp_path / "back", form="hf", to="chatglm3")
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields["pre_seq_len"] == 4
+    assert fields.get("prefix_projection", False) == projects
+
+
+def test_one_file_has_no_place_for_a_prefix_and_the_user_hears_how_to_keep_it(
+    tmp_path: Path,
+) -> None:
+    _, source, prefix = tuned(tmp_path / "chatglm", projects=True)
+    report = convert(source, tmp_path / "glm.pth", to="hf")
+    (note,) = (note for note in report.notes if "--only" in note)
+    only = note.partition("--only ")[2].split()[0]
+    convert(source, tmp_path / "prefix.pth", only=only)
+    found = torch_tensors(tmp_path / "prefix.pth")
+    assert [torch.equal(found[key], prefix[key]) for key in sorted(prefix)] == [True] * 5
+
+
+def test_a_prefix_stays_in_its_place_within_the_family(tmp_path: Path) -> None:
+    model, source, prefix = tuned(tmp_path / "chatglm", projects=False)
+    convert(source, tmp_path / "dcp", to="chatglm3")
+    convert(tmp_path / "dcp", tmp_path / "back.bin", to="chatglm3")
+    assert_same(torch_tensors(tmp_path / "back.bin"), {**model.state_dict(), **prefix})
 
 
 def test_without_a_config_both_layouts_fit_and_the_user_is_asked(tmp_path: Path) -> None:

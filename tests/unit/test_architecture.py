@@ -63,6 +63,7 @@ LAYERS = (
         "verbs",
         (
             "report",
+            "aside",
             "side_files",
             "parameters",
             "runs",
