@@ -102,6 +102,9 @@ def generated(
             keeps them under ``dcpconv``, which Lingua's ``generate.py`` and ``eval.py`` pass over.
     """
     name = config_name(keymap.config) if keymap.config else None
+    if name is None and keymap.config and spec is not None:
+        note = f"{keymap.name} has no parameter file; its code has to be told: {spec}"
+        return SideFiles(notes=(note,))
     if name is None:
         return SideFiles()
     if spec is None:

@@ -216,6 +216,14 @@ class ModelSpec(_Record):
             raise ValueError(f"{len(self.layer_types)} layer types for {self.n_layers} layers")
         return self
 
+    def __str__(self) -> str:
+        """What a person asks first, and every feature, in one line."""
+        heads = f"{self.n_heads} heads of {self.head_dim} over {self.n_kv_heads}"
+        theta = f"theta {self.rope_theta:g}, eps {self.norm_eps:g}"
+        sizes = f"{self.n_layers} layers, hidden {self.hidden_size}, {heads}, ffn {self.ffn_size}"
+        features = (f"{name} ({text})" for name, text in self.features().items())
+        return ", ".join((sizes, theta, *features))
+
     def axes(self) -> dict[str, int]:
         """Size of every layout axis this model has, by letter; an axis nobody knows is absent."""
         sizes = {

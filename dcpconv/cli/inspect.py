@@ -79,7 +79,7 @@ def summary(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> Iter
     if weights.alternatives:
         yield f"or        {', '.join(table.name for table in weights.alternatives)}"
     if model is not None:
-        yield f"model     {', '.join(_numbers(model))}"
+        yield f"model     {model}"
     yield (
         f"tensors   {count(len(catalog.tensors), 'key')}, {size(catalog.nbytes)},"
         f" {count(chunks, 'chunk')}, {sum(dtypes.values()):,} elements"
@@ -90,16 +90,6 @@ def summary(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> Iter
         yield f"objects   {count(len(catalog.objects), 'key')} that are not tensors"
     if weights.rest:
         yield f"beside    {count(len(weights.rest), 'key')} that are not weights"
-
-
-def _numbers(model: ModelSpec) -> Iterator[str]:
-    """What a person asks first, and every feature."""
-    yield count(model.n_layers, "layer")
-    yield f"hidden {model.hidden_size}"
-    yield f"{count(model.n_heads, 'head')} of {model.head_dim} over {model.n_kv_heads}"
-    yield f"ffn {model.ffn_size}"
-    yield f"theta {model.rope_theta:g}"
-    yield from (f"{name} ({text})" for name, text in model.features().items())
 
 
 def listing(catalog: Catalog) -> Iterator[str]:

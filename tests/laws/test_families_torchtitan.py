@@ -10,13 +10,23 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from dcpconv import check, convert, load_init_weights
-from dcpconv.errors import CoverageError
+from dcpconv.errors import CoverageError, NotExpressibleError
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
 from support.hf_models import save_hf, tiny
 from support.models.layers import randomise
 from support.models.torchtitan import Release, Titan, TitanConfig
 
 THETA = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+SCALED = {
+    "rope_parameters": {
+        "rope_theta": 1e4,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}
 NAMES: dict[Release, str] = {"0.3": "", "0.2": "-2025"}
 
 CASES = [
@@ -25,6 +35,7 @@ CASES = [
     pytest.param("llama", {"tie_word_embeddings": True}, id="llama3-tied"),
     pytest.param("llama", {"head_dim": 24, **THETA}, id="llama3-wide-heads-theta"),
     pytest.param("llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-6}, id="llama3-multi-head"),
+    pytest.param("llama", SCALED, id="llama3-scaled"),
     pytest.param("qwen3", {}, id="qwen3"),
     pytest.param("qwen3", {"tie_word_embeddings": True, **THETA}, id="qwen3-tied-theta"),
     pytest.param("qwen3", {"head_dim": 24}, id="qwen3-wide-heads"),
@@ -49,14 +60,17 @@ def titan(hf: Any, release: Release = "0.3", **fields: Any) -> Titan:
             "moe_hidden_dim": config.moe_intermediate_size,
             "dense_layers": tuple(config.mlp_only_layers or ()),
         }
+    rope = config.rope_parameters
+    order = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     sizes = TitanConfig(
+        scaling=tuple(rope[name] for name in order) if "factor" in rope else None,
         release=release,
         is_qwen=config.model_type != "llama",
         n_layers=config.num_hidden_layers,
         n_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_parameters["rope_theta"],
+        rope_theta=rope["rope_theta"],
         enable_weight_tying=config.tie_word_embeddings,
         **{**experts, **fields},
     )
@@ -78,6 +92,33 @@ def test_torchtitan_gives_the_logits_of_the_hf_model_and_the_way_back_is_exact(
 
     convert(tmp_path / "titan.pth", tmp_path / "back", form="hf", assets=source)
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+LINEAR = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "refused"),
+    [
+        pytest.param("llama", LINEAR, "rope_scaling", id="linear-scaling"),
+        pytest.param("qwen3", LINEAR, "rope_scaling", id="scaled-qwen3"),
+        pytest.param("qwen3", {"attention_bias": True}, "qkv_bias", id="biases"),
+    ],
+)
+def test_what_torchtitan_cannot_hold_is_refused(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], refused: str
+) -> None:
+    source = save_hf(tiny(model_type, **overrides), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError, match=refused):
+        convert(source, tmp_path / "out", to=family(model_type, "0.3"))
+
+
+def test_what_to_write_into_a_config_of_python_is_said(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "hf")
+    report = convert(source, tmp_path / "dcp", to="torchtitan-llama3")
+    (note,) = (note for note in report.notes if "no parameter file" in note)
+    assert "6 heads of 16 over 2" in note
+    assert "theta 10000" in note
 
 
 @pytest.mark.parametrize("release", ["0.2", "0.3"])

@@ -28,6 +28,8 @@ class TitanConfig:
         release: Whose names: 0.3 moved the projections, renamed the head and the experts.
         is_qwen: Qwen3: heads are normalised and turn by halves; Llama 3's turn neighbours.
         dense_layers: Layers without experts, where the others have some.
+        scaling: Llama 3.1's stretching of RoPE: its factor, the low and high frequency factors, and
+            the positions it was first trained for.
         balances: Whether a bias that load balancing moves takes part in choosing experts.
     """
 
@@ -42,6 +44,7 @@ class TitanConfig:
     vocab_size: int = 131
     norm_eps: float = 1e-5
     rope_theta: float = 1e4
+    scaling: tuple[float, float, float, int] | None = None
     enable_weight_tying: bool = False
     num_experts: int = 0
     top_k: int = 2
@@ -163,6 +166,14 @@ class Block(nn.Module):
         return out
 
 
+def _stretch(frequency: Tensor, factor: float, low: float, high: float, trained: int) -> Tensor:
+    """Factor on each frequency: waves longer than the first training saw are slowed down, short
+    ones are not, and those between in proportion."""
+    waves = trained * frequency / (2 * torch.pi)  # that fit into the first training's length
+    share = ((waves - low) / (high - low)).clamp(0, 1)
+    return (1 - share) / factor + share
+
+
 class Titan(nn.Module):
     """A model of torchtitan; layers are numbered keys of a ``ModuleDict``."""
 
@@ -181,6 +192,8 @@ class Titan(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, seq, vocab] of ``tokens`` [batch, seq]."""
         angle = angles(tokens.shape[1], self.config.head_dim, self.config.rope_theta)
+        if self.config.scaling is not None:
+            angle = angle * _stretch(angle[1], *self.config.scaling)
         x = self.tok_embeddings(tokens)
         for block in self.layers.values():
             x = block(x, angle)
