@@ -21,6 +21,7 @@ from dcpconv.naming import refused_features, require_expressible
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.recognition import Weights
 from dcpconv.side_files import SideFiles, carried, generated
+from dcpconv.sizes import require_said
 from dcpconv.spec import ModelSpec
 from dcpconv.twins import differing
 
@@ -181,6 +182,8 @@ class Job:
         if self.assets is not None and self._is_described_by(self.assets):
             return carried(self.assets, dtype=most_used(tensors), tied=tied)
         if self.wanted is not None and (self.renames or not has_config):
+            if self.spec is not None and self.wanted.config:
+                require_said(self.spec, self.weights)
             return generated(
                 self.wanted,
                 self.spec.model_copy(update={"tied": False})

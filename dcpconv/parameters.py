@@ -12,6 +12,7 @@ from dcpconv.errors import SpecError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.keymaps import resolve_family
 from dcpconv.naming import refused_features, require_expressible, settle
+from dcpconv.sizes import require_said
 from dcpconv.spec import ModelSpec
 
 
@@ -88,6 +89,7 @@ def _model(
             [("source", source), ("family", table.name)],
             hint="--spec heads=N,kv_heads=M says it",
         )
+    require_said(model, weights)
     floats = {entry.dtype.label: 0 for entry in weights.entries.values()}
     for entry in weights.entries.values():
         floats[entry.dtype.label] += entry.nbytes if entry.dtype.is_floating_point else 0

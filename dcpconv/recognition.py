@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dcpconv.catalog import Catalog, TensorEntry
 from dcpconv.errors import AmbiguousFamilyError
@@ -44,6 +44,9 @@ class Weights:
         rest: Stored keys that are not weights: optimizer state, counters.
         alternatives: Other tables that fit every key and lead to other bytes.
         evidence: Why, one sentence each.
+        same: Other tables that make the same bytes of every key, and may differ in what no file
+            says, such as the RoPE theta.
+        is_hinted: Whether sizes or config speak for the family before those.
         idle: Keys that can be left out without a difference -> why.
     """
 
@@ -55,6 +58,8 @@ class Weights:
     rest: tuple[str, ...]
     alternatives: tuple[Keymap, ...] = ()
     evidence: tuple[str, ...] = ()
+    same: tuple[Keymap, ...] = ()
+    is_hinted: bool = False
     idle: Mapping[str, str] = field(default_factory=dict)
 
     def require_keymap(self) -> Keymap:
@@ -160,19 +165,20 @@ def recognise(
         for fit in same_root[1:]
         if _rows_used(fit, counts) != rows and (fit.hinted > _RULED_OUT or best.hinted < 0)
     )
-    equal = [fit.keymap.name for fit in same_root[1:] if _rows_used(fit, counts) == rows]
+    equal = tuple(fit.keymap for fit in same_root[1:] if _rows_used(fit, counts) == rows)
     under = f" under {best.root!r}" if best.root else ""
     evidence = [
         f"{best.matched} of {best.matched + best.unmatched} keys{under} match {best.keymap.name}"
     ]
     evidence.extend(_clues(best, spec))
     if equal:
-        evidence.append(f"the same bytes as {', '.join(equal)}")
+        evidence.append(f"the same bytes as {', '.join(table.name for table in equal)}")
     if others and spec is not None and spec.architecture in best.keymap.architectures:
         others = tuple(table for table in others if spec.architecture in table.architectures)
     if others and spec is not None and spec.origin == best.keymap.config:
         others = ()
-    return _weights(catalog, best.root, best.keymap, others, tuple(evidence))
+    weights = _weights(catalog, best.root, best.keymap, others, tuple(evidence))
+    return replace(weights, same=equal, is_hinted=best.hinted > 0)
 
 
 def bare(key: str) -> str:

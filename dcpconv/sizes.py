@@ -55,23 +55,20 @@ def inferred_spec(
     fields.setdefault("head_dim", max(1, channels // int(fields["n_heads"])))
     facts = dict(table.facts)
     per_token, norm_top1 = facts.pop("per_token", None), facts.pop("norm_top1", True)
+    unsaid = [name for name in ("norm_eps", "rope_theta") if _is_open(name, weights, pairs)]
     if "experts" in fields:
         _complete_experts(fields["experts"], per_token, pairs, notes)
         dense = tuple(n for n in range(int(fields["n_layers"])) if n not in routed)
         fields["experts"]["dense_layers"] = dense
         fields["experts"]["norm_topk"] = bool(norm_top1) or fields["experts"]["per_token"] > 1
+        unsaid += ["per_token"] if _is_open("per_token", weights, pairs) else []
     stated = [name for name in ("norm_eps", "rope_theta", "max_seq_len") if name in facts]
-    if stated:
-        said = ", ".join(f"{name} {facts[name]:g}" for name in stated if name not in pairs)
-        if said:
-            notes.append(f"{said}: what {table.title} has, since no file says so")
-    else:
-        open_ = [name for name in ("norm_eps", "rope_theta") if name not in pairs]
-        defaults = ModelSpec.model_fields
-        if open_:
-            said = ", ".join(f"{name} {defaults[name].default:g}" for name in open_)
-            notes.append(f"{said}: a default, since no file says so; --spec states another")
-        facts.setdefault("max_seq_len", 2048)
+    said = ", ".join(f"{n} {facts[n]:g}" for n in stated if n not in pairs and n not in unsaid)
+    if said:
+        notes.append(f"{said}: what {table.title} has, since no file says so")
+    facts.setdefault("max_seq_len", 2048)
+    facts.setdefault("tied", _shares_head(weights, table))
+    fields |= {"unsaid": tuple(unsaid)}
     fields = {**facts, **fields, "architecture": _architecture(table, fields)}
     fields |= {"origin": table.config}
     for name, rows, count in (("layer.q", rows_q, "n_heads"), ("layer.k", 0, "n_kv_heads")):
@@ -87,6 +84,53 @@ def inferred_spec(
                 ],
             )
     return built_spec(fields, pairs), tuple(notes)
+
+
+def _is_open(name: str, weights: Weights, pairs: Mapping[str, str]) -> bool:
+    """Whether a number is what no file and no one says: tables that fit alike disagree on it, or
+    the table says nothing."""
+    if name in pairs or f"experts.{name}" in pairs or weights.keymap is None:
+        return False
+    rivals = () if weights.is_hinted else weights.same
+    values = {table.facts.get(name) for table in (weights.keymap, *rivals)}
+    return len(values) > 1 or None in values
+
+
+def require_said(spec: ModelSpec, weights: Weights) -> None:
+    """Raises where a parameter file would hold numbers that are only defaults of ours.
+
+    Raises:
+        SpecError: Lists them, and what the families that fit would say.
+    """
+    if not spec.unsaid or weights.keymap is None:
+        return
+    facts: list[tuple[str, object]] = [("source", weights.catalog.source)]
+    facts += [("lacks", name) for name in spec.unsaid]
+    for table in (weights.keymap, *weights.same):
+        told = [f"{n} {table.facts[n]:g}" for n in spec.unsaid if n in table.facts]
+        if told:
+            facts.append(("fits", f"{table.name}: {', '.join(told)}"))
+    words = {"norm_eps": "eps=1e-5", "rope_theta": "theta=10000", "per_token": "top_k=2"}
+    example = ",".join(words[name] for name in spec.unsaid)
+    choice = "; --from NAME takes a family's" if any(k == "fits" for k, _ in facts) else ""
+    raise SpecError(
+        "no file says what the result's parameter file has to; nothing was written",
+        facts,
+        hint=f"--spec {example} states it{choice}",
+    )
+
+
+def _shares_head(weights: Weights, table: Keymap) -> bool:
+    """Whether head and embedding are one tensor, as far as keys and storage tell."""
+    entries, shared = weights.entries, weights.tied
+    pairs = table.tie_pairs().items()
+    rows = {row.pattern.text for row in table.rows}
+    return any(
+        shared.get(second, second) == shared.get(owner, owner)
+        if second in entries and owner in entries and second in rows
+        else owner in entries
+        for second, owner in pairs
+    )
 
 
 def _shapes(

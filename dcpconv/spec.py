@@ -144,6 +144,8 @@ class ModelSpec(_Record):
         bos_token_id: First token; ``None`` where there is none or no one said.
         origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
             or ``hf-llama``; empty where it was put together otherwise.
+        unsaid: Fields whose value is only a default of ours, since neither a file nor the user says
+            it; no parameter file is written from a guess.
         extra: Fields of an HF config that mean nothing here and are carried over as they are.
 
     >>> from dcpconv.spec import ModelSpec
@@ -196,6 +198,7 @@ class ModelSpec(_Record):
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     origin: str = ""
+    unsaid: tuple[str, ...] = ()
     extra: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("dtype")
