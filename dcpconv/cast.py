@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from dcpconv.dtypes import DType
-from dcpconv.outline import BlockScale
+from dcpconv.dtypes import BY_NAME, DType
+from dcpconv.outline import BlockScale, Part
 
-_STEP = 32 << 10
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEP = 32 << 10
 """Elements per torch call: torch starts its own threads above this, and every temporary is this
 long."""
+
+_FLOAT32 = BY_NAME["float32"]
 
 
 def cast(
@@ -41,20 +46,10 @@ def cast(
     result = torch.frombuffer(into, dtype=getattr(torch, target_dtype.name))
     risk = _risk(source_dtype, target_dtype)
     overflowed = underflowed = 0
-    for start in range(0, len(values), _STEP):
-        before, after = values[start : start + _STEP], result[start : start + _STEP]
-        after.copy_(before)
-        if risk.overflow or risk.underflow:
-            # Types of one byte have few operators of their own; both widenings are exact.
-            before = before.float() if source_dtype.itemsize == 1 else before
-            after = after.float() if target_dtype.itemsize == 1 else after
-        if risk.overflow:
-            low, high = (float(edge) for edge in after.aminmax())
-            if not -risk.largest < low <= high < risk.largest:  # also where one is NaN
-                lost = ~after.isfinite() | (before.abs() > risk.limit)
-                overflowed += int((lost & before.isfinite()).sum())
-        if risk.underflow:
-            underflowed += int(before.count_nonzero()) - int(after.count_nonzero())
+    for start in range(0, len(values), STEP):
+        over, under = _put(values[start : start + STEP], result[start : start + STEP], risk)
+        overflowed += over
+        underflowed += under
     return overflowed, underflowed
 
 
@@ -64,20 +59,26 @@ def dequantise(
     *,
     source_dtype: DType,
     target_dtype: DType,
-    factors: memoryview,
+    part: Part,
     scale: BlockScale,
+    factors: memoryview,
     first: int,
-) -> None:
-    """Multiply a run of a matrix by the factors of its blocks, in fp32, and cast the products.
+) -> tuple[int, int]:
+    """Multiply a part of a matrix by the factors of its blocks, in fp32, and cast the products.
 
     Args:
         source: Elements of ``source_dtype``, writable memory.
         into: As many elements of ``target_dtype``.
         source_dtype: Element type to read.
         target_dtype: Element type to write.
-        factors: One fp32 per block, in C order.
+        part: Which elements, ``STEP`` at most: its target is their place in both buffers, its
+            source their place in the matrix.
         scale: What the blocks are.
-        first: Place of the run in the matrix, in elements.
+        factors: Factors in C order, as stored; all that the part needs.
+        first: Which of the matrix's factors comes first in ``factors``.
+
+    Returns:
+        As ``cast``, of the products.
 
     Source:
         ``weight_dequant`` of deepseek-ai/DeepSeek-V3 ``inference/kernel.py``.
@@ -86,14 +87,35 @@ def dequantise(
 
     values = torch.frombuffer(source, dtype=getattr(torch, source_dtype.name))
     result = torch.frombuffer(into, dtype=getattr(torch, target_dtype.name))
-    factor = torch.frombuffer(factors, dtype=torch.float32)
+    factor = torch.frombuffer(factors, dtype=getattr(torch, scale.factors_dtype.name)).float()
+    place = torch.tensor((part.offset - scale.offset) // source_dtype.itemsize)
+    for count, step, _ in part.loops:
+        place = place.unsqueeze(-1) + step * torch.arange(count)
+    row, column = place // scale.columns, place % scale.columns
     down, across = scale.block
-    for start in range(0, len(values), _STEP):
-        part = values[start : start + _STEP]
-        place = torch.arange(first + start, first + start + len(part))
-        row, column = place // scale.columns, place % scale.columns
-        block = row // down * scale.factors_shape[1] + column // across
-        result[start : start + _STEP].copy_(part.float() * factor[block])
+    block = row // down * scale.factors_shape[1] + column // across - first
+    counts, steps = [loop[0] for loop in part.loops], [loop[2] for loop in part.loops]
+    products = values.as_strided(counts, steps, part.target).float() * factor[block]
+    after = result.as_strided(counts, steps, part.target)
+    return _put(products, after, _risk(_FLOAT32, target_dtype))
+
+
+def _put(before: Tensor, after: Tensor, risk: _Risk) -> tuple[int, int]:
+    """Cast ``before`` into ``after``; returns what ``cast`` does."""
+    overflowed = underflowed = 0
+    after.copy_(before)
+    if risk.overflow or risk.underflow:
+        # Types of one byte have few operators of their own; both widenings are exact.
+        before = before.float() if before.element_size() == 1 else before
+        after = after.float() if after.element_size() == 1 else after
+    if risk.overflow:
+        low, high = (float(edge) for edge in after.aminmax())
+        if not -risk.largest < low <= high < risk.largest:  # also where one is NaN
+            lost = ~after.isfinite() | (before.abs() > risk.limit)
+            overflowed = int((lost & before.isfinite()).sum())
+    if risk.underflow:
+        underflowed = int(before.count_nonzero()) - int(after.count_nonzero())
+    return overflowed, underflowed
 
 
 class _Risk(NamedTuple):

@@ -46,6 +46,11 @@ class Piece:
     scale: TensorEntry | None = None
     block: tuple[int, int] = (1, 1)
 
+    @property
+    def kind(self) -> str:
+        """What all pieces of a target have in common: how their elements are stored."""
+        return self.entry.dtype.label + ("" if self.scale is None else " in scaled blocks")
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dcpconv.blocks import in_blocks
 from dcpconv.copying import Ladder, Sources, Tally, write, write_error
 from dcpconv.errors import DcpconvError
 from dcpconv.gather import Slices, read_runs
@@ -342,11 +343,11 @@ class Crew:
         result = desk.output[: tile.nbytes]
         self._gather(tile, desk, into=source)
         if fill.scales:
-            self._dequantise(tile, source, result)
-            write(output.fd, result, tile.offset, system=self._ladder.system)
-            desk.tally.cast += tile.nbytes
-            return tile.nbytes
-        lost = cast(source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype)
+            lost = self._dequantise(tile, desk, source, result)
+        else:
+            lost = cast(
+                source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype
+            )
         write(output.fd, result, tile.offset, system=self._ladder.system)
         desk.tally.cast += tile.nbytes
         if any(lost):
@@ -355,11 +356,13 @@ class Crew:
             desk.losses[place] = (known[0] + lost[0], known[1] + lost[1])
         return tile.nbytes
 
-    def _dequantise(self, tile: Tile, source: memoryview, into: memoryview) -> None:
-        from dcpconv.cast import dequantise  # noqa: PLC0415 - imports torch when called
+    def _dequantise(
+        self, tile: Tile, desk: Desk, source: memoryview, into: memoryview
+    ) -> tuple[int, int]:
+        from dcpconv.cast import STEP, dequantise  # noqa: PLC0415 - imports torch when called
 
-        fill = tile.box.fill
-        width, itemsize = fill.target_dtype.itemsize, tile.box.itemsize
+        fill, itemsize = tile.box.fill, tile.box.itemsize
+        overflowed = underflowed = 0
         for part in tile.box.parts_in(tile.start, tile.stop):
             scale = next(
                 scale
@@ -367,18 +370,23 @@ class Crew:
                 if scale.file == part.file
                 and 0 <= part.offset - scale.offset < scale.numel * itemsize
             )
-            down, across = scale.factors_shape
-            factors = memoryview(bytearray(4 * down * across))
-            with self._sources.open(scale.factors_file) as opened:
-                opened.read(scale.factors_offset, [factors], len(factors))
-            begin = part.target - tile.start
-            end = begin + part.numel
-            dequantise(
-                source[begin * itemsize : end * itemsize],
-                into[begin * width : end * width],
-                source_dtype=fill.source_dtype,
-                target_dtype=fill.target_dtype,
-                factors=factors,
-                scale=scale,
-                first=(part.offset - scale.offset) // itemsize,
-            )
+            width = scale.factors_dtype.itemsize
+            room = len(desk.scratch) // width
+            cuts = in_blocks(part, scale, itemsize=itemsize, numel=STEP, room=room)
+            for cut, (first, count) in cuts:
+                factors = desk.scratch[: count * width]
+                with self._sources.open(scale.factors_file) as opened:
+                    opened.read(scale.factors_offset + first * width, [factors], len(factors))
+                over, under = dequantise(
+                    source,
+                    into,
+                    source_dtype=fill.source_dtype,
+                    target_dtype=fill.target_dtype,
+                    part=replace(cut, target=cut.target - tile.start),
+                    scale=scale,
+                    factors=factors,
+                    first=first,
+                )
+                overflowed += over
+                underflowed += under
+        return overflowed, underflowed

@@ -304,10 +304,9 @@ class _Account:
             return None
         if not pieces:
             return None  # what would supply it is misshapen
-        dtypes = {piece.entry.dtype for piece in pieces}
-        if len(dtypes) > 1:
-            labels = ", ".join(sorted(dtype.label for dtype in dtypes))
-            why = f"made of tensors of different types: {labels}"
+        kinds = {piece.kind for piece in pieces}
+        if len(kinds) > 1:
+            why = f"made of tensors of different types: {', '.join(sorted(kinds))}"
             self.misshapen.append(Fault(key, why, row.slots))
             return None
         whole = pieces[0].wanted is None

@@ -59,8 +59,9 @@ class BlockScale:
         numel: Its elements.
         columns: Its columns.
         block: Rows and columns of a block; the last ones may be cut short.
-        factors_file: Source file of the factors, which are fp32 in C order without gaps.
+        factors_file: Source file of the factors, which lie in C order without gaps.
         factors_offset: Byte of the first factor.
+        factors_dtype: Their element type.
         factors_shape: Blocks down and across.
     """
 
@@ -71,6 +72,7 @@ class BlockScale:
     block: tuple[int, int]
     factors_file: str
     factors_offset: int
+    factors_dtype: DType
     factors_shape: tuple[int, int]
 
 
@@ -85,7 +87,7 @@ class Fill:
         parts: In order of ``target``.
         data: The bytes themselves, for a box that no source holds; there are no parts then.
         scales: Factors that the elements of the parts are multiplied by on the way, for a cast out
-            of a type of one byte; every part is then a contiguous run of one of the matrices.
+            of a type of one byte; every part then reads from one of the matrices.
     """
 
     source_dtype: DType

@@ -61,12 +61,6 @@ def fill_of(
                 hint="a rank file is missing, or two runs were saved into one directory",
             )
     scales = tuple(_scale(piece) for piece in target.pieces if piece.scale is not None)
-    if scales and not all(part.is_contiguous for part in parts):
-        raise FormatError(
-            "elements in scaled blocks would change places",
-            [("key", target.key)],
-            hint="dequantize into the same naming first, then convert the result",
-        )
     source = target.pieces[0].entry.dtype if scales else target.dtype
     return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales)
 
@@ -186,6 +180,7 @@ def _scale(piece: Piece) -> BlockScale:
         raise FormatError(
             "a tensor in scaled blocks is not stored in one piece",
             [("key", entry.key), ("chunks", len(entry.chunks))],
+            hint="convert it as it is into an hf directory first, then dequantize that",
         )
     matrix, scale = (chunk.extent for chunk in chunks)
     down, across = factors.shape
@@ -197,6 +192,7 @@ def _scale(piece: Piece) -> BlockScale:
         block=piece.block,
         factors_file=scale.file,
         factors_offset=scale.offset,
+        factors_dtype=factors.dtype,
         factors_shape=(down, across),
     )
 

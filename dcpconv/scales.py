@@ -25,6 +25,7 @@ def scales_of(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         and (weight := key.removesuffix(SCALE)) in entries
         and entries[weight].dtype.itemsize == 1
         and entries[weight].dtype.is_floating_point
+        and entry.dtype.is_floating_point
         and len(entries[weight].shape) == len(entry.shape) == 2
     }
 

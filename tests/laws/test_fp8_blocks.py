@@ -8,60 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dcpconv import convert
-from dcpconv.errors import CoverageError
+from dcpconv.errors import CoverageError, FormatError, LossyCastError
+from lingua_model import LinguaModel
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
-from support.hf_models import save_hf, tiny
+from support.scaled_blocks import multiplied_out, published, rewrite
+from support.stock import assert_same_bits, flat, nested_of_dcp, stock_load
 
-BLOCK = (24, 40)  # not square, and no divisor of most sizes: blocks at the edges are cut short
-
-
-def quantised(weight: Tensor, block: tuple[int, int] = BLOCK) -> tuple[Tensor, Tensor]:
-    """fp8 elements and fp32 factors, as DeepSeek publishes them."""
-    down, across = block
-    rows, columns = weight.shape
-    factors = torch.zeros(-(-rows // down), -(-columns // across))
-    stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
-    for i in range(factors.shape[0]):
-        for j in range(factors.shape[1]):
-            place = (slice(i * down, (i + 1) * down), slice(j * across, (j + 1) * across))
-            factors[i, j] = weight[place].abs().max() / 448.0
-            stored[place] = (weight[place] / factors[i, j]).to(torch.float8_e4m3fn)
-    return stored, factors
-
-
-def multiplied_out(stored: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight_dequant`` of DeepSeek-V3, in torch."""
-    down, across = BLOCK
-    wide = factors.repeat_interleave(down, 0).repeat_interleave(across, 1)
-    return (stored.float() * wide[: stored.shape[0], : stored.shape[1]]).to(dtype)
-
-
-def published(directory: Path, **overrides: Any) -> tuple[Path, dict[str, Tensor]]:
-    """A tiny DeepSeek-V3 in fp8, and what its tensors are worth in fp32."""
-    model = tiny("deepseek_v3", **overrides)
-    source = save_hf(model, directory / "plain")
-    made, worth = {}, {}
-    for key, tensor in hf_tensors(source).items():
-        if tensor.dim() == 2 and ".layers." in key and "mlp.gate." not in key:
-            made[key], factors = quantised(tensor)
-            made[f"{key}_scale_inv"] = factors
-            worth[key] = multiplied_out(made[key], factors, torch.float32)
-        else:
-            made[key] = worth[key] = tensor
-    (directory / "fp8").mkdir()
-    save_file(made, directory / "fp8" / "model.safetensors", {"format": "pt"})
-    fields = json.loads((source / "config.json").read_text())
-    fields["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "weight_block_size": list(BLOCK),
-    }
-    (directory / "fp8" / "config.json").write_text(json.dumps(fields))
-    return directory / "fp8", worth
+WAYS = [
+    pytest.param("llama", {"to": "lingua"}, id="rows of a head change places"),
+    pytest.param("llama", {"to": "lingua", "chunks": 3}, id="chunks cut through heads"),
+    pytest.param("llama", {"to": "meta", "model_parallel": 2}, id="columns cut in two"),
+    pytest.param("llama", {"to": "torchtitan-llama3", "chunks": 5}, id="other keys, five chunks"),
+    pytest.param("phi3", {"to": "lingua"}, id="fused matrices split"),
+    pytest.param("mixtral", {"to": "hf-memory", "form": "dcp", "chunks": 3}, id="experts stacked"),
+    pytest.param("qwen3_moe", {"to": "torchtitan-qwen3"}, id="stacked and relabelled"),
+]
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(None, torch.bfloat16), ("fp32", torch.float32)])
@@ -82,10 +46,8 @@ def test_blocks_are_multiplied_out_as_the_models_own_code_does(
 def test_the_result_is_the_model(tmp_path: Path) -> None:
     source, worth = published(tmp_path)
     convert(source, tmp_path / "out", form="hf", dequantize=True, dtype="fp32")
-    model = tiny("deepseek_v3")
-    save_hf(model, tmp_path / "worth")
-    save_file(worth, tmp_path / "worth" / "model.safetensors", {"format": "pt"})
-    assert difference(load_hf(tmp_path / "out"), load_hf(tmp_path / "worth")) < RIGHT
+    plain = load_hf(rewrite(tmp_path / "plain", worth))
+    assert difference(load_hf(tmp_path / "out"), plain) < RIGHT
 
 
 def test_experts_are_stacked_on_the_way(tmp_path: Path) -> None:
@@ -97,6 +59,89 @@ def test_experts_are_stacked_on_the_way(tmp_path: Path) -> None:
         for name in ("gate", "up")
     ]
     assert torch.equal(found["model.layers.1.mlp.experts.gate_up_proj"], torch.cat(both, 1))
+
+
+def tensors_in(result: Path) -> dict[str, Tensor]:
+    """Every tensor of a dcp directory, or of the torch files in one."""
+    if (result / ".metadata").is_file():
+        return stock_load(result, "dcp")
+    return {
+        f"{file.name} {key}": tensor
+        for file in sorted(result.glob("*.pth"))
+        for key, tensor in torch_tensors(file).items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("model_type", "way"), WAYS)
+def test_one_conversion_gives_the_bits_of_two(
+    tmp_path: Path, model_type: str, way: dict[str, Any], dtype: str | None
+) -> None:
+    source, _ = published(tmp_path, model_type)
+    convert(source, tmp_path / "one", dequantize=True, dtype=dtype, **way)
+
+    convert(source, tmp_path / "between", form="hf", dequantize=True, dtype=dtype)
+    convert(tmp_path / "between", tmp_path / "two", **way)
+    expected = tensors_in(tmp_path / "two")
+    assert len(expected) > 20
+    assert_same_bits(tensors_in(tmp_path / "one"), expected)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_trainer_gets_the_model(tmp_path: Path, chunks: int) -> None:
+    source, worth = published(tmp_path, "llama")
+    convert(source, tmp_path / "lingua", to="lingua", dequantize=True, dtype="fp32", chunks=chunks)
+    params = json.loads((tmp_path / "lingua/params.json").read_text())
+    model = LinguaModel.from_params(params)
+    state = flat(nested_of_dcp(tmp_path / "lingua"))
+    model.load_state_dict({key.removeprefix("model."): state[key] for key in state}, strict=True)
+    assert difference(model.eval(), load_hf(rewrite(tmp_path / "plain", worth))) < RIGHT
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.bfloat16, torch.float8_e8m0fnu], ids=["bf16", "powers of two"]
+)
+def test_factors_may_be_of_any_floating_type(tmp_path: Path, kind: torch.dtype) -> None:
+    source, _ = published(tmp_path, "llama")
+    stored = hf_tensors(source)
+    factors = {key: tensor.to(kind) for key, tensor in stored.items() if "_scale_inv" in key}
+    rewrite(source, stored | factors)
+    convert(source, tmp_path / "out", form="hf", dequantize=True, dtype="fp32")
+    found = hf_tensors(tmp_path / "out")
+    for key in (name.removesuffix("_scale_inv") for name in factors):
+        assert torch.equal(found[key], multiplied_out(stored[key], factors[f"{key}_scale_inv"]))
+
+
+def test_products_too_large_for_the_type_are_listed(tmp_path: Path) -> None:
+    source, _ = published(tmp_path, "llama")
+    stored = hf_tensors(source)
+    key = "model.layers.1.self_attn.q_proj.weight"
+    stored[f"{key}_scale_inv"] *= 1e6
+    rewrite(source, stored)
+    with pytest.raises(LossyCastError, match=r"layers\.1\.attention\.wq\.weight  \d+ values"):
+        convert(source, tmp_path / "lingua", to="lingua", dequantize=True, dtype="fp16")
+
+
+def test_matrices_stored_in_chunks_are_joined_first(tmp_path: Path) -> None:
+    source, worth = published(tmp_path, "llama")
+    convert(source, tmp_path / "dcp", chunks=3)
+    with pytest.raises(
+        FormatError, match=r"(?s)not stored in one piece.*into an hf directory first"
+    ):
+        convert(tmp_path / "dcp", tmp_path / "out", form="hf", dequantize=True, assets=source)
+
+    convert(tmp_path / "dcp", tmp_path / "joined", form="hf", assets=source)
+    convert(tmp_path / "joined", tmp_path / "out", form="hf", dequantize=True, dtype="fp32")
+    assert_same(hf_tensors(tmp_path / "out"), worth)
+
+
+def test_a_matrix_without_factors_does_not_join_those_with_them(tmp_path: Path) -> None:
+    source, _ = published(tmp_path)
+    stored = hf_tensors(source)
+    del stored["model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"]
+    rewrite(source, stored)
+    with pytest.raises(CoverageError, match=r"different types: f8e4m3, f8e4m3 in scaled"):
+        convert(source, tmp_path / "live.pth", to="hf-memory", dequantize=True)
 
 
 def test_without_being_asked_everything_stays_as_it_is(tmp_path: Path) -> None:
@@ -134,7 +179,7 @@ def test_multi_token_prediction_stays_behind(tmp_path: Path) -> None:
         for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
     }
     extra["model.layers.3.eh_proj.weight"] = torch.ones(96, 192)
-    save_file(stored | extra, source / "model.safetensors", {"format": "pt"})
+    rewrite(source, stored | extra)
     report = convert(source, tmp_path / "live.pth", to="hf-memory", dequantize=True)
     assert {key for key, _ in report.ignored} == set(extra)
     assert not any("layers.3." in key for key in torch_tensors(tmp_path / "live.pth"))

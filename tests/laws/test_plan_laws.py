@@ -14,30 +14,12 @@ from dcpconv.errors import FormatError
 from dcpconv.layout import Layout
 from dcpconv.outline import Fill
 from dcpconv.plan import fill_of, row_chunks
+from support.layouts import as_stored, stored_layout
 
 INT32 = BY_NAME["int32"]
 ITEMSIZE = 4
 AXES = ("a", "b", "c", "k")
 SEEDS = range(60)
-
-
-def stored_layout(rng: random.Random, axes: list[str]) -> str:
-    """A random way to store the axes: any order, any grouping into dims."""
-    order = rng.sample(axes, len(axes))
-    dims: list[list[str]] = [[order[0]]]
-    for axis in order[1:]:
-        if rng.random() < 0.5:
-            dims[-1].append(axis)
-        else:
-            dims.append([axis])
-    return " ".join(f"({' '.join(dim)})" if len(dim) > 1 else dim[0] for dim in dims)
-
-
-def as_stored(values: torch.Tensor, axes: list[str], layout: Layout) -> torch.Tensor:
-    """``values`` indexed by ``axes``, as a tensor in ``layout``."""
-    order = [axes.index(axis) for axis in layout.axes()]
-    sizes = dict(zip(axes, values.shape, strict=True))
-    return values.permute(order).reshape(layout.shape(sizes))
 
 
 def cut(rng: random.Random, shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], ...]]:

@@ -45,6 +45,7 @@ LAYERS = (
             "copying",
             "gather",
             "units",
+            "blocks",
             "cast",
             "crew",
             "engine",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from dcpconv.crew import Pool
 from dcpconv.dtypes import BY_NAME
 from dcpconv.engine import CastLoss, execute, fill
 from dcpconv.errors import FormatError, LossyCastError, NoSpaceError
-from dcpconv.outline import Fill, OutFile, Outline, Part
+from dcpconv.outline import BlockScale, Fill, OutFile, Outline, Part
 from support.engine_cases import contiguous, slow_file, store
 from support.mounts import tmpfs
 
 KIB, MIB = 1 << 10, 1 << 20
 U8, BF16, FP16, FP32 = (BY_NAME[name] for name in ("uint8", "bfloat16", "float16", "float32"))
+FP8 = BY_NAME["float8_e4m3fn"]
 
 
 @pytest.fixture
@@ -71,6 +73,32 @@ def test_buffers_stay_within_the_budget(tmp_path: Path, target: Path, jobs: int)
     moved = execute(Outline(files), source=source, target=target, jobs=jobs, budget=MIB)
 
     assert 0 < moved.peak_buffer <= MIB
+
+
+def test_factors_are_held_within_the_budget(tmp_path: Path, target: Path) -> None:
+    """A transposed matrix needs all of its factors for every few columns."""
+    rows, columns = 500, 400
+    torch.manual_seed(0)
+    stored = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    factors = torch.rand(rows, columns)
+    files = {
+        name: t.view(torch.uint8).numpy().tobytes() for name, t in [("a", stored), ("f", factors)]
+    }
+    scale = BlockScale("a", 0, rows * columns, columns, (1, 1), "f", 0, FP32, (rows, columns))
+    loops = ((columns, 1, rows), (rows, columns, 1))
+    payload = Fill(FP8, FP32, rows * columns, (Part("a", 0, 0, loops),), scales=(scale,))
+    outline = Outline((OutFile("o", payload.nbytes, (), ((0, payload),)),))
+    budget = 48 * KIB
+    source = store(tmp_path / "source", files)
+    tracemalloc.start()
+    moved = execute(outline, source=source, target=target, jobs=1, budget=budget)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert 0 < moved.peak_buffer <= budget
+    assert peak < len(files["f"]) // 4
+    expected = (stored.float() * factors).T.contiguous()
+    assert (target / "o").read_bytes() == expected.view(torch.uint8).numpy().tobytes()
 
 
 def test_a_pool_refuses_to_exceed_its_budget() -> None:
