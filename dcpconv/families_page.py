@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from dcpconv.configs import config_name, refusals
@@ -75,7 +76,8 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
 
 def families_page() -> str:
     """The page as markdown."""
-    return "\n".join([_INTRO, *_families(), *_features(), *_slots(), *_words()]) + "\n"
+    parts = (_families(), _features(), _remainders(), _slots(), _words())
+    return "\n".join([_INTRO, *chain.from_iterable(parts)]) + "\n"
 
 
 def _families() -> Iterator[str]:
@@ -138,6 +140,28 @@ def _model(**changes: Any) -> ModelSpec:
         "tied": True,
     }
     return ModelSpec(**sizes | changes)
+
+
+def _remainders() -> Iterator[str]:
+    yield "## What has no place elsewhere\n"
+    yield "Dropped, as no family needs it; kept in a file of its own beside the result, from where"
+    yield "the way back takes it up again; or made by the conversion, where the source has none. A"
+    yield "bias that is made of zeros is left out again while it is zeros; of other values only with"
+    yield "`--allow selection_bias`.\n"
+    yield "| key | families | what becomes of it |"
+    yield "| --- | --- | --- |"
+    found: dict[tuple[str, str], list[str]] = {}
+    for table in keymaps().values():
+        fates = [
+            *((pattern.text, f"dropped: {reason}") for pattern, reason in table.ignored),
+            *((p.text, f"kept in `{table.aside_file}`: {why}") for p, why in table.aside),
+            *((key, f"made: {rule}") for key, rule in table.derived.items()),
+        ]
+        for fate in fates:
+            found.setdefault(fate, []).append(f"`{table.name}`")
+    for (key, fate), names in found.items():
+        yield f"| `{key}` | {', '.join(names)} | {fate} |"
+    yield ""
 
 
 def _slots() -> Iterator[str]:

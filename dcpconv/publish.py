@@ -263,11 +263,12 @@ def _holds_something(target: Path) -> bool:
 def _claim(root: Path, target: Path) -> int:
     """Create and lock the staging directory; the lock lasts as long as the returned fd.
 
-    The owner file may be removed by the conversion that is just ending, between our opening and
-    locking it; then the lock is on a file that nobody else can see, and we try again.
+    The directory and the owner file may be removed by the conversion that is just ending, at any
+    point before we hold the lock on a file that others can see; then we try again.
     """
     while True:
-        root.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # exist_ok looks again, and finds it gone by then
+            root.mkdir()
         is_new = True
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:

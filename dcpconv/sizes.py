@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
+from dcpconv.configs.model_types import MODEL_TYPES
 from dcpconv.configs.patching import built_spec
 from dcpconv.errors import LayoutError, SpecError
 from dcpconv.keymaps import Keymap, Row
@@ -68,9 +69,10 @@ def inferred_spec(
         notes.append(f"{said}: what {table.title} has, since no file says so")
     facts.setdefault("max_seq_len", 2048)
     facts.setdefault("tied", _shares_head(weights, table))
-    fields |= {"unsaid": tuple(unsaid)}
     fields = {**facts, **fields, "architecture": _architecture(table, fields)}
     fields |= {"origin": table.config}
+    unsaid += [name for name in _fixed_by_class(fields, table) if name not in pairs]
+    fields["unsaid"] = tuple(unsaid)
     for name, rows, count in (("layer.q", rows_q, "n_heads"), ("layer.k", 0, "n_kv_heads")):
         stored = rows or width.get(name, 0)
         counted = int(fields[count]) * int(fields["head_dim"])
@@ -84,6 +86,38 @@ def inferred_spec(
                 ],
             )
     return built_spec(fields, pairs), tuple(notes)
+
+
+_NUMBERS = {
+    "partial_rotary": "partial_rotary_factor",
+    "attn_softcap": "attn_logit_softcap",
+    "final_softcap": "final_logit_softcap",
+    "query_multiplier": "query_multiplier",
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logits_scaling": "logits_scaling",
+}
+"""Features that are a number which changes the logits and shows in no shape, and its field."""
+
+
+def _fixed_by_class(fields: dict[str, Any], table: Keymap) -> list[str]:
+    """Fills in what the code of a class of transformers fixes; names numbers that it leaves open.
+
+    Without its config.json, these are all that is known of the model beside its shapes.
+    """
+    known = MODEL_TYPES.get(fields["architecture"])
+    if known is None or not table.config.startswith("hf-"):
+        return []
+    fields |= known.implied
+    if "experts" in fields:
+        fields["experts"] |= known.experts
+    open_ = [field for name, field in _NUMBERS.items() if name in (known.expresses or ())]
+    if known.defaults.get("sliding_window") and "use_sliding_window" not in known.defaults:
+        open_.append("layer_types")
+    says_norm = {"norm_topk", "norm_topk_prob"} & {*known.experts, *known.defaults}
+    if "experts" in fields and not says_norm:
+        open_.append("experts.norm_topk")
+    return open_
 
 
 def _is_open(name: str, weights: Weights, pairs: Mapping[str, str]) -> bool:
@@ -110,13 +144,19 @@ def require_said(spec: ModelSpec, weights: Weights) -> None:
         told = [f"{n} {table.facts[n]:g}" for n in spec.unsaid if n in table.facts]
         if told:
             facts.append(("fits", f"{table.name}: {', '.join(told)}"))
-    words = {"norm_eps": "eps=1e-5", "rope_theta": "theta=10000", "per_token": "top_k=2"}
-    example = ",".join(words[name] for name in spec.unsaid)
-    choice = "; --from NAME takes a family's" if any(k == "fits" for k, _ in facts) else ""
+    words = {
+        "norm_eps": "eps=1e-5",
+        "rope_theta": "theta=10000",
+        "per_token": "top_k=2",
+        "experts.norm_topk": "experts.norm_topk=true",
+    }
+    example = ",".join(words.get(name, f"{name}=1.0") for name in spec.unsaid)
+    has_choice = any(label == "fits" for label, _ in facts)
+    choice = ", --from NAME takes a family's" if has_choice else ""
     raise SpecError(
         "no file says what the result's parameter file has to; nothing was written",
         facts,
-        hint=f"--spec {example} states it{choice}",
+        hint=f"--spec {example} states it{choice}, --assets DIR names a config",
     )
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dcpconv import convert
 from dcpconv.configs import read_spec, refusals, to_text, write_config
-from dcpconv.errors import NotExpressibleError
+from dcpconv.errors import NotExpressibleError, SpecError
 from support.families import (
     RIGHT,
     assert_same,
@@ -151,24 +151,68 @@ def test_ernie_without_experts_is_a_llama_with_biases(tmp_path: Path) -> None:
     assert difference(load_hf(tmp_path / "llama"), model) < RIGHT
 
 
+EXPERTS = "top_k=2,experts.norm_topk=true"
+
+
 @pytest.mark.parametrize(
-    ("model_type", "overrides"),
+    ("model_type", "overrides", "more"),
     [
-        pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biased"),
-        pytest.param("gemma2", {"attention_bias": True}, id="gemma2-biased"),
-        pytest.param("olmo2", {"attention_bias": True}, id="olmo2-biased"),
-        pytest.param("ernie4_5_moe", {"use_bias": True}, id="ernie-biased"),
-        pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, id="qwen3_moe-some-dense"),
+        pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, [], id="llama-biased"),
+        pytest.param("olmo2", {"attention_bias": True}, [], id="olmo2-biased"),
+        pytest.param("ernie4_5_moe", {"use_bias": True}, ["top_k=2,theta=5e5"], id="ernie-biased"),
+        pytest.param("qwen3_moe", {"mlp_only_layers": [1]}, [EXPERTS], id="some-dense"),
     ],
 )
 def test_biases_and_dense_layers_are_found_where_no_config_tells_of_them(
-    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], more: list[str]
 ) -> None:
     model = tiny(model_type, tie_word_embeddings=False, **overrides)
     torch.save(model.state_dict(), tmp_path / "live.pth")
-    family, spec = f"hf-{model_type}", "heads=6,kv_heads=2"
-    convert(tmp_path / "live.pth", tmp_path / "hf", form="hf", to=family, spec=spec)
+    convert(
+        tmp_path / "live.pth",
+        tmp_path / "hf",
+        form="hf",
+        to=f"hf-{model_type}",
+        spec=["heads=6,kv_heads=2,eps=1e-5,theta=1e4", *more],
+    )
     assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(save_hf(model, tmp_path / "expected")))
+    assert difference(load_hf(tmp_path / "hf"), model) < RIGHT
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lacks"),
+    [
+        pytest.param("llama", {"norm_eps", "rope_theta"}, id="llama"),
+        pytest.param(
+            "qwen3_moe",
+            {"norm_eps", "rope_theta", "per_token", "experts.norm_topk"},
+            id="qwen3_moe",
+        ),
+        pytest.param(
+            "gemma2",
+            {
+                *("norm_eps", "rope_theta", "layer_types", "embedding_multiplier"),
+                *("attn_logit_softcap", "final_logit_softcap", "query_multiplier"),
+            },
+            id="gemma2",
+        ),
+        pytest.param("glm", {"norm_eps", "rope_theta", "partial_rotary_factor"}, id="glm"),
+    ],
+)
+def test_no_config_is_written_from_a_guess(
+    tmp_path: Path, model_type: str, lacks: set[str]
+) -> None:
+    torch.save(tiny(model_type).state_dict(), tmp_path / "live.pth")
+    with pytest.raises(SpecError, match="no file says") as raised:
+        convert(
+            tmp_path / "live.pth",
+            tmp_path / "hf",
+            form="hf",
+            to=f"hf-{model_type}",
+            spec="heads=6,kv_heads=2",
+        )
+    assert {value for label, value in raised.value.facts if label == "lacks"} == lacks
+    assert not (tmp_path / "hf").exists()
 
 
 REFUSED = [

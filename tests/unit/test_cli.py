@@ -174,9 +174,14 @@ def test_head_counts_that_no_file_states_come_from_spec(tmp_path: Path) -> None:
     arguments = ["convert", str(file), str(tmp_path / "hf"), "--form", "hf", "--to", "hf-llama"]
 
     without = CliRunner().invoke(app, arguments)
-    found = CliRunner().invoke(app, [*arguments, "--spec", "heads=6,kv_heads=2"])
+    heads = ["--spec", "heads=6,kv_heads=2"]
+    unsure = CliRunner().invoke(app, [*arguments, *heads])
+    found = CliRunner().invoke(app, [*arguments, *heads, "--from", "minimind2"])
 
     assert without.exit_code == 2
     assert "--spec" in without.stderr
+    assert unsure.exit_code == 2
+    assert "fits      minimind1: norm_eps 1e-05, rope_theta 10000" in unsure.stderr
+    assert "fits      minimind2: norm_eps 1e-05, rope_theta 1e+06" in unsure.stderr
     assert found.exit_code == 0, found.stderr
     assert "relabel   3 tensors  (h p two) d -> (h two p) d" in found.stdout.splitlines()
