@@ -146,8 +146,8 @@ def _remainders() -> Iterator[str]:
     yield "## What has no place elsewhere\n"
     yield "Dropped, as no family needs it; kept in a file of its own beside the result, from where"
     yield "the way back takes it up again; or made by the conversion, where the source has none. A"
-    yield "bias that is made of zeros is left out again while it is zeros; of other values only with"
-    yield "`--allow selection_bias`.\n"
+    yield "bias that is made of zeros is left out again while it is zeros, and of other values only"
+    yield "with `--allow selection_bias`.\n"
     yield "| key | families | what becomes of it |"
     yield "| --- | --- | --- |"
     found: dict[tuple[str, str], list[str]] = {}
