@@ -159,8 +159,8 @@ def _remainders() -> Iterator[str]:
         ]
         for fate in fates:
             found.setdefault(fate, []).append(f"`{table.name}`")
-    for (key, fate), names in found.items():
-        yield f"| `{key}` | {', '.join(names)} | {fate} |"
+    for (key, becomes), names in found.items():
+        yield f"| `{key}` | {', '.join(names)} | {becomes} |"
     yield ""
 
 

@@ -124,6 +124,8 @@ def write_config(
         SpecError: The family has no parameter file, or a field it needs is not known.
         NotExpressibleError: No config.json is written for this class.
     """
+    if spec.vocab_size is None:
+        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
     if family == "lingua":
         return lingua.write(spec, tokenizer=tokenizer, dtype=dtype, name=name)
     if family == "meta":

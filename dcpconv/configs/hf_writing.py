@@ -70,7 +70,6 @@ def write(
 
     Raises:
         NotExpressibleError: No config.json is written for this class.
-        SpecError: The vocabulary size is not known.
     """
     model_type = model_type or spec.architecture
     known = MODEL_TYPES.get(model_type)
@@ -79,8 +78,6 @@ def write(
             f"no config.json is written for {model_type}",
             [("known", name) for name, known in MODEL_TYPES.items() if known.expresses is not None],
         )
-    if spec.vocab_size is None:
-        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
     label = dtype or spec.dtype
     fields: dict[str, object] = {
         "architectures": [known.class_name],

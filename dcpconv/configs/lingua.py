@@ -151,10 +151,8 @@ def write(
         name: Of the run.
 
     Raises:
-        SpecError: The vocabulary size is not known, or Lingua does not know the dtype.
+        SpecError: Lingua does not know the dtype.
     """
-    if spec.vocab_size is None:
-        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
     kind, path = tokenizer or ("bytes", None)
     width = solve_ffn(spec.hidden_size, spec.ffn_size)
     return {

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from dcpconv.configs.ffn import ffn_width, solve_ffn
 from dcpconv.configs.parameters import Refusal, checked, unexpressed
-from dcpconv.errors import SpecError
 from dcpconv.spec import Count, ModelSpec, Positive, RopeScaling, Size
 
 FILE = "params.json"
@@ -94,13 +93,7 @@ def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
 
 
 def write(spec: ModelSpec) -> dict[str, object]:
-    """params.json for ``spec``, as Meta's reference code reads it.
-
-    Raises:
-        SpecError: The vocabulary size is not known.
-    """
-    if spec.vocab_size is None:
-        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
+    """params.json for ``spec``, as Meta's reference code reads it."""
     width = solve_ffn(spec.hidden_size, spec.ffn_size)
     fields: dict[str, object] = {
         "dim": spec.hidden_size,

@@ -10,7 +10,6 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from dcpconv.configs.ffn import ffn_width
 from dcpconv.configs.parameters import Refusal, checked, unexpressed
 from dcpconv.dtypes import BY_LABEL, BY_NAME
-from dcpconv.errors import SpecError
 from dcpconv.spec import Count, Experts, ModelSpec, Positive, RopeScaling, Size
 
 FILE = "config.json"
@@ -169,13 +168,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
 
 
 def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str, object]:
-    """config.json of a generation for ``spec``, in the order it should be printed.
-
-    Raises:
-        SpecError: The vocabulary size is not known.
-    """
-    if spec.vocab_size is None:
-        raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
+    """config.json of a generation for ``spec``, in the order it should be printed."""
     experts = spec.experts
     width = experts.ffn_size if experts else spec.ffn_size
     fields: dict[str, object] = {"model_type": "minimind"}
