@@ -97,6 +97,8 @@ class _Fit:
         matched: Keys that it knows.
         unmatched: Keys that it does not.
         foreign: Keys outside the root.
+        beside: Containers next to the weights where these have none of their own, as torchtitan
+            saves them: ``optimizer``, ``train_state``.
         absent: Rows that it always has and no key is for.
         hinted: How far config and shapes speak for the family: above 0 for it, below against it.
     """
@@ -108,6 +110,7 @@ class _Fit:
     foreign: int
     absent: int
     hinted: int
+    beside: frozenset[str] = frozenset()
 
     @property
     def is_certain(self) -> bool:
@@ -177,7 +180,7 @@ def recognise(
         others = tuple(table for table in others if spec.architecture in table.architectures)
     if others and spec is not None and spec.origin == best.keymap.config:
         others = ()
-    weights = _weights(catalog, best.root, best.keymap, others, tuple(evidence))
+    weights = _weights(catalog, best.root, best.keymap, others, tuple(evidence), beside=best.beside)
     return replace(weights, same=equal, is_hinted=best.hinted > 0)
 
 
@@ -198,11 +201,13 @@ def _weights(
     keymap: Keymap | None,
     alternatives: tuple[Keymap, ...],
     evidence: tuple[str, ...],
+    *,
+    beside: frozenset[str] = frozenset(),
 ) -> Weights:
     entries: dict[str, TensorEntry] = {}
     rest = []
     for key, entry in catalog.tensors.items():
-        if key.startswith(root):
+        if key.startswith(root) and not (beside and key.partition(".")[0] in beside):
             entries[bare(key[len(root) :])] = entry
         else:
             rest.append(key)
@@ -258,7 +263,7 @@ def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
 
 def _nested_root(catalog: Catalog) -> str:
     """The container that holds the weights, for keys that no table knows."""
-    outer = {str(path[0]) for path in catalog.paths.values() if len(path) > 1}
+    outer = _containers(catalog)
     for name in ("model", "state_dict", "model_state_dict", "module"):
         if name in outer:
             return f"{name}."
@@ -274,6 +279,7 @@ def _fit(
 ) -> _Fit:
     matched = unmatched = foreign = 0
     known = set()
+    strange: Counter[str] = Counter()
     for key, count in _under(root, counts):
         if key is None:
             foreign += count
@@ -282,12 +288,24 @@ def _fit(
             known.add(key)
         else:
             unmatched += count
+            strange[key.partition(".")[0]] += count
+    beside = frozenset[str]()
+    if root == "" and strange:
+        inside = {key.partition(".")[0] for key in known}
+        beside = _containers(catalog) & strange.keys() - inside
+        apart = sum(strange[name] for name in beside)
+        unmatched, foreign = unmatched - apart, foreign + apart
     needed = [row for row in table.rows if not row.when or set(row.slots) & set(table.always)]
     absent = sum(row.pattern.template not in known for row in needed)
     # Shapes are looked up only where every key is known: elsewhere they decide nothing.
     is_worth = matched and not (unmatched and spec is None)
     hinted = _hinted(root, table, catalog, spec) if is_worth else 0
-    return _Fit(root, table, matched, unmatched, foreign, absent, hinted)
+    return _Fit(root, table, matched, unmatched, foreign, absent, hinted, beside)
+
+
+def _containers(catalog: Catalog) -> frozenset[str]:
+    """Outermost containers of what was saved."""
+    return frozenset(str(path[0]) for path in catalog.paths.values() if len(path) > 1)
 
 
 def _hinted(root: str, table: Keymap, catalog: Catalog, spec: ModelSpec | None) -> int:

@@ -140,6 +140,36 @@ def test_a_model_trained_in_torchtitan_becomes_an_hf_model_with_its_logits(
 
 
 @pytest.mark.parametrize("release", ["0.2", "0.3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_training_checkpoint_has_its_weights_beside_the_other_containers(
+    tmp_path: Path, model_type: str, release: Release
+) -> None:
+    """torchtitan saves the weights without a container of their own, the rest in four."""
+    twin = tiny(model_type)
+    assets = save_hf(twin, tmp_path / "assets")
+    model = randomise(titan(twin, release, balances=False), seed=5)
+    weights = model.state_dict()
+    moments = {f"state.{key}.exp_avg": torch.zeros_like(value) for key, value in weights.items()}
+    step = {
+        **weights,
+        "optimizer": {**moments, "param_groups.norm.weight.lr": 1e-3},
+        "lr_scheduler": {"last_epoch": 5},
+        "train_state": {"step": torch.tensor(5)},
+        "dataloader": {"dp_rank_0": b"abc"},
+    }
+    state_dict_saver.save(step, checkpoint_id=tmp_path / "step-5", no_dist=True)
+    source = family(model_type, release)
+    report = convert(tmp_path / "step-5", tmp_path / "hf", to="hf", from_=source, assets=assets)
+    assert difference(load_hf(tmp_path / "hf"), model) < RIGHT
+    assert {key.partition(".")[0] for key in report.left} == {
+        *("optimizer", "lr_scheduler", "train_state", "dataloader")
+    }
+    fresh = titan(twin, release, balances=False)
+    load_init_weights(fresh, tmp_path / "step-5")
+    assert_same(dict(fresh.state_dict()), weights)
+
+
+@pytest.mark.parametrize("release", ["0.2", "0.3"])
 def test_stock_dcp_load_finds_every_key_that_torchtitan_asks_for(
     tmp_path: Path, release: Release
 ) -> None:
