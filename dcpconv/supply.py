@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dcpconv.catalog import Catalog, TensorEntry
@@ -23,10 +23,14 @@ from dcpconv.naming import (
     target_keymap,
 )
 from dcpconv.recognition import Weights, recognise
+from dcpconv.scales import scales_of
 from dcpconv.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
+
+_PRODUCT = BY_NAME["float32"]
+"""What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Options:
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
+        dequantize: Whether weights in scaled blocks are multiplied out.
     """
 
     to: str | None = None
@@ -48,6 +53,7 @@ class Options:
     assets: Path | None = None
     spec: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
+    dequantize: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class Supply:
         coverage: Every target with the source bytes it is made of, and all that does not fit.
         root: What stands before every key where it is wanted: ``model.``, or empty.
         notes: What a user should know, one sentence each.
+        scales: Factors of matrices in scaled blocks, by the stored key of the matrix.
     """
 
     catalog: Catalog
@@ -67,10 +74,17 @@ class Supply:
     coverage: Coverage
     root: str = ""
     notes: tuple[str, ...] = ()
+    scales: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that can be supplied, by the key it is wanted under."""
         return {self.root + target.key: target for target in self.coverage.targets}
+
+    def factors_of(self, target: Target) -> tuple[str, ...]:
+        """Stored keys of the factors without which the elements of a target mean nothing: those of
+        its sources that are not multiplied in."""
+        bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
+        return tuple(dict.fromkeys(self.scales[key].key for key in bare if key in self.scales))
 
 
 def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
@@ -99,6 +113,8 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         target = own
     if target is None and model is not None:
         target = _table_of(model, weights, spec)
+    if target is None and options.dequantize:
+        target = weights.require_keymap()
     weights, spec = without_idle(weights, spec, target, allow=options.allow)
     root = ""
     if target is None:
@@ -116,10 +132,14 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
             allow_by="allow=[NAME]",
         )
         notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
-        coverage = cover(weights, target, spec=spec)
+        coverage = cover(
+            weights, target, spec=spec, dequantize=_PRODUCT if options.dequantize else None
+        )
         if model is not None:
             root = _root_of(model, target)
-    return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
+    return Supply(
+        catalog, weights, coverage, root, (*catalog.notes, *notes), scales_of(catalog.tensors)
+    )
 
 
 def _model_weights(wanted: Shapes) -> Catalog:
