@@ -37,7 +37,8 @@ from dcpconv.errors import FormatError
 from dcpconv.hub import locate
 from dcpconv.live.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.plan import fill_of
-from dcpconv.supply import Options, Supply, prepare
+from dcpconv.scales import SCALE
+from dcpconv.supply import MULTIPLY_OUT, Options, Supply, prepare
 
 BATCH = 256 << 20
 """Bytes of tensors that are asked of a planner before the first of them is read."""
@@ -200,7 +201,9 @@ class CheckpointReader(StorageReader):
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
                 )
                 supply = replace(supply, coverage=cover_as_stored(weights))
-            supply.coverage.require(self._source, hint="to= names another naming")
+            torn = any(fault.key.endswith(SCALE) for fault in supply.coverage.unknown)
+            hint = MULTIPLY_OUT if torn else "to= names another naming"
+            supply.coverage.require(self._source, hint=hint)
             self._supply = supply
         has_objects = self._is_as_stored and self._root is None
         return self._supply, dict(self._supply.catalog.objects) if has_objects else {}
@@ -218,7 +221,7 @@ class CheckpointReader(StorageReader):
             raise FormatError(
                 "elements in scaled blocks would be cast without their factors",
                 [("key", target.key), *(("factors", key) for key in factors)],
-                hint=f"dequantize=True multiplies them out; a {target.dtype} tensor takes them raw",
+                hint=f"{MULTIPLY_OUT}; a tensor of {target.dtype} takes the elements alone",
             )
         return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
 

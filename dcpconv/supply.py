@@ -29,6 +29,9 @@ from dcpconv.spec import ModelSpec
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
 
+MULTIPLY_OUT = "dequantize=True multiplies fp8 weights by the factors of their blocks"
+"""What to do about factors that have no place in a model."""
+
 _PRODUCT = BY_NAME["float32"]
 """What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
 

@@ -26,7 +26,7 @@ from dcpconv.live.regions import Need, Wish, needs_of
 from dcpconv.live.world import World, hostname, portable, raise_first
 from dcpconv.outline import Fill
 from dcpconv.plan import fill_of
-from dcpconv.supply import Options, prepare
+from dcpconv.supply import MULTIPLY_OUT, Options, prepare
 
 Read = Literal["auto", "all", "once", "rank0"]
 
@@ -322,7 +322,7 @@ def _merged(faults: Iterable[tuple[Fault, ...]]) -> tuple[Fault, ...]:
 
 def _hint(labels: set[str], loaded: int) -> str | None:
     if "scaled" in labels:
-        return "dequantize=True multiplies fp8 weights by the factors of their blocks"
+        return MULTIPLY_OUT
     if not loaded:
         return "is this a checkpoint of the same model? to=NAME says how the model spells its keys"
     if "misshapen" in labels:
