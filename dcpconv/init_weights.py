@@ -80,8 +80,8 @@ def load_init_weights(
             option.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
             buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors, and
-            fp8 weights that a model of another dtype would get without the factors of their blocks,
-            are an error in any case.
+            one-byte weights that a model of another dtype would get without their factors
+            (``X.weight_scale_inv``, ``X.weight_scale``), are an error in any case.
         dtype: ``model`` casts to each parameter's dtype, ``source`` gives parameters the dtype
             they are stored in, or fp32 where they are multiplied out.
         ignore: Shell patterns of FQNs to leave alone and of stored keys to pass over.

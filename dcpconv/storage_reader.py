@@ -37,8 +37,8 @@ from dcpconv.errors import FormatError
 from dcpconv.hub import locate
 from dcpconv.live.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.plan import fill_of
-from dcpconv.scales import SCALE
-from dcpconv.supply import MULTIPLY_OUT, Options, Supply, prepare
+from dcpconv.scales import FACTORS
+from dcpconv.supply import Options, Supply, prepare
 
 BATCH = 256 << 20
 """Bytes of tensors that are asked of a planner before the first of them is read."""
@@ -201,8 +201,8 @@ class CheckpointReader(StorageReader):
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
                 )
                 supply = replace(supply, coverage=cover_as_stored(weights))
-            torn = any(fault.key.endswith(SCALE) for fault in supply.coverage.unknown)
-            hint = MULTIPLY_OUT if torn else "to= names another naming"
+            torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
+            hint = self._options.advice if torn else "to= names another naming"
             supply.coverage.require(self._source, hint=hint)
             self._supply = supply
         has_objects = self._is_as_stored and self._root is None
@@ -219,9 +219,9 @@ class CheckpointReader(StorageReader):
         factors = supply.factors_of(target)
         if factors and dtype_of(tensor) is not target.dtype:
             raise FormatError(
-                "elements in scaled blocks would be cast without their factors",
+                "elements would be cast without the factors that belong to them",
                 [("key", target.key), *(("factors", key) for key in factors)],
-                hint=f"{MULTIPLY_OUT}; a tensor of {target.dtype} takes the elements alone",
+                hint=f"{self._options.advice}; a tensor of {target.dtype} takes them as they are",
             )
         return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.catalog import Catalog, TensorEntry
@@ -23,14 +23,11 @@ from dcpconv.naming import (
     target_keymap,
 )
 from dcpconv.recognition import Weights, recognise
-from dcpconv.scales import scales_of
+from dcpconv.scales import FACTORS, SCALE
 from dcpconv.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
-
-MULTIPLY_OUT = "dequantize=True multiplies fp8 weights by the factors of their blocks"
-"""What to do about factors that have no place in a model."""
 
 _PRODUCT = BY_NAME["float32"]
 """What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
@@ -58,6 +55,13 @@ class Options:
     allow: tuple[str, ...] = ()
     dequantize: bool = False
 
+    @property
+    def advice(self) -> str:
+        """What to do about factors that have no place in a model."""
+        if not self.dequantize:
+            return "dequantize=True multiplies fp8 weights by the factors of their blocks"
+        return f"only matrices with X{SCALE} can be multiplied out; get them in another type"
+
 
 @dataclass(frozen=True, slots=True)
 class Supply:
@@ -69,7 +73,6 @@ class Supply:
         coverage: Every target with the source bytes it is made of, and all that does not fit.
         root: What stands before every key where it is wanted: ``model.``, or empty.
         notes: What a user should know, one sentence each.
-        scales: Factors of matrices in scaled blocks, by the stored key of the matrix.
     """
 
     catalog: Catalog
@@ -77,7 +80,6 @@ class Supply:
     coverage: Coverage
     root: str = ""
     notes: tuple[str, ...] = ()
-    scales: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def targets(self) -> dict[str, Target]:
         """Every tensor that can be supplied, by the key it is wanted under."""
@@ -85,9 +87,12 @@ class Supply:
 
     def factors_of(self, target: Target) -> tuple[str, ...]:
         """Stored keys of the factors without which the elements of a target mean nothing: those of
-        its sources that are not multiplied in."""
+        its one-byte sources that are not multiplied in."""
+        if target.dtype.itemsize > 1:
+            return ()
         bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
-        return tuple(dict.fromkeys(self.scales[key].key for key in bare if key in self.scales))
+        names = dict.fromkeys(key + suffix for key in bare for suffix in FACTORS)
+        return tuple(name for name in names if name in self.catalog.tensors)
 
 
 def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
@@ -140,9 +145,7 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         )
         if model is not None:
             root = _root_of(model, target)
-    return Supply(
-        catalog, weights, coverage, root, (*catalog.notes, *notes), scales_of(catalog.tensors)
-    )
+    return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
 
 
 def _model_weights(wanted: Shapes) -> Catalog:

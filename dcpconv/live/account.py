@@ -11,7 +11,7 @@ from dcpconv.coverage import Fault
 from dcpconv.dtypes import DType
 from dcpconv.live.model import Place
 from dcpconv.live.reading import dtype_of
-from dcpconv.scales import SCALE
+from dcpconv.scales import FACTORS
 from dcpconv.supply import Supply
 
 
@@ -84,8 +84,8 @@ class Account:
         unexpected: Stored keys that nothing in this rank's model wants, with the reason.
         misshapen: FQNs and keys whose shape differs from what is stored.
         ignored: Names on either side that the caller said to pass over, or the table drops.
-        scaled: FQNs that would get elements in scaled blocks, of another dtype than the model's,
-            without their factors.
+        scaled: FQNs that would get elements of another dtype than the model's without the factors
+            that belong to them.
     """
 
     chosen: tuple[tuple[Place, str], ...]
@@ -166,7 +166,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
         elif (
             one.factors
             and one.dtype is not dtype_of(place.tensor)
-            and not names.issuperset(name + SCALE for name in had)
+            and not any(name + suffix in names for name in had for suffix in FACTORS)
         ):
             scaled.append(Fault(place.fqn, f"needs {', '.join(one.factors)}"))
             used.update(one.factors)

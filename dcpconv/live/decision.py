@@ -26,7 +26,7 @@ from dcpconv.live.regions import Need, Wish, needs_of
 from dcpconv.live.world import World, hostname, portable, raise_first
 from dcpconv.outline import Fill
 from dcpconv.plan import fill_of
-from dcpconv.supply import MULTIPLY_OUT, Options, prepare
+from dcpconv.supply import Options, prepare
 
 Read = Literal["auto", "all", "once", "rank0"]
 
@@ -169,7 +169,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     raise_first([one.failure for one in heard], cause=failure)
     if decision is None:
         raise AssertionError("no rank failed, yet this one has nothing to go by")
-    unexpected = _judge(heard, is_strict=request.strict)
+    unexpected = _judge(heard, request)
     read = decision.read
     if read == "auto":
         read = "once" if len({one.host for one in heard}) > 1 else "all"
@@ -266,7 +266,7 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
     )
 
 
-def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
+def _judge(heard: Sequence[_Heard], request: Request) -> tuple[Fault, ...]:
     """Raise what all ranks raise, or return what is unexpected on all of them.
 
     Only what all have heard may be told: a rank's own path may be another.
@@ -288,7 +288,7 @@ def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
         "misshapen": _merged(one.misshapen for one in heard),
         "scaled": _merged(one.scaled for one in heard),
     }
-    if is_strict:
+    if request.strict:
         rows = {
             "missing": _merged(one.missing for one in heard),
             "unexpected": unexpected,
@@ -310,7 +310,9 @@ def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
                     for fault in faults
                 ),
             ],
-            hint=_hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
+            hint=request.options.advice
+            if rows["scaled"]
+            else _hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
         )
     return unexpected
 
@@ -321,8 +323,6 @@ def _merged(faults: Iterable[tuple[Fault, ...]]) -> tuple[Fault, ...]:
 
 
 def _hint(labels: set[str], loaded: int) -> str | None:
-    if "scaled" in labels:
-        return MULTIPLY_OUT
     if not loaded:
         return "is this a checkpoint of the same model? to=NAME says how the model spells its keys"
     if "misshapen" in labels:

@@ -193,13 +193,34 @@ def test_elements_without_their_factors_are_refused(
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_names_alone_do_not_hide_factors(tmp_path: Path) -> None:
-    stored, factors = quantised(torch.randn(50, 70))
-    rewrite(tmp_path, {"a.weight": stored, "a.weight_scale_inv": factors})
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
+@pytest.mark.parametrize("shape", [(50, 70), (3, 50, 70)], ids=["matrix", "stack"])
+def test_names_alone_do_not_hide_factors_of_any_kind(
+    tmp_path: Path, shape: tuple[int, ...], suffix: str, dtype: torch.dtype
+) -> None:
+    stored = torch.ones(shape).to(dtype)
+    rewrite(tmp_path, {"a.weight": stored, f"a.weight{suffix}": torch.ones(())})
     model = nn.Module()
-    model.add_module("a", nn.Linear(70, 50, bias=False))
-    with pytest.raises(CoverageError, match=r"scaled +a\.weight  needs a\.weight_scale_inv"):
+    model.register_module("a", nn.Module())
+    model.get_submodule("a").register_parameter("weight", nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(CoverageError, match=rf"scaled +a\.weight  needs a\.weight{suffix}"):
         load_init_weights(model, tmp_path, strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_factors_of_another_kind_are_not_multiplied_in(tmp_path: Path, strict: bool) -> None:  # noqa: FBT001
+    source, worth = published(tmp_path, "llama")
+    stored = hf_tensors(source)
+    rewrite(source, {key.replace("_scale_inv", "_scale"): one for key, one in stored.items()})
+    with pytest.raises(
+        CoverageError, match=r"21 scaled(?s:.)*hint +only matrices with X_scale_inv"
+    ):
+        load_init_weights(lingua("llama"), source, dequantize=True, strict=strict)
+    reader = CheckpointReader(source, dequantize=True)
+    with pytest.raises(CheckpointException) as caught:
+        dcp_load(wanted(worth, torch.bfloat16), storage_reader=reader)
+    assert "hint      only matrices with X_scale_inv" in str(caught.value.failures[0][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=["fp8", "bf16"])
