@@ -107,13 +107,13 @@ class Decision:
     supplied: Supplied
     read: Read
 
-    def stored_dtype(self, key: str) -> DType:
+    def dtype_of_key(self, key: str) -> DType:
         """Dtype of a tensor as it is read from the source."""
         return self.offer.tensors[key].dtype
 
     def nbytes(self, wish: Wish) -> int:
         """Bytes of a wish, as they are read from the source."""
-        return (wish.stop - wish.start) * self.stored_dtype(wish.key).itemsize
+        return (wish.stop - wish.start) * self.dtype_of_key(wish.key).itemsize
 
     def missing(self) -> list[Place]:
         """What the checkpoint cannot supply."""
