@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcpconv.blocks import in_blocks
+from dcpconv.cast import cast
 from dcpconv.copying import Ladder, Sources, Tally, write, write_error
 from dcpconv.errors import DcpconvError
 from dcpconv.gather import Slices, read_runs
 from dcpconv.outline import OutFile
+from dcpconv.scaled import multiply_out
 from dcpconv.units import Literal, Run, Stretch, Tile, Unit, units
 
 _SECONDS_TO_START = 1.0
@@ -336,14 +337,20 @@ class Crew:
         )
 
     def _cast(self, tile: Tile, output: _Output, desk: Desk) -> int:
-        from dcpconv.cast import cast  # noqa: PLC0415 - imports torch when called
-
         fill = tile.box.fill
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
         self._gather(tile, desk, into=source)
         if fill.scales:
-            lost = self._dequantise(tile, desk, source, result)
+            lost = multiply_out(
+                tile.box,
+                tile.start,
+                tile.stop,
+                source=source,
+                into=result,
+                sources=self._sources,
+                scratch=desk.scratch,
+            )
         else:
             lost = cast(
                 source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype
@@ -355,38 +362,3 @@ class Crew:
             known = desk.losses.get(place, (0, 0))
             desk.losses[place] = (known[0] + lost[0], known[1] + lost[1])
         return tile.nbytes
-
-    def _dequantise(
-        self, tile: Tile, desk: Desk, source: memoryview, into: memoryview
-    ) -> tuple[int, int]:
-        from dcpconv.cast import STEP, dequantise  # noqa: PLC0415 - imports torch when called
-
-        fill, itemsize = tile.box.fill, tile.box.itemsize
-        overflowed = underflowed = 0
-        for part in tile.box.parts_in(tile.start, tile.stop):
-            scale = next(
-                scale
-                for scale in fill.scales
-                if scale.file == part.file
-                and 0 <= part.offset - scale.offset < scale.numel * itemsize
-            )
-            width = scale.factors_dtype.itemsize
-            room = len(desk.scratch) // width
-            cuts = in_blocks(part, scale, itemsize=itemsize, numel=STEP, room=room)
-            for cut, (first, count) in cuts:
-                factors = desk.scratch[: count * width]
-                with self._sources.open(scale.factors_file) as opened:
-                    opened.read(scale.factors_offset + first * width, [factors], len(factors))
-                over, under = dequantise(
-                    source,
-                    into,
-                    source_dtype=fill.source_dtype,
-                    target_dtype=fill.target_dtype,
-                    part=replace(cut, target=cut.target - tile.start),
-                    scale=scale,
-                    factors=factors,
-                    first=first,
-                )
-                overflowed += over
-                underflowed += under
-        return overflowed, underflowed

@@ -40,6 +40,7 @@ def load_init_weights(
     assets: str | os.PathLike[str] | None = None,
     spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
+    dequantize: bool = False,
     strict: bool = True,
     dtype: Literal["model", "source"] = "model",
     ignore: Sequence[str] = (),
@@ -74,11 +75,15 @@ def load_init_weights(
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the model's naming cannot express them, by name.
+        dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
+            fp32, and round once to the parameter's dtype: the bits of ``convert`` with the same
+            option.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
-            buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors
-            are an error in any case.
+            buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors, and
+            one-byte weights that a model of another dtype would get without their factors
+            (``X.weight_scale_inv``, ``X.weight_scale``), are an error in any case.
         dtype: ``model`` casts to each parameter's dtype, ``source`` gives parameters the dtype
-            they are stored in.
+            they are stored in, or fp32 where they are multiplied out.
         ignore: Shell patterns of FQNs to leave alone and of stored keys to pass over.
         init_missing: With ``strict=False``, called as ``init_missing(fqn, parameter)`` for every
             missing parameter, on all ranks in the same order; without it they keep their values.
@@ -106,6 +111,7 @@ def load_init_weights(
         assets=Path(assets) if assets else None,
         spec=(spec,) if isinstance(spec, str) else tuple(spec),
         allow=tuple(allow),
+        dequantize=dequantize,
     )
     if dtype not in {"model", "source"} or read not in {"auto", "all", "once", "rank0"}:
         raise ValueError(f"dtype={dtype!r}, read={read!r}: see load_init_weights.__doc__")

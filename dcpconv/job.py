@@ -11,7 +11,7 @@ from pathlib import Path
 from dcpconv import configs
 from dcpconv.catalog import Catalog, Form, KeyPath
 from dcpconv.coverage import Coverage, Fault, Target, cover_as_stored
-from dcpconv.dtypes import DType
+from dcpconv.dtypes import BY_NAME, DType
 from dcpconv.errors import FormatError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.nesting import key_of
@@ -98,7 +98,7 @@ class Job:
             self.wanted,
             spec=spec,
             omit_ties=self.form == "hf",
-            dequantize=self.dequantize,
+            dequantize=BY_NAME["bfloat16"] if self.dequantize else None,
         )
 
     def _is_stored_twice(self, key: str, owner: str) -> bool:

@@ -17,14 +17,16 @@ class LoadReport:
         family: Its naming, or ``as stored``.
         target: The model's naming, or ``as stored``.
         loaded: FQNs that were loaded, tied ones once.
-        nbytes: Bytes of this rank's shards, as the source stores them.
-        nbytes_read: Bytes that this rank read from files.
+        nbytes: Bytes of this rank's shards, as the source stores them; as fp32 where they are
+            multiplied out of scaled blocks.
+        nbytes_read: Bytes that this rank read from files, without the factors of scaled blocks.
         nbytes_received: Bytes that other ranks read and sent.
         missing: ``(FQN, reason)`` of what the source could not supply.
         unexpected: ``(stored key, reason)`` of what no rank's model has a place for.
         ignored: ``(name, reason)`` of what was passed over on purpose.
         tied: FQNs that are one tensor in the model.
-        casts: ``(source dtype, model dtype, tensors)`` of every cast.
+        casts: ``(source dtype, model dtype, tensors)`` of every cast; the first is
+            ``f8e4m3 in scaled blocks`` for those that were multiplied out.
         lossy: Tensors that a cast changed by more than rounding.
         computed_buffers: Non-persistent buffers that their module computed again.
         uninitialised_buffers: Non-persistent buffers that nothing has initialised.

@@ -8,7 +8,7 @@ from itertools import product
 from dcpconv.catalog import TensorEntry
 from dcpconv.coverage import Coverage, Fault, Piece, Target, as_stored
 from dcpconv.derived import derive
-from dcpconv.dtypes import BY_NAME
+from dcpconv.dtypes import DType
 from dcpconv.errors import LayoutError
 from dcpconv.keymaps import Keymap, Row
 from dcpconv.layout import Placement
@@ -27,7 +27,7 @@ def cover(
     spec: ModelSpec | None = None,
     omit_ties: bool = False,
     refused: tuple[Fault, ...] = (),
-    dequantize: bool = False,
+    dequantize: DType | None = None,
 ) -> Coverage:
     """The account of a conversion into another naming.
 
@@ -37,7 +37,7 @@ def cover(
         spec: The model's numbers; without it sizes come from the shapes where they can.
         omit_ties: Leave out second names that the target's files do not carry.
         refused: Features that the target cannot express, found by its config module.
-        dequantize: Multiply weights in scaled blocks out, into bf16.
+        dequantize: Type to multiply weights in scaled blocks out into; ``None`` keeps blocks.
 
     Raises:
         AmbiguousFamilyError: The source's naming is not known.
@@ -74,7 +74,7 @@ class _Account:
         self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
         self.placements: dict[tuple[Row, int], Placement] = {}
         self.shapes: dict[Row, tuple[int, ...]] = {}
-        self.dequantize = False
+        self.dequantize: DType | None = None
         self.scales: dict[str, TensorEntry] = {}
         self.derivable = {
             row.pattern.text: row
@@ -89,7 +89,7 @@ class _Account:
         made = {target.key: target for target in self._targets(is_tied=is_tied)}
         made.update(self._derived(made))
         made.update((target.key, target) for target in self.kept)
-        if self.scales and not self.dequantize:
+        if self.scales and self.dequantize is None:
             along, faults = factors_along(made, self.scales, self.weights.root, self.target.name)
             made.update(along)
             self.unknown.extend(faults)
@@ -314,7 +314,7 @@ class _Account:
         return Target(
             key,
             shape,
-            BY_NAME["bfloat16"] if pieces[0].scale is not None else pieces[0].entry.dtype,
+            (pieces[0].scale and self.dequantize) or pieces[0].entry.dtype,
             tuple(pieces),
             relabelled=relabelled,
             slots=row.slots,
@@ -353,7 +353,7 @@ class _Account:
                 yield self._piece(Piece(entry, placed, wanted, limit))
 
     def _piece(self, piece: Piece) -> Piece:
-        if not self.dequantize or not self.scales:
+        if self.dequantize is None or not self.scales:
             return piece
         scaled, fault = with_scale(piece, self.scales, self.weights.root, block_of(self.spec))
         if fault is not None:

@@ -13,6 +13,10 @@ from dcpconv.spec import ModelSpec
 SCALE = "_scale_inv"
 """What the key of the factors adds to the key of the weight.  Source: the model's index.json."""
 
+FACTORS = (SCALE, "_scale")
+"""What the key of factors of any kind adds to the key of a weight in one byte.  Only those of
+``SCALE`` belong to blocks; others belong to rows or tensors, in compressed-tensors' checkpoints."""
+
 _BLOCK = (128, 128)
 
 

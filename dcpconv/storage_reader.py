@@ -35,8 +35,9 @@ from dcpconv.copying import Sources
 from dcpconv.coverage import Target, cover_as_stored
 from dcpconv.errors import FormatError
 from dcpconv.hub import locate
-from dcpconv.live.reading import Landing, read_landings, torch_dtype
+from dcpconv.live.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.plan import fill_of
+from dcpconv.scales import FACTORS
 from dcpconv.supply import Options, Supply, prepare
 
 BATCH = 256 << 20
@@ -61,6 +62,8 @@ class CheckpointReader(StorageReader):
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
+        dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
+            fp32; without ``to``, keys are then those of the source's own naming.
         jobs: Threads.
     """
 
@@ -75,6 +78,7 @@ class CheckpointReader(StorageReader):
         assets: str | os.PathLike[str] | None = None,
         spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
+        dequantize: bool = False,
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +90,7 @@ class CheckpointReader(StorageReader):
             assets=Path(assets) if assets else None,
             spec=(spec,) if isinstance(spec, str) else spec,
             allow=allow,
+            dequantize=dequantize,
         )
         self._root = root
         self._jobs = jobs
@@ -174,7 +179,7 @@ class CheckpointReader(StorageReader):
                         continue
                     tensor = planner.resolve_tensor(item).detach()
                     landed.append((item, tensor))
-                    landings.append(self._landing(item, tensor))
+                    landings.append(self._landing(supply, item, tensor))
                 read_landings(landings, sources=sources, jobs=self._jobs)
                 for item, tensor in landed:
                     planner.commit_tensor(item, tensor)
@@ -184,7 +189,8 @@ class CheckpointReader(StorageReader):
 
     @property
     def _is_as_stored(self) -> bool:
-        return self._options.to is None and self._options.keymap is None
+        options = self._options
+        return options.to is None and options.keymap is None and not options.dequantize
 
     def _open(self) -> tuple[Supply, dict[str, object]]:
         """What can be supplied, and the values that are no tensors."""
@@ -195,18 +201,27 @@ class CheckpointReader(StorageReader):
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
                 )
                 supply = replace(supply, coverage=cover_as_stored(weights))
-            supply.coverage.require(self._source, hint="to= names another naming")
+            torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
+            hint = self._options.advice if torn else "to= names another naming"
+            supply.coverage.require(self._source, hint=hint)
             self._supply = supply
         has_objects = self._is_as_stored and self._root is None
         return self._supply, dict(self._supply.catalog.objects) if has_objects else {}
 
-    def _landing(self, item: ReadItem, tensor: Tensor) -> Landing:
+    def _landing(self, supply: Supply, item: ReadItem, tensor: Tensor) -> Landing:
         target = self._targets[item.storage_index.fqn]
         sizes = tuple(item.lengths)
         if tuple(tensor.shape) != sizes:
             raise FormatError(
                 "the planner's tensor has another shape than it asked for",
                 [("key", target.key), ("expected", list(sizes)), ("found", list(tensor.shape))],
+            )
+        factors = supply.factors_of(target)
+        if factors and dtype_of(tensor) is not target.dtype:
+            raise FormatError(
+                "elements would be cast without the factors that belong to them",
+                [("key", target.key), *(("factors", key) for key in factors)],
+                hint=f"{self._options.advice}; a tensor of {target.dtype} takes them as they are",
             )
         return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
 

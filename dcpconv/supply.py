@@ -23,10 +23,14 @@ from dcpconv.naming import (
     target_keymap,
 )
 from dcpconv.recognition import Weights, recognise
+from dcpconv.scales import FACTORS, SCALE
 from dcpconv.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
+
+_PRODUCT = BY_NAME["float32"]
+"""What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Options:
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
+        dequantize: Whether weights in scaled blocks are multiplied out.
     """
 
     to: str | None = None
@@ -48,6 +53,14 @@ class Options:
     assets: Path | None = None
     spec: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
+    dequantize: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What to do about factors that have no place in a model."""
+        if not self.dequantize:
+            return "dequantize=True multiplies fp8 weights by the factors of their blocks"
+        return f"only matrices with X{SCALE} can be multiplied out; get them in another type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,15 @@ class Supply:
     def targets(self) -> dict[str, Target]:
         """Every tensor that can be supplied, by the key it is wanted under."""
         return {self.root + target.key: target for target in self.coverage.targets}
+
+    def factors_of(self, target: Target) -> tuple[str, ...]:
+        """Stored keys of the factors without which the elements of a target mean nothing: those of
+        its one-byte sources that are not multiplied in."""
+        if target.dtype.itemsize > 1:
+            return ()
+        bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
+        names = dict.fromkeys(key + suffix for key in bare for suffix in FACTORS)
+        return tuple(name for name in names if name in self.catalog.tensors)
 
 
 def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
@@ -99,6 +121,8 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         target = own
     if target is None and model is not None:
         target = _table_of(model, weights, spec)
+    if target is None and options.dequantize:
+        target = weights.require_keymap()
     weights, spec = without_idle(weights, spec, target, allow=options.allow)
     root = ""
     if target is None:
@@ -116,7 +140,9 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
             allow_by="allow=[NAME]",
         )
         notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
-        coverage = cover(weights, target, spec=spec)
+        coverage = cover(
+            weights, target, spec=spec, dequantize=_PRODUCT if options.dequantize else None
+        )
         if model is not None:
             root = _root_of(model, target)
     return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from dcpconv.coverage import Fault
 from dcpconv.dtypes import DType
 from dcpconv.live.model import Place
+from dcpconv.live.reading import dtype_of
+from dcpconv.scales import FACTORS
 from dcpconv.supply import Supply
 
 
@@ -19,14 +21,18 @@ class OfferedTensor:
 
     Attributes:
         shape: Its shape, in elements.
-        dtype: As the source stores it.
+        dtype: As it is read: the source's own, or fp32 where it is multiplied out.
+        kind: How the source stores its elements: ``bf16``, ``f8e4m3 in scaled blocks``.
         sources: Stored keys that it is made of.
+        factors: Stored keys of factors without which its elements mean nothing.
         tied_to: The key it repeats.
     """
 
     shape: tuple[int, ...]
     dtype: DType
+    kind: str
     sources: tuple[str, ...]
+    factors: tuple[str, ...]
     tied_to: str | None
 
 
@@ -64,7 +70,7 @@ class Offer:
         """Equal on two ranks that see the same checkpoint."""
         hasher = hashlib.sha256()
         for key, one in sorted(self.tensors.items()):
-            hasher.update(f"{key} {one.dtype} {one.shape}\n".encode())
+            hasher.update(f"{key} {one.kind} {one.shape}\n".encode())
         return hasher.hexdigest()[:16]
 
 
@@ -78,6 +84,8 @@ class Account:
         unexpected: Stored keys that nothing in this rank's model wants, with the reason.
         misshapen: FQNs and keys whose shape differs from what is stored.
         ignored: Names on either side that the caller said to pass over, or the table drops.
+        scaled: FQNs that would get elements of another dtype than the model's without the factors
+            that belong to them.
     """
 
     chosen: tuple[tuple[Place, str], ...]
@@ -85,6 +93,7 @@ class Account:
     unexpected: tuple[Fault, ...]
     misshapen: tuple[Fault, ...]
     ignored: tuple[Fault, ...]
+    scaled: tuple[Fault, ...]
 
 
 def offer_of(supply: Supply, source: str) -> Offer:
@@ -100,7 +109,9 @@ def offer_of(supply: Supply, source: str) -> Offer:
             key: OfferedTensor(
                 target.shape,
                 target.dtype,
+                target.pieces[0].kind if target.pieces else target.dtype.label,
                 tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
+                supply.factors_of(target),
                 root + target.tied_to if target.tied_to else None,
             )
             for key, target in supply.targets().items()
@@ -125,9 +136,11 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
     chosen: list[tuple[Place, str]] = []
     missing: list[Fault] = []
     misshapen = list(offer.misshapen)
+    scaled: list[Fault] = []
     ignored = list(offer.ignored)
     reasons = {fault.key: fault.why for fault in offer.missing}
     used: set[str] = set()
+    names = {fqn for place in wanted for fqn in place.fqns}
     for place in wanted:
         if _is_ignored(place.fqns, ignore):
             ignored.append(Fault(place.fqn, "left as it is: the caller said so"))
@@ -146,17 +159,23 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
         # The owner first: a second name may have been stored before they were tied.
         fqn = min(had, key=lambda name: offer.tensors[name].tied_to is not None)
         used.update(key for name in had for key in offer.tensors[name].sources)
-        found = offer.tensors[fqn].shape
-        if found == place.shape:
-            chosen.append((place, fqn))
+        one = offer.tensors[fqn]
+        if one.shape != place.shape:
+            shapes = f"{list(place.shape)} in the model, {list(one.shape)} in the source"
+            misshapen.append(Fault(place.fqn, shapes))
+        elif (
+            one.factors
+            and one.dtype is not dtype_of(place.tensor)
+            and not any(name + suffix in names for name in had for suffix in FACTORS)
+        ):
+            scaled.append(Fault(place.fqn, f"needs {', '.join(one.factors)}"))
+            used.update(one.factors)
         else:
-            misshapen.append(
-                Fault(place.fqn, f"{list(place.shape)} in the model, {list(found)} in the source")
-            )
-    names = {fqn for place in wanted for fqn in place.fqns}
+            chosen.append((place, fqn))
     unexpected: dict[str, str] = {}
     for fault in offer.unknown:
-        unexpected[fault.key] = fault.why
+        if fault.key not in used:
+            unexpected[fault.key] = fault.why
     for fqn, one in offer.tensors.items():
         if fqn in names or (one.tied_to is not None and one.tied_to in names):
             continue
@@ -172,6 +191,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
         tuple(Fault(key, why) for key, why in unexpected.items()),
         tuple(misshapen),
         tuple(ignored),
+        tuple(scaled),
     )
 
 

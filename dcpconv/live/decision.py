@@ -91,7 +91,7 @@ class Decision:
         offer: What the checkpoint has.
         account: How both fit.
         needs: Every region that this rank holds.
-        casts: Tensors by ``(source dtype, model dtype)``, where these differ.
+        casts: Tensors by ``(how the source stores them, model dtype)``, where these differ.
         unexpected: Stored keys that no rank has a place for.
         supplied: Where the bytes are.
         read: Which ranks read: ``all``, ``once`` or ``rank0``.
@@ -107,13 +107,13 @@ class Decision:
     supplied: Supplied
     read: Read
 
-    def stored_dtype(self, key: str) -> DType:
-        """Dtype of a tensor in the source."""
+    def dtype_of_key(self, key: str) -> DType:
+        """Dtype of a tensor as it is read from the source."""
         return self.offer.tensors[key].dtype
 
     def nbytes(self, wish: Wish) -> int:
-        """Bytes of a wish, as the source stores them."""
-        return (wish.stop - wish.start) * self.stored_dtype(wish.key).itemsize
+        """Bytes of a wish, as they are read from the source."""
+        return (wish.stop - wish.start) * self.dtype_of_key(wish.key).itemsize
 
     def missing(self) -> list[Place]:
         """What the checkpoint cannot supply."""
@@ -134,6 +134,7 @@ class _Heard:
     missing: tuple[Fault, ...] = ()
     unexpected: tuple[Fault, ...] = ()
     misshapen: tuple[Fault, ...] = ()
+    scaled: tuple[Fault, ...] = ()
     lost: tuple[Fault, ...] = ()
     garbage: tuple[Fault, ...] = ()
 
@@ -168,7 +169,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     raise_first([one.failure for one in heard], cause=failure)
     if decision is None:
         raise AssertionError("no rank failed, yet this one has nothing to go by")
-    unexpected = _judge(heard, is_strict=request.strict)
+    unexpected = _judge(heard, request)
     read = decision.read
     if read == "auto":
         read = "once" if len({one.host for one in heard}) > 1 else "all"
@@ -188,6 +189,10 @@ def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offe
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
     supply = prepare(path, request.options, wanted=wanted)
     offer = offer_of(supply, os.fspath(request.source))
+    for target in supply.coverage.targets:
+        nothing = (0,) * len(target.shape)
+        if any(piece.scale for piece in target.pieces):
+            fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
     return [offer], Supplied(supply.catalog.path, supply.targets())
 
 
@@ -204,11 +209,12 @@ def _account(
     casts: Counter[tuple[str, str]] = Counter()
     for place, key in account.chosen:
         needs.extend(needs_of(place, key))
-        stored, now = offer.tensors[key].dtype, dtype_of(place.tensor)
-        if stored is not now and request.keeps_dtype:
-            casts[stored.label, now.label] += 1
-        elif stored is not now:
+        had, now = offer.tensors[key], dtype_of(place.tensor)
+        if had.dtype is not now and not request.keeps_dtype:
             _require_renewable(model, place)
+            now = had.dtype
+        if had.kind != now.label:
+            casts[had.kind, now.label] += 1
     if request.read in {"auto", "all"}:
         for need in needs:
             supplied.fill(need.wish)
@@ -251,6 +257,7 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
         account.missing,
         account.unexpected,
         account.misshapen,
+        account.scaled,
         tuple(Fault(p.fqn, "on the meta device; pass init_missing") for p in lost if p.is_meta),
         tuple(
             Fault(name, "buffer that is in no checkpoint and that its module does not compute")
@@ -259,7 +266,7 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
     )
 
 
-def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
+def _judge(heard: Sequence[_Heard], request: Request) -> tuple[Fault, ...]:
     """Raise what all ranks raise, or return what is unexpected on all of them.
 
     Only what all have heard may be told: a rank's own path may be another.
@@ -277,8 +284,11 @@ def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
     # nobody has a place for it.
     shared = set.intersection(*({fault.key for fault in one.unexpected} for one in heard))
     unexpected = tuple(fault for fault in heard[0].unexpected if fault.key in shared)
-    rows = {"misshapen": _merged(one.misshapen for one in heard)}
-    if is_strict:
+    rows = {
+        "misshapen": _merged(one.misshapen for one in heard),
+        "scaled": _merged(one.scaled for one in heard),
+    }
+    if request.strict:
         rows = {
             "missing": _merged(one.missing for one in heard),
             "unexpected": unexpected,
@@ -300,7 +310,9 @@ def _judge(heard: Sequence[_Heard], *, is_strict: bool) -> tuple[Fault, ...]:
                     for fault in faults
                 ),
             ],
-            hint=_hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
+            hint=request.options.advice
+            if rows["scaled"]
+            else _hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
         )
     return unexpected
 

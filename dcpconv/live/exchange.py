@@ -19,8 +19,7 @@ from torch import Tensor
 from dcpconv.cast import cast
 from dcpconv.copying import Sources
 from dcpconv.dtypes import DType
-from dcpconv.gather import Box
-from dcpconv.live.reading import Derived, box_of, dtype_of, memory, torch_dtype
+from dcpconv.live.reading import Readable, box_of, dtype_of, memory, torch_dtype
 from dcpconv.live.regions import Need, Wish
 from dcpconv.live.world import World
 from dcpconv.outline import Fill
@@ -79,7 +78,7 @@ class Exchange:
     Attributes:
         world: The ranks.
         fill_of: How a wish is read, on the ranks that read.
-        dtype_of_key: Dtype of a key as the source stores it.
+        dtype_of_key: Dtype of a key as it is read.
         sources: Open files, on the ranks that read.
         device: Where tiles must be to travel.
         progress: Called with bytes that have landed here.
@@ -116,19 +115,20 @@ class Exchange:
                 work.wait()
 
     def _give(self, transfer: Transfer, mine: Sequence[Need]) -> None:
-        wish, box = transfer.wish, None
+        wish, fill, box = transfer.wish, None, None
         dtype = self.dtype_of_key(wish.key)
         lands = [_Landing(need, dtype) for need in mine]
         try:
-            box = box_of(self.fill_of(wish))
+            fill = self.fill_of(wish)
+            box = box_of(fill)
         except Exception as error:  # noqa: BLE001 - kept until all ranks have agreed
             self._fail(error)
         for start, stop in _intervals(wish, dtype):
             tile = self._tile((stop - start) * dtype.itemsize)
-            if self.failure is None and box is not None:
+            if self.failure is None and fill is not None and box is not None:
                 try:
                     self._read(box, start, stop, tile)
-                    self.read += len(tile)
+                    self.read += (stop - start) * fill.source_dtype.itemsize
                     for land in lands:
                         self._land(land, tile, start - wish.start)
                 except Exception as error:  # noqa: BLE001 - kept until all ranks have agreed
@@ -167,7 +167,7 @@ class Exchange:
             for rank in others
         ]
 
-    def _read(self, box: Box | Derived, start: int, stop: int, tile: Tensor) -> None:
+    def _read(self, box: Readable, start: int, stop: int, tile: Tensor) -> None:
         assert self.sources is not None  # noqa: S101 - a reader has its files open
         staged = tile if tile.device.type == "cpu" else torch.empty(len(tile), dtype=torch.uint8)
         box.read(start, stop, sources=self.sources, into=memory(staged))

@@ -80,7 +80,7 @@ def _materialise(model: nn.Module, decision: Decision, request: Request) -> None
     if request.initialises:
         wanted += decision.missing()
     dtypes = {
-        place.fqn: torch_dtype(decision.stored_dtype(key))
+        place.fqn: torch_dtype(decision.dtype_of_key(key))
         for place, key in chosen
         if not request.keeps_dtype
     }
@@ -109,7 +109,7 @@ def _exchange(decision: Decision, world: World, tell: Callable[[int], None]) -> 
         exchange = Exchange(
             world=world,
             fill_of=decision.supplied.fill,
-            dtype_of_key=decision.stored_dtype,
+            dtype_of_key=decision.dtype_of_key,
             sources=sources,
             device=_travel_device(world),
             progress=tell,

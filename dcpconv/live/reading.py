@@ -2,8 +2,9 @@
 
 Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
 Everything else goes through tiles: a cast, a strided tensor, or a CUDA device, for which the tiles
-are pinned and double-buffered so that reading and copying overlap.  Buffers are at most
-``3 * TILE`` per thread, plus one row where a strided tensor has longer rows than that.
+are pinned and double-buffered so that reading and copying overlap.  Weights in scaled blocks are
+read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * TILE`` per
+thread, plus one row where a strided tensor has longer rows than that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dcpconv.copying import Sources
 from dcpconv.dtypes import BY_NAME, DType
 from dcpconv.gather import Box
 from dcpconv.outline import Fill
+from dcpconv.scaled import Scaled
 
 TILE = 4 << 20
 """Bytes of a staging buffer."""
@@ -39,7 +41,7 @@ class Landing:
 
     Attributes:
         key: Whose it is.
-        fill: The box; its source dtype is what is read.
+        fill: The box; its target dtype is what is read.
         start: First element of the box that is wanted, in C order.
         into: Memory of ``into.numel()`` elements from there on; any device, dtype and strides.
     """
@@ -50,19 +52,19 @@ class Landing:
     into: Tensor
 
     @cached_property
-    def box(self) -> Box | Derived:
+    def box(self) -> Readable:
         """The box, prepared for reading."""
         return box_of(self.fill)
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read."""
+        """Bytes to read; the factors of scaled blocks are not counted."""
         return self.into.numel() * self.fill.source_dtype.itemsize
 
     @property
     def is_cast(self) -> bool:
-        """Whether the memory has another dtype than the source."""
-        return dtype_of(self.into) is not self.fill.source_dtype
+        """Whether the memory has another dtype than what is read."""
+        return dtype_of(self.into) is not self.fill.target_dtype
 
     @property
     def is_direct(self) -> bool:
@@ -98,11 +100,15 @@ class Derived:
         into[:] = self.data[start * self.itemsize : stop * self.itemsize]
 
 
-def box_of(fill: Fill) -> Box | Derived:
+Readable = Box | Derived | Scaled
+"""A box that can be read interval by interval."""
+
+
+def box_of(fill: Fill) -> Readable:
     """A fill, prepared for reading."""
     if fill.data is not None:
         return Derived(fill.data, fill.source_dtype.itemsize)
-    return Box(fill)
+    return Scaled(fill) if fill.scales else Box(fill)
 
 
 def dtype_of(tensor: Tensor) -> DType:
@@ -236,7 +242,7 @@ class _Desk:
             view = memory(unit.into)
             box.read(unit.start, unit.stop, sources=sources, into=view, scratch=self.scratch)
             return 0, 0
-        numel, source = unit.stop - unit.start, landing.fill.source_dtype
+        numel, source = unit.stop - unit.start, landing.fill.target_dtype
         is_cuda = unit.into.device.type == "cuda"
         self.turn = (self.turn + 1) % 2 if is_cuda else 0
         read = self._tile("read", numel * source.itemsize, is_pinned=is_cuda)

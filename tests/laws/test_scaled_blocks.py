@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from dcpconv.catalog import Chunk, Extent, TensorEntry
+from dcpconv.copying import Sources
 from dcpconv.coverage import Piece, Target
 from dcpconv.dtypes import BY_NAME
 from dcpconv.engine import execute
 from dcpconv.layout import Layout
+from dcpconv.live.reading import memory
 from dcpconv.outline import Fill, OutFile, Outline
 from dcpconv.plan import fill_of
+from dcpconv.scaled import Scaled
 from support.layouts import as_stored, matrix_layout, stored_layout
 from support.scaled_blocks import multiplied_out
 
@@ -56,6 +60,23 @@ def carried_out(directory: Path, fill: Fill, rng: random.Random) -> Tensor:
     return torch.frombuffer(data, dtype=getattr(torch, fill.target_dtype.name))
 
 
+def read_out(directory: Path, fill: Fill, rng: random.Random) -> Tensor:
+    """What a live tensor gets, interval by interval, with as little scratch as is asked for."""
+    made = torch.zeros(fill.numel, dtype=getattr(torch, fill.target_dtype.name))
+    box = Scaled(fill)
+    edges = sorted({0, fill.numel, *(rng.randint(0, fill.numel) for _ in range(3))})
+    with Sources(directory) as sources:
+        for start, stop in pairwise(edges):
+            box.read(
+                start,
+                stop,
+                sources=sources,
+                into=memory(made[start:stop]),
+                scratch=lambda: memoryview(bytearray(16 * KIB)),
+            )
+    return made
+
+
 def region(rng: random.Random, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     offsets = tuple(rng.choice([0, rng.randint(0, n - 1)]) for n in shape)
     return offsets, tuple(
@@ -94,9 +115,9 @@ def test_any_region_of_any_layout(
     kind = rng.choice(["float32", "bfloat16", "float16"])
     offsets, lengths = region(rng, wanted.shape(sizes))
     target = Target("y", wanted.shape(sizes), BY_NAME["bfloat16"], (piece,))
-    found = carried_out(
-        tmp_path, fill_of(target, offsets, lengths, dtype=BY_NAME[kind]), rng
-    ).reshape(lengths)
+    fill = fill_of(target, offsets, lengths, dtype=BY_NAME[kind])
+    found = carried_out(tmp_path, fill, rng).reshape(lengths)
+    assert torch.equal(read_out(tmp_path, fill, rng).reshape(lengths), found)
 
     whole = multiplied_out(stored, factors, getattr(torch, kind), block=block)
     slot = whole[sizes["z"] :] if term == 1 else whole[: -sizes["z"]] if term == 0 else whole
@@ -137,4 +158,5 @@ def test_any_region_of_a_stack_of_fused_matrices(tmp_path: Path, seed: int, want
     target = Target("y", shape, BY_NAME["bfloat16"], tuple(pieces))
     fill = fill_of(target, offsets, lengths, dtype=BY_NAME["float32"])
     found = carried_out(tmp_path, fill, rng).reshape(lengths)
+    assert torch.equal(read_out(tmp_path, fill, rng).reshape(lengths), found)
     assert torch.equal(found, sliced(expected, offsets, lengths))

@@ -47,6 +47,7 @@ LAYERS = (
             "units",
             "blocks",
             "cast",
+            "scaled",
             "crew",
             "engine",
             "space",
