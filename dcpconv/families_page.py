@@ -157,8 +157,8 @@ def _remainders() -> Iterator[str]:
             *((p.text, f"kept in `{table.aside_file}`: {why}") for p, why in table.aside),
             *((key, f"made: {rule}") for key, rule in table.derived.items()),
         ]
-        for fate in fates:
-            found.setdefault(fate, []).append(f"`{table.name}`")
+        for line in fates:
+            found.setdefault(line, []).append(f"`{table.name}`")
     for (key, fate), names in found.items():
         yield f"| `{key}` | {', '.join(names)} | {fate} |"
     yield ""
