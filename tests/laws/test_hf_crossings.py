@@ -77,3 +77,37 @@ def test_what_another_class_turns_or_stretches_otherwise_is_refused(
     with pytest.raises(NotExpressibleError, match=refused):
         convert(source, tmp_path / "out", to=to)
     assert [fault.key for fault in check(source, to=to).refused] == [refused]
+
+
+BIASES = ["qkv_bias", "o_bias"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "to", "allow"),
+    [
+        pytest.param("llama", {"attention_bias": True}, "lingua", BIASES, id="biases-to-lingua"),
+        pytest.param("llama", {"mlp_bias": True}, "meta", ["mlp_bias"], id="biases-to-meta"),
+        pytest.param("qwen2", {}, "hf-llama", ["qkv_bias"], id="a-switch-that-would-add-more"),
+        pytest.param("glm", {}, "lingua", ["qkv_bias", "partial_rotary"], id="glm-to-lingua"),
+    ],
+)
+def test_a_feature_that_is_allowed_to_be_left_out_takes_its_tensors_with_it(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], to: str, allow: list[str]
+) -> None:
+    model = tiny(model_type, **overrides)
+    source = save_hf(model, tmp_path / "hf")
+    with pytest.raises(NotExpressibleError, match=allow[0]):
+        convert(source, tmp_path / "out", form="dcp", to=to)
+    assert check(source, to=to, allow=allow)
+    report = convert(source, tmp_path / "out", form="dcp", to=to, allow=allow)
+    biases = {key for key in hf_tensors(source) if key.endswith(".bias")}
+    assert {key for key, _ in report.ignored} == biases
+
+    convert(tmp_path / "out", tmp_path / "plain", form="hf", to="hf-llama")
+    assert not biases & hf_tensors(tmp_path / "plain").keys()
+    if model_type == "glm":
+        return  # heads turned in part are another model, whatever becomes of the biases
+    for name, parameter in model.named_parameters():
+        if name in biases:
+            parameter.data.zero_()
+    assert difference(load_hf(tmp_path / "plain"), model) < RIGHT
