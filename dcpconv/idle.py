@@ -1,14 +1,16 @@
-"""Tensors that may stay behind: a bias that families without it can do without.
+"""Tensors that may stay behind: those that do nothing, and those that the user gives up.
 
 A router's selection bias takes part in choosing experts and in nothing else.  Zeros choose nothing;
-any other values change the model, so they stay behind only if the user says so.
+any other values change the model, so they stay behind only if the user says so, as the tensors of
+every feature do that the target cannot express.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from dcpconv import configs
 from dcpconv.copying import Sources
 from dcpconv.coverage import as_stored
 from dcpconv.engine import fill
@@ -23,6 +25,19 @@ SELECTION_BIAS = "selection_bias"
 _ZEROS = "all zeros, so that it does nothing"
 _ALLOWED = f"takes part in choosing experts; left out because {SELECTION_BIAS} was allowed to be"
 
+_TENSORS: Mapping[str, frozenset[str]] = {
+    "qkv_bias": frozenset({"layer.q_bias", "layer.k_bias", "layer.v_bias"}),
+    "o_bias": frozenset({"layer.o_bias", "layer.latent.o_bias"}),
+    "mlp_bias": frozenset(
+        f"layer.{block}{name}_bias" for block in ("", "shared.") for name in ("gate", "up", "down")
+    ),
+    "head_bias": frozenset({"head_bias"}),
+    "qk_norm": frozenset({"layer.q_norm", "layer.k_norm"}),
+    "qk_norm_whole": frozenset({"layer.q_norm_whole", "layer.k_norm_whole"}),
+    "post_norms": frozenset({"layer.post_attn_norm", "layer.post_ffn_norm"}),
+}
+"""Slots of the features that are tensors of their own; without them the rest is still a model."""
+
 
 def without_idle(
     weights: Weights,
@@ -31,17 +46,19 @@ def without_idle(
     *,
     allow: Sequence[str] = (),
 ) -> tuple[Weights, ModelSpec | None]:
-    """The weights with the tensors marked that the target has no place for and can do without.
+    """The weights with the tensors marked that stay behind, and the model as it is without them.
 
-    Only tensors that the source's table derives as zeros are looked at, which are small: this is
-    how experts without a selection bias find back out of a family that always stores one.
+    For zeros only tensors are looked at that the source's table derives as such, which are small:
+    this is how experts without a selection bias find back out of a family that always stores one.
 
     Args:
         weights: The source; where its bytes are not at hand, nothing is taken for zero.
         spec: The model's numbers.
         target: The naming to reach.
-        allow: With ``selection_bias``, values other than zero may be left out too.
+        allow: Features that may be left out although the target cannot express them; with
+            ``selection_bias``, values other than zero too.
     """
+    weights, spec = _given_up(weights, spec, target, allow)
     keys = _candidates(weights, target)
     if not keys:
         return weights, spec
@@ -54,7 +71,34 @@ def without_idle(
     if spec is not None and spec.experts is not None:
         experts = spec.experts.model_copy(update={"selection_bias": False})
         spec = spec.model_copy(update={"experts": experts})
-    return replace(weights, idle=dict.fromkeys(keys, reason)), spec
+    return replace(weights, idle={**weights.idle, **dict.fromkeys(keys, reason)}), spec
+
+
+def _given_up(
+    weights: Weights, spec: ModelSpec | None, target: Keymap | None, allow: Sequence[str]
+) -> tuple[Weights, ModelSpec | None]:
+    """Marks the tensors of features that are refused and allowed to be left out.
+
+    A feature that the target has tensors for, yet no way to switch on, is taken from the spec, so
+    that none are written.
+    """
+    source = weights.keymap
+    if spec is None or source is None or target is None or target is source:
+        return weights, spec
+    family = target.name if target.family == "hf" else target.config
+    refused = {item.name for item in configs.refusals(family, spec)}
+    idle: dict[str, str] = {}
+    for feature in (name for name in _TENSORS if name in refused and name in allow):
+        slots = _TENSORS[feature]
+        rows = [row for row in source.rows if set(row.slots) <= slots]
+        idle |= {
+            key: f"left out because {feature} was allowed to be"
+            for key in weights.entries
+            if (match := source.match(key)) is not None and match.row in rows
+        }
+        if slots & target.slots:
+            spec = spec.model_copy(update={feature: False})
+    return replace(weights, idle={**weights.idle, **idle}), spec
 
 
 def _candidates(weights: Weights, target: Keymap | None) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from dcpconv.configs.parameters import Refusal, checked, unexpressed
+from dcpconv.configs.parameters import Refusal, checked, turned_otherwise, unexpressed
 from dcpconv.dtypes import BY_LABEL, BY_NAME
 from dcpconv.errors import SpecError
 from dcpconv.spec import Count, ModelSpec, Positive, Size
@@ -124,6 +124,8 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         found = [item for item in found if item.name != "partial_rotary"]
         reason = "ChatGLM turns the first half of each head"
         found.append(Refusal("partial_rotary", f"{spec.partial_rotary_factor}: {reason}"))
+    else:
+        found += turned_otherwise(spec, "glm", name="ChatGLM")
     if family == "chatglm3-mha" and spec.n_kv_heads != spec.n_heads:
         reason = "as many as heads without multi_query_attention"
         found.append(Refusal("n_kv_heads", f"{spec.n_kv_heads}: {reason}"))

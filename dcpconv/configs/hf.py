@@ -16,6 +16,10 @@ FILE = "config.json"
 SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
 """Classes whose tensors are named as another class names them, so that one table serves both."""
 
+_TRAINED_LENGTH = "original_max_position_embeddings"
+_PHI3_TRAINED_LENGTH = 4096
+"""Source: ``configuration_phi3.py`` of transformers 5.23.0."""
+
 _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 """Fields of a RoPE mapping that ``ModelSpec`` holds itself."""
 
@@ -119,12 +123,13 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
     scaling = None
     if kind is not None and kind != "default":
         parameters = {key: value for key, value in stated.items() if key not in _ROPE_OWN}
-        # "su" is what Phi-3 called longrope before transformers did.
-        scaling = checked(
-            RopeScaling,
-            {"kind": "longrope" if kind == "su" else kind, "parameters": parameters},
-            file,
-        )
+        if config.model_type == "phi3":
+            # Its class knows one kind, which it once called otherwise, and the first length is
+            # stated outside.
+            kind = "longrope" if kind in {"su", "yarn"} else kind
+            trained = (config.model_extra or {}).get(_TRAINED_LENGTH, _PHI3_TRAINED_LENGTH)
+            parameters[_TRAINED_LENGTH] = trained
+        scaling = checked(RopeScaling, {"kind": kind, "parameters": parameters}, file)
     partial = stated.get("partial_rotary_factor", config.partial_rotary_factor)
     theta = stated.get("rope_theta", config.rope_theta)
     return {

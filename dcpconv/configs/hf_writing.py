@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pydantic import JsonValue
 
 from dcpconv.configs.model_types import MODEL_TYPES
-from dcpconv.configs.parameters import Refusal, unexpressed
+from dcpconv.configs.parameters import Refusal, turned_otherwise, unexpressed
 from dcpconv.dtypes import BY_LABEL, BY_NAME
 from dcpconv.errors import NotExpressibleError, SpecError
 from dcpconv.spec import Experts, ModelSpec
@@ -42,6 +42,10 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     if not features.keys() >= set(together):
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
         found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
+    found += turned_otherwise(spec, model_type, name=name)
+    scaling = spec.rope_scaling
+    if model_type == "phi3" and scaling is not None and scaling.kind != "longrope":
+        found.append(Refusal("rope_scaling", f"{scaling}: {name} knows longrope only"))
     if spec.hidden_size % spec.n_heads:
         reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
         found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
@@ -226,13 +230,20 @@ def _mixtral(spec: ModelSpec) -> dict[str, object]:
 
 
 def _phi3(spec: ModelSpec) -> dict[str, object]:
-    return {
+    name = "original_max_position_embeddings"
+    fields: dict[str, object] = {
         "sliding_window": spec.sliding_window,
         "partial_rotary_factor": spec.partial_rotary_factor,
-        "original_max_position_embeddings": spec.extra.get(
-            "original_max_position_embeddings", spec.max_seq_len
-        ),
+        name: spec.extra.get(name, spec.max_seq_len),
     }
+    if spec.rope_scaling is None:
+        return fields
+    factors = dict(spec.rope_scaling.parameters)
+    fields[name] = factors.pop(name, fields[name])
+    if factors.keys() == {"long_factor", "short_factor"}:
+        # transformers 4 takes three fields and no other.
+        fields["rope_scaling"] = {"type": spec.rope_scaling.kind, **_sorted(factors)}
+    return fields
 
 
 def _gemma2(spec: ModelSpec) -> dict[str, object]:

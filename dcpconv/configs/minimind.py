@@ -109,6 +109,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     """
     family = generation(fields)
     known = {name: value for name, value in fields.items() if value is not None}
+    if family in {"minimind1", "minimind2"}:
+        # These classes ask whether it is None; where the field is left out, it is True.
+        known["n_shared_experts"] = fields.get("n_shared_experts", True) is not None
     config = checked(_Config, {**_DEFAULTS[family], **known}, file)
     is_new = family == "minimind4"
     scaling = config.rope_scaling if config.inference_rope_scaling else None
@@ -239,17 +242,15 @@ def _experts(config: _Config, family: str) -> Experts:
     width = _ffn_size(config)
     if family == "minimind4":
         shared, width = 0, config.moe_ffn_size or width
-    elif config.shared_experts is None:
-        shared = 0 if family == "minimind3" else 1
     else:
-        shared = int(config.shared_experts)
+        shared = int(config.shared_experts or 0)
     # The first three generations leave the weight of a single expert as it is.
     renormalises = family == "minimind4" or config.per_token > 1
     return Experts(
         count=config.experts,
         per_token=config.per_token,
         ffn_size=width,
-        shared_count=shared if family in {"minimind3", "minimind4"} else min(shared, 1),
+        shared_count=shared,
         shared_ffn_size=width if shared else None,
         norm_topk=config.norm_topk_prob and renormalises,
     )

@@ -61,6 +61,32 @@ def unexpressed(
     ]
 
 
+_TURNED = {"glm": "neighbouring channels", "phi3": "halves"}
+"""What RoPE pairs within the share of a head that it turns, by class."""
+
+
+def turned_otherwise(spec: ModelSpec, model_type: str, *, name: str) -> list[Refusal]:
+    """That RoPE pairs other channels in a class than in the model's own.
+
+    Whole heads are relabelled from one way into the other.  Of heads that are turned in part,
+    layouts do not say which channels these are.
+
+    Args:
+        spec: The model.
+        model_type: Class of transformers to reach, or the one that the target is the same as.
+        name: Of the family, for the reason.
+
+    Source: ``rotate_half`` and ``apply_rotary_pos_emb`` of transformers 5.23.0 ``modeling_glm.py``
+    and ``modeling_phi3.py``.
+    """
+    here, there = _TURNED.get(spec.architecture), _TURNED.get(model_type)
+    if spec.partial_rotary_factor == 1.0 or None in {here, there} or here == there:
+        return []
+    share = f"{spec.partial_rotary_factor} of each head"
+    reason = f"{share}: pairs {here} in {spec.architecture}, {there} in {name}"
+    return [Refusal("partial_rotary", reason)]
+
+
 def read_fields(path: Path) -> dict[str, object]:
     """The JSON object in ``path``.
 

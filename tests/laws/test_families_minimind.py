@@ -69,7 +69,7 @@ def config_json(config: MiniMindConfig) -> dict[str, object]:
             "tie_word_embeddings": config.tied,
         }
     else:
-        shared: object = True if is_old else config.shared_experts
+        shared: object = (bool(config.shared_experts) or None) if is_old else config.shared_experts
         fields |= {"n_routed_experts": config.experts or 4, "n_shared_experts": shared}
     return fields
 
@@ -97,6 +97,9 @@ CASES = [
     pytest.param({"generation": "gen1", **EXPERTS}, "hf-ernie4_5_moe", id="gen1-ernie"),
     pytest.param({"generation": "gen1", **EXPERTS}, "hf-granitemoeshared", id="gen1-granite"),
     pytest.param({"generation": "gen2", **EXPERTS}, "hf-ernie4_5_moe", id="gen2-ernie"),
+    pytest.param(
+        {"generation": "gen2", **EXPERTS, "shared_experts": 0}, "hf-mixtral", id="gen2-none-shared"
+    ),
     pytest.param(
         {"generation": "gen3", **EXPERTS, "shared_experts": 2}, "hf-ernie4_5_moe", id="gen3-ernie"
     ),

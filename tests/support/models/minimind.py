@@ -234,7 +234,7 @@ class Experts(nn.Module):
         self.add_module(*(("gate", gate) if router_first else ("experts", experts)))
         self.add_module(*(("experts", experts) if router_first else ("gate", gate)))
         self.shared: tuple[nn.Module, ...] = ()
-        if config.facts.shared == "one":
+        if config.facts.shared == "one" and config.shared_experts:
             self.shared_experts = FeedForward(config)
         elif config.facts.shared == "list":
             self.shared_experts = nn.ModuleList(
@@ -251,7 +251,7 @@ class Experts(nn.Module):
         out = torch.zeros_like(x)
         for index, expert in enumerate(self.get_submodule("experts").children()):
             out = out + share[..., index : index + 1] * expert(x)
-        if self.config.facts.shared == "one":
+        if self.config.facts.shared == "one" and self.config.shared_experts:
             out = out + self.shared_experts(x)
         elif self.config.facts.shared == "list":
             for expert in self.shared_experts.children():
