@@ -94,6 +94,9 @@ def check(
     notes = [*side.notes, *remarks]
     if side.spec is None and weights.keymap is not None:
         notes.append(_NO_CONFIG)
+    if to is not None and settled is not None and settled.unsaid:
+        names = ", ".join(settled.unsaid)
+        notes.append(f"no file says {names}: a conversion that writes a parameter file asks")
     side = replace(side, spec=settled)
     try:
         if against is not None:

@@ -29,6 +29,7 @@ from support.check_cases import (
     llama_shapes,
     write_hf,
 )
+from support.hf_models import tiny
 
 HEAD = "lm_head.weight"
 
@@ -295,3 +296,12 @@ def test_a_check_of_files_never_imports_torch(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["False", "False"]
+
+
+def test_numbers_that_a_conversion_will_ask_for_are_a_note(tmp_path: Path) -> None:
+    torch.save(tiny("llama").state_dict(), tmp_path / "bare.pth")
+    coverage = check(tmp_path / "bare.pth", to="lingua", spec="heads=6,kv_heads=2")
+    assert coverage
+    assert any("norm_eps, rope_theta" in note for note in coverage.notes)
+    told = check(tmp_path / "bare.pth", to="lingua", spec="heads=6,kv_heads=2,theta=1e4,eps=1e-5")
+    assert not any("rope_theta" in note for note in told.notes)
