@@ -103,8 +103,7 @@ def generated(
     """
     name = config_name(keymap.config) if keymap.config else None
     if name is None and keymap.config and spec is not None:
-        note = f"{keymap.name} has no parameter file; its code has to be told: {spec}"
-        return SideFiles(notes=(note,))
+        return SideFiles(notes=(untold(keymap, spec),))
     if name is None:
         return SideFiles()
     if spec is None:
@@ -139,6 +138,20 @@ def generated(
         fields = {**fields, "dcpconv": {"left_out": dict(left_out)}}
     files.insert(0, SideFile(name, text=to_text(fields)))
     return SideFiles(tuple(files), tuple(notes))
+
+
+def untold(keymap: Keymap, spec: ModelSpec) -> str:
+    """What to write into the code of a family that has no parameter file."""
+    facts = [f"{spec}"]
+    if spec.experts is not None:
+        weights = "sum to one" if spec.experts.norm_topk else "stay as the softmax has them"
+        facts.append(f"expert width {spec.experts.ffn_size}, weights of the chosen {weights}")
+        if spec.experts.dense_layers:
+            facts.append(f"dense layers {', '.join(map(str, spec.experts.dense_layers))}")
+    if spec.tied:
+        facts.append("head and embedding tied")
+    told = "; ".join(facts)
+    return f"{keymap.name} has no parameter file; its code has to be told: {told}"
 
 
 def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
