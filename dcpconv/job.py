@@ -192,7 +192,7 @@ class Job:
                 form=self.form,
                 target=self.target,
                 source=directory,
-                assets=self.assets,
+                assets=self.assets or (directory if is_own else None),
                 dtype=most_used(tensors),
                 left_out=dict(self.allowed),
             )

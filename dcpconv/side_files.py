@@ -96,7 +96,7 @@ def generated(
         form: Form of the result.
         target: Where the result will be, as the user typed it: Lingua's file names the tokenizer.
         source: Directory of the source.
-        assets: Where the user says that tokenizer and config are.
+        assets: Where tokenizer and config are: the source's own directory, or what the user says.
         dtype: Element type of most tensors.
         left_out: Features that the family cannot express and the user overruled, by name; the file
             keeps them under ``dcpconv``, which Lingua's ``generate.py`` and ``eval.py`` pass over.
@@ -124,7 +124,7 @@ def generated(
             )
     elif form == "hf" and assets is not None:
         beside = carried(assets, dtype=None, tied=None)
-        files += [file for file in beside.files if file.name not in {"config.json", "params.json"}]
+        files += [file for file in beside.files if not _is_of_family(file.name)]
     try:
         fields = write_config(
             keymap.name if keymap.family == "hf" else keymap.config,
@@ -167,6 +167,12 @@ def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
         else:
             files.append(file)
     return SideFiles(tuple(files), side.notes)
+
+
+def _is_of_family(name: str) -> bool:
+    """Whether a file speaks of how the tensors are named, as a tokenizer does not."""
+    is_code = name.startswith(("modeling_", "configuration_")) and name.endswith(".py")
+    return is_code or name in {"config.json", "params.json"}
 
 
 def _lingua_tokenizer(directory: Path) -> tuple[str, Path | None]:

@@ -127,3 +127,14 @@ def test_one_file_has_nothing_beside_it_and_says_where_the_sizes_are(
     source = save_hf(tiny(model_type), tmp_path / "hf")
     report = convert(source, tmp_path / "out.pth", to=to)
     assert [note for note in report.notes if said.format(source=source) in note]
+
+
+def test_the_tokenizer_goes_along_to_another_class_and_its_code_does_not(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "llama")
+    kept = {"tokenizer.json": "{}", "generation_config.json": '{"temperature": 0.5}'}
+    for name, text in {**kept, "modeling_llama.py": "raise SystemExit"}.items():
+        (source / name).write_text(text)
+    convert(source, tmp_path / "glm", form="hf", to="hf-glm")
+    names = {file.name for file in (tmp_path / "glm").iterdir()}
+    assert names == {"config.json", "model.safetensors", *kept}
+    assert {name: (tmp_path / "glm" / name).read_text() for name in kept} == kept
