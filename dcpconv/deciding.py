@@ -16,6 +16,7 @@ from dcpconv.catalog import Catalog, Form
 from dcpconv.configs import read_spec
 from dcpconv.coverage import Coverage
 from dcpconv.dtypes import DType
+from dcpconv.formats import metashards
 from dcpconv.idle import SELECTION_BIAS, without_idle
 from dcpconv.job import Job, block_size, most_used
 from dcpconv.keymaps import Keymap, read_keymap
@@ -210,6 +211,8 @@ def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
 
 
 def _coverage_hint(coverage: Coverage, job: Job) -> str | None:
+    if metashards.is_part(job.catalog.source):
+        return "this is one rank's share of a model-parallel release; give its directory"
     if coverage.misshapen and job.spec is not None:
         return "the config does not describe these tensors; is it the right one?"
     if any("layer.router_bias" in fault.slots for fault in coverage.unknown):

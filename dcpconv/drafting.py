@@ -41,8 +41,8 @@ def checked_keymap(path: Path) -> Keymap:
     """A user's table that also agrees with the tables that come with the package.
 
     Raises:
-        KeymapError: The file breaks a rule, or holds a slot with other axes than ours; every
-            problem points to its line.
+        KeymapError: The file breaks a rule, holds a slot with other axes than ours, or names a
+            class or parameter file that no table of ours is for; every problem points to its line.
     """
     table = read_keymap(path)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -57,11 +57,27 @@ def checked_keymap(path: Path) -> Keymap:
                 wanted = " ".join(min(sorted(axes) for axes in known))
                 what = f"{slot} has the axes {wanted}, here {' '.join(sorted(axes))}"
                 problems.append((f"{path.name}:{line}", f"{row.pattern.text}: {what}"))
+    for field, named in (("architectures", table.architectures), ("config", (table.config,))):
+        known_here = _named(field)
+        line = next((n for n, text in enumerate(lines, 1) if text.startswith(field)), 0)
+        problems += [
+            (f"{path.name}:{line}", f"{field}: {word} is none of {', '.join(sorted(known_here))}")
+            for word in named
+            if word and word not in known_here
+        ]
     if table.name in keymaps():
         problems.append((f"{path.name}:1", f"the name {table.name} is taken by one of ours"))
     if problems:
         raise KeymapError("the keymap does not agree with the other tables", problems)
     return table
+
+
+def _named(field: str) -> set[str]:
+    """What our tables say in one field of their heads."""
+    tables = keymaps().values()
+    if field == "config":
+        return {table.config for table in tables}
+    return {word for table in tables for word in table.architectures}
 
 
 def foreign_slots(table: Keymap) -> list[str]:

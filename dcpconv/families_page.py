@@ -70,8 +70,9 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
 _TOGETHER: tuple[Mapping[str, Any], ...] = (
     dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
     _LATENT_BIASES,
+    {"rope_scaling": RopeScaling(kind="longrope")},
 )
-"""Models with several features that some family has only together."""
+"""Models with several features that some family has only together, or of the one kind it has."""
 
 
 def families_page() -> str:

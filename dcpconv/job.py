@@ -20,7 +20,7 @@ from dcpconv.matching import cover
 from dcpconv.naming import refused_features, require_expressible
 from dcpconv.outline import Outline, OutTensor
 from dcpconv.recognition import Weights
-from dcpconv.side_files import SideFiles, carried, generated
+from dcpconv.side_files import SideFiles, carried, generated, untold
 from dcpconv.sizes import require_said
 from dcpconv.spec import ModelSpec
 from dcpconv.twins import differing
@@ -172,7 +172,7 @@ class Job:
     def side_files(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:
         """Config and tokenizer to stand beside the weights."""
         if self.is_one_file:
-            return SideFiles()
+            return self._nothing_beside()
         source = self.catalog.source
         directory = source if source.is_dir() else source.parent
         is_own = source.is_dir() or self.catalog.form == "hf"
@@ -192,13 +192,24 @@ class Job:
                 form=self.form,
                 target=self.target,
                 source=directory,
-                assets=self.assets,
+                assets=self.assets or (directory if is_own else None),
                 dtype=most_used(tensors),
                 left_out=dict(self.allowed),
             )
         if not is_own:
             return SideFiles()
         return carried(self.assets or directory, dtype=self.dtype, tied=tied)
+
+    def _nothing_beside(self) -> SideFiles:
+        """A file has no place for another beside it, yet the code that reads it wants its sizes."""
+        family = self.wanted.config if self.wanted is not None else ""
+        if self.wanted is None or self.spec is None or not self.renames or not family:
+            return SideFiles()
+        name = configs.config_name(family)
+        if name is None:
+            return SideFiles(notes=(untold(self.wanted, self.spec),))
+        command = f"dcpconv params {self.catalog.source} --to {self.wanted.name}"
+        return SideFiles(notes=(f"one file is written, and no {name}; `{command}` prints it",))
 
     def _is_described_by(self, assets: Path) -> bool:
         """Whether the config of ``assets`` says of the result what we would: no size of it was

@@ -96,15 +96,14 @@ def generated(
         form: Form of the result.
         target: Where the result will be, as the user typed it: Lingua's file names the tokenizer.
         source: Directory of the source.
-        assets: Where the user says that tokenizer and config are.
+        assets: Where tokenizer and config are: the source's own directory, or what the user says.
         dtype: Element type of most tensors.
         left_out: Features that the family cannot express and the user overruled, by name; the file
             keeps them under ``dcpconv``, which Lingua's ``generate.py`` and ``eval.py`` pass over.
     """
     name = config_name(keymap.config) if keymap.config else None
     if name is None and keymap.config and spec is not None:
-        note = f"{keymap.name} has no parameter file; its code has to be told: {spec}"
-        return SideFiles(notes=(note,))
+        return SideFiles(notes=(untold(keymap, spec),))
     if name is None:
         return SideFiles()
     if spec is None:
@@ -125,7 +124,7 @@ def generated(
             )
     elif form == "hf" and assets is not None:
         beside = carried(assets, dtype=None, tied=None)
-        files += [file for file in beside.files if file.name not in {"config.json", "params.json"}]
+        files += [file for file in beside.files if not _is_of_family(file.name)]
     try:
         fields = write_config(
             keymap.name if keymap.family == "hf" else keymap.config,
@@ -141,6 +140,20 @@ def generated(
     return SideFiles(tuple(files), tuple(notes))
 
 
+def untold(keymap: Keymap, spec: ModelSpec) -> str:
+    """What to write into the code of a family that has no parameter file."""
+    facts = [f"{spec}"]
+    if spec.experts is not None:
+        weights = "sum to one" if spec.experts.norm_topk else "stay as the softmax has them"
+        facts.append(f"expert width {spec.experts.ffn_size}, weights of the chosen {weights}")
+        if spec.experts.dense_layers:
+            facts.append(f"dense layers {', '.join(map(str, spec.experts.dense_layers))}")
+    if spec.tied:
+        facts.append("head and embedding tied")
+    told = "; ".join(facts)
+    return f"{keymap.name} has no parameter file; its code has to be told: {told}"
+
+
 def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
     """The same files where config.json no longer speaks of quantized weights."""
     files = []
@@ -154,6 +167,12 @@ def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
         else:
             files.append(file)
     return SideFiles(tuple(files), side.notes)
+
+
+def _is_of_family(name: str) -> bool:
+    """Whether a file speaks of how the tensors are named, as a tokenizer does not."""
+    is_code = name.startswith(("modeling_", "configuration_")) and name.endswith(".py")
+    return is_code or name in {"config.json", "params.json"}
 
 
 def _lingua_tokenizer(directory: Path) -> tuple[str, Path | None]:

@@ -37,6 +37,11 @@ def is_split(path: Path) -> bool:
     return path.is_dir() and sum(1 for file in path.iterdir() if _NAME.fullmatch(file.name)) > 1
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file is one rank's share of such a release."""
+    return _NAME.fullmatch(path.name) is not None and path.is_file() and is_split(path.parent)
+
+
 def read_catalog(path: Path) -> Catalog:
     """Everything in the files of a directory, each tensor as one.
 

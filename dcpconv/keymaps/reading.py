@@ -13,11 +13,30 @@ from dcpconv.errors import KeymapError, LayoutError
 from dcpconv.keymaps.table import Keymap, Pattern, Row, Tie
 from dcpconv.keymaps.words import AXES, CONDITIONS, INDICES
 from dcpconv.layout import Layout
+from dcpconv.spec import ModelSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_FACTS = frozenset({*ModelSpec.model_fields, "per_token", "norm_top1"})
+"""Fields of ``[spec]``: the model's, and two of its experts."""
+
+_HINTS = frozenset({*ModelSpec.model_fields, "q_per_kv"})
+
+
+class _Published(pydantic.BaseModel):
+    """Sizes of a released model, and the head counts that its shapes do not say."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
 
 
 class _Table(pydantic.BaseModel):
@@ -43,7 +62,7 @@ class _Table(pydantic.BaseModel):
     same_sizes: dict[str, str] = {}
     hints: dict[str, int | bool] = {}
     spec: dict[str, int | float | bool] = {}
-    published: tuple[dict[str, int | str], ...] = ()
+    published: tuple[_Published, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +123,7 @@ def _line(lines: list[str], loc: tuple[int | str, ...]) -> int:
     for part in reversed(loc):
         for number, text in enumerate(lines, 1):
             bare = text.strip()
-            if bare.startswith((f'"{part}"', f"{part} ", f"{part}=", f"[{part}]")):
+            if bare.startswith((f'"{part}"', f"{part} ", f"{part}=", f"[{part}]", f"[[{part}]]")):
                 return number
     return 1
 
@@ -155,7 +174,7 @@ class _Builder:
             same_sizes=table.same_sizes,
             hints=table.hints,
             facts=table.spec,
-            published=table.published,
+            published=tuple(model.model_dump() for model in table.published),
         )
 
     def _check_names(self, rows: tuple[Row, ...], known: set[str]) -> None:
@@ -169,6 +188,10 @@ class _Builder:
                 self._problem(key, "is derived, but neither a key nor ignored")
         for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - AXES.keys():
             self._problem("same_sizes", f"there is no axis {axis}")
+        for name in self.table.spec.keys() - _FACTS:
+            self._problem(name, "a model has no such field")
+        for name in self.table.hints.keys() - _HINTS:
+            self._problem(name, "no shape and no config says this")
 
     def _problem(self, key: str, what: str) -> None:
         line = _line(self.lines, (key,))

@@ -111,3 +111,30 @@ def test_a_feature_that_is_allowed_to_be_left_out_takes_its_tensors_with_it(
         if name in biases:
             parameter.data.zero_()
     assert difference(load_hf(tmp_path / "plain"), model) < RIGHT
+
+
+@pytest.mark.parametrize(
+    ("model_type", "to", "said"),
+    [
+        pytest.param("llama", "meta", "dcpconv params {source} --to meta", id="params.json"),
+        pytest.param("glm", "chatglm3", "dcpconv params {source} --to chatglm3", id="config.json"),
+        pytest.param("qwen3_moe", "torchtitan-qwen3", "expert width 52", id="no-file"),
+    ],
+)
+def test_one_file_has_nothing_beside_it_and_says_where_the_sizes_are(
+    tmp_path: Path, model_type: str, to: str, said: str
+) -> None:
+    source = save_hf(tiny(model_type), tmp_path / "hf")
+    report = convert(source, tmp_path / "out.pth", to=to)
+    assert [note for note in report.notes if said.format(source=source) in note]
+
+
+def test_the_tokenizer_goes_along_to_another_class_and_its_code_does_not(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "llama")
+    kept = {"tokenizer.json": "{}", "generation_config.json": '{"temperature": 0.5}'}
+    for name, text in {**kept, "modeling_llama.py": "raise SystemExit"}.items():
+        (source / name).write_text(text)
+    convert(source, tmp_path / "glm", form="hf", to="hf-glm")
+    names = {file.name for file in (tmp_path / "glm").iterdir()}
+    assert names == {"config.json", "model.safetensors", *kept}
+    assert {name: (tmp_path / "glm" / name).read_text() for name in kept} == kept

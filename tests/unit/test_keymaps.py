@@ -69,6 +69,11 @@ BROKEN = [
     pytest.param('name = "mine"', 'name = "Mine!"', "mine.toml:1", "should match", id="name"),
     pytest.param('name = "mine"', 'name = "mine"\ncolour = 1', "mine.toml:2", "colour", id="field"),
     pytest.param('["embed", "V d"]', '["embed"]', "mine.toml:5", "embed.weight", id="short-row"),
+    pytest.param("[tied]", "[spec]\ntheta = 1e6\n[tied]", "mine.toml:11", "no such", id="spec"),
+    pytest.param("[tied]", "[hints]\nvocab = 3\n[tied]", "mine.toml:11", "no shape", id="hint"),
+    pytest.param(
+        "[ignore]", '[[published]]\nname = "s"\n[ignore]', "mine.toml:13", "n_heads", id="published"
+    ),
     pytest.param('["llama"]', '["llama"', "file", "mine.toml", id="no-toml"),
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dcpconv import convert
-from dcpconv.errors import FormatError
+from dcpconv.errors import CoverageError, FormatError
 from dcpconv.formats import metashards
 from dcpconv.formats.opening import open_checkpoint
 from support.families import assert_same, hf_tensors, torch_tensors
@@ -123,3 +123,12 @@ def test_a_single_file_is_no_split_release(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "consolidated.00.pth")
     assert not metashards.is_split(tmp_path)
     assert open_checkpoint(tmp_path).tensors.keys() == {"a"}
+
+
+def test_one_share_of_several_points_to_the_directory(tmp_path: Path) -> None:
+    source = release(tmp_path)
+    share = tmp_path / "meta" / "consolidated.00.pth"
+    with pytest.raises(CoverageError) as raised:
+        convert(share, tmp_path / "out", form="hf", to="hf", assets=source)
+    assert raised.value.hint is not None
+    assert "give its directory" in raised.value.hint
