@@ -27,6 +27,7 @@ from dcpconv.keymaps import Keymap, keymaps, read_keymap, resolve_family
 from dcpconv.matching import cover
 from dcpconv.naming import (
     named_keymap,
+    parse_allowed,
     refused_features,
     settle,
     target_keymap,
@@ -82,6 +83,7 @@ def check(
         LayoutError: A size is needed that neither config nor shapes reveal.
     """
     problems: list[str] = []
+    allow = parse_allowed(allow)
     directory = os.fspath(assets) if assets is not None else None
     own = read_keymap(Path(keymap)) if keymap is not None else None
     side = open_side(source, assets=directory, problems=problems)

@@ -19,6 +19,7 @@ from dcpconv.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.hub import locate
 from dcpconv.job import disk_nbytes
+from dcpconv.naming import parse_allowed
 from dcpconv.publish import check_space, staging
 from dcpconv.report import ConversionReport
 from dcpconv.space import spared
@@ -115,7 +116,7 @@ def convert(
         dtype=_dtype(dtype),
         cast_all=cast_all,
         dequantize=dequantize,
-        allow=tuple(allow),
+        allow=parse_allowed(allow),
         assets=Path(assets) if assets else None,
         sizes=parse_pairs(spec),
         chunks=chunks,

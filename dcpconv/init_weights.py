@@ -23,6 +23,7 @@ from dcpconv.live.decision import Decision, Read, Request, decide
 from dcpconv.live.moving import Arrived, move
 from dcpconv.live.world import World
 from dcpconv.load_report import LoadReport
+from dcpconv.naming import parse_allowed
 from dcpconv.report import LossyCast
 from dcpconv.supply import Options
 
@@ -110,7 +111,7 @@ def load_init_weights(
         keymap=Path(keymap) if keymap else None,
         assets=Path(assets) if assets else None,
         spec=(spec,) if isinstance(spec, str) else tuple(spec),
-        allow=tuple(allow),
+        allow=parse_allowed(allow),
         dequantize=dequantize,
     )
     if dtype not in {"model", "source"} or read not in {"auto", "all", "once", "rank0"}:

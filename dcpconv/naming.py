@@ -10,11 +10,46 @@ from dcpconv import configs
 from dcpconv.catalog import Catalog
 from dcpconv.configs.patching import patched_spec
 from dcpconv.coverage import Fault
-from dcpconv.errors import NotExpressibleError, SpecError
+from dcpconv.errors import DcpconvError, NotExpressibleError, SpecError
+from dcpconv.idle import SELECTION_BIAS
 from dcpconv.keymaps import Keymap, resolve_family
 from dcpconv.recognition import Weights, recognise
-from dcpconv.sizes import inferred_spec
-from dcpconv.spec import ModelSpec
+from dcpconv.sizes import inferred_spec, shares_head
+from dcpconv.spec import FEATURES, ModelSpec
+
+_CHOICES = FEATURES | {SELECTION_BIAS, "rope_theta", "overflow"}
+"""What ``--allow`` takes: features, and what else may be lost without another shape coming out."""
+
+_SHAPES = frozenset({"n_heads", "n_kv_heads", "head_dim", "untied", "architecture"})
+"""Refusals that cannot be overruled: the tensors themselves would not fit the target's code."""
+
+
+def parse_allowed(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in ``allow``, several of which may stand in one text, after commas.
+
+    Raises:
+        DcpconvError: A name is of nothing that can be left out; lists them all.
+
+    >>> parse_allowed(["rope_scaling,qkv_bias"])
+    ('rope_scaling', 'qkv_bias')
+    """
+    texts = [names] if isinstance(names, str) else names
+    found = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+    fixed = [name for name in found if name in _SHAPES]
+    unknown = [name for name in found if name not in _CHOICES | _SHAPES]
+    if fixed or unknown:
+        raise DcpconvError(
+            "not everything can be left out",
+            [
+                *(
+                    ("fixed", f"{name}: the tensors would not fit the target's code")
+                    for name in fixed
+                ),
+                *(("unknown", name) for name in unknown),
+                ("expected", ", ".join(sorted(_CHOICES))),
+            ],
+        )
+    return found
 
 
 def find_spec(
@@ -84,6 +119,8 @@ def settled_spec(
     """
     if spec is None:
         return inferred_spec(weights, sizes)
+    if spec.origin == "meta" and not spec.tied and shares_head(weights):
+        spec = spec.model_copy(update={"tied": True})  # params.json has no word for it
     return (patched_spec(spec, sizes) if sizes else spec), ()
 
 
@@ -156,5 +193,7 @@ def require_expressible(
         raise NotExpressibleError(
             f"{target.name} cannot express this model; {undone}",
             [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
-            hint=f"{allow_by} leaves a feature out; the logits will then differ",
+            hint=f"{allow_by} leaves a feature out; the logits will then differ"
+            if any(fault.key in _CHOICES for fault in refused)
+            else None,
         )

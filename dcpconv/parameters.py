@@ -11,7 +11,7 @@ from dcpconv.configs.patching import parse_pairs, patched_spec
 from dcpconv.errors import SpecError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.keymaps import resolve_family
-from dcpconv.naming import refused_features, require_expressible, settle
+from dcpconv.naming import parse_allowed, refused_features, require_expressible, settle
 from dcpconv.sizes import require_said
 from dcpconv.spec import ModelSpec
 
@@ -60,7 +60,7 @@ def parameters(
     require_expressible(
         keymap,
         features,
-        allow,
+        parse_allowed(allow),
         source=source,
         undone="nothing was written",
         allow_by="--allow NAME",

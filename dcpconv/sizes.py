@@ -68,7 +68,7 @@ def inferred_spec(
     if said:
         notes.append(f"{said}: what {table.title} has, since no file says so")
     facts.setdefault("max_seq_len", 2048)
-    facts.setdefault("tied", _shares_head(weights, table))
+    facts.setdefault("tied", shares_head(weights))
     fields = {**facts, **fields, "architecture": _architecture(table, fields)}
     fields |= {"origin": table.config}
     unsaid += [name for name in _fixed_by_class(fields, table) if name not in pairs]
@@ -160,16 +160,17 @@ def require_said(spec: ModelSpec, weights: Weights) -> None:
     )
 
 
-def _shares_head(weights: Weights, table: Keymap) -> bool:
+def shares_head(weights: Weights) -> bool:
     """Whether head and embedding are one tensor, as far as keys and storage tell."""
-    entries, shared = weights.entries, weights.tied
-    pairs = table.tie_pairs().items()
+    entries, shared, table = weights.entries, weights.tied, weights.keymap
+    if table is None:
+        return False
     rows = {row.pattern.text for row in table.rows}
     return any(
         shared.get(second, second) == shared.get(owner, owner)
         if second in entries and owner in entries and second in rows
         else owner in entries
-        for second, owner in pairs
+        for second, owner in table.tie_pairs().items()
     )
 
 

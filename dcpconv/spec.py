@@ -18,6 +18,18 @@ Count = Annotated[int, Field(ge=1, le=100_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+FEATURES = frozenset(
+    {
+        *("rope_scaling", "partial_rotary", "sliding_window", "layer_types"),
+        *("qkv_bias", "o_bias", "mlp_bias", "head_bias", "latent_bias"),
+        *("qk_norm", "qk_norm_whole", "norm", "no_pre_norms", "post_norms", "activation"),
+        *("attn_softcap", "final_softcap", "query_multiplier", "embedding_multiplier"),
+        *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
+    }
+)
+"""Every name that ``ModelSpec.features`` may give."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 

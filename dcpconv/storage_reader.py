@@ -36,6 +36,7 @@ from dcpconv.coverage import Target, cover_as_stored
 from dcpconv.errors import FormatError
 from dcpconv.hub import locate
 from dcpconv.live.reading import Landing, dtype_of, read_landings, torch_dtype
+from dcpconv.naming import parse_allowed
 from dcpconv.plan import fill_of
 from dcpconv.scales import FACTORS
 from dcpconv.supply import Options, Supply, prepare
@@ -89,7 +90,7 @@ class CheckpointReader(StorageReader):
             keymap=Path(keymap) if keymap else None,
             assets=Path(assets) if assets else None,
             spec=(spec,) if isinstance(spec, str) else spec,
-            allow=allow,
+            allow=parse_allowed(allow),
             dequantize=dequantize,
         )
         self._root = root

@@ -76,7 +76,7 @@ def convert(
         list[str] | None,
         typer.Option(
             help="Leave out a feature that DST's family cannot express (rope_scaling, ...), or let"
-            " a cast overflow (overflow).  Repeatable.",
+            " a cast overflow (overflow).  Repeatable, or with commas.",
             metavar="NAME",
         ),
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from dcpconv.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.spec import FEATURES, Experts, LatentAttention, ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
     vocab_size=37,
@@ -193,3 +193,9 @@ def test_experts_agree_with_themselves(changes: dict[str, object]) -> None:
 def test_a_spec_cannot_be_changed_in_place() -> None:
     with pytest.raises(ValidationError):
         SPEC.tied = True
+
+
+def test_every_feature_has_a_name_that_can_be_allowed() -> None:
+    from dcpconv.families_page import _FEATURES
+
+    assert set(_FEATURES) == FEATURES
