@@ -63,9 +63,7 @@ def with_aside(
         return outline, ()
     count = len(coverage.aside)
     if is_one_file:
-        keys = [target.key.split(".") for target in coverage.aside]
-        module = ".".join(p[0] for p in zip(*keys, strict=False) if len(set(p)) == 1)
-        only = f"--only {module} converts them by themselves"
+        only = f"--only {table.aside_module} converts them by themselves"
         return outline, (f"{count} tensors have no place in one file with the others; {only}",)
     tensors = make_plan(replace(coverage, targets=coverage.aside), path_of=lambda key: (key,))
     file = safetensors.one_file(table.aside_file, tensors, modulus=modulus)

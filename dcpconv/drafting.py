@@ -10,6 +10,7 @@ from pathlib import Path
 from dcpconv.catalog import Catalog, TensorEntry
 from dcpconv.errors import KeymapError
 from dcpconv.keymaps import Keymap, keymaps, read_keymap, split_key
+from dcpconv.keymaps.reading import line_of
 from dcpconv.layout import Layout
 from dcpconv.recognition import recognise
 
@@ -49,7 +50,7 @@ def checked_keymap(path: Path) -> Keymap:
     ours = _axes_by_slot()
     problems = []
     for row in table.with_axes(table.same_sizes).rows:
-        line = next((n for n, text in enumerate(lines, 1) if f'"{row.pattern.text}"' in text), 0)
+        line = line_of(lines, (row.pattern.text,))
         for term, slot in enumerate(row.slots):
             known = ours.get(slot)
             axes = row.axes(term)
@@ -59,7 +60,7 @@ def checked_keymap(path: Path) -> Keymap:
                 problems.append((f"{path.name}:{line}", f"{row.pattern.text}: {what}"))
     for field, named in (("architectures", table.architectures), ("config", (table.config,))):
         known_here = _named(field)
-        line = next((n for n, text in enumerate(lines, 1) if text.startswith(field)), 0)
+        line = line_of(lines, (field,))
         problems += [
             (f"{path.name}:{line}", f"{field}: {word} is none of {', '.join(sorted(known_here))}")
             for word in named

@@ -157,8 +157,8 @@ def architecture_of(keymap: Keymap | None) -> str | None:
 
 def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
     """What the target's config file cannot say about the model, ``key`` being the feature."""
-    family = target.name if target.family == "hf" else target.config
-    return tuple(Fault(item.name, item.reason) for item in configs.refusals(family, spec))
+    refusals = configs.refusals(target.parameter_family, spec)
+    return tuple(Fault(item.name, item.reason) for item in refusals)
 
 
 def without(faults: Sequence[Fault], allowed: Sequence[str]) -> tuple[Fault, ...]:
@@ -173,7 +173,7 @@ def require_expressible(
     *,
     source: str | os.PathLike[str],
     undone: str,
-    allow_by: str,
+    allow_by: str | None = None,
 ) -> None:
     """Raises unless the user allowed every feature by name.
 
@@ -183,7 +183,7 @@ def require_expressible(
         allowed: Names of those that may be left out.
         source: What errors call the model.
         undone: What did not happen, ``nothing was written``.
-        allow_by: How the user allows a feature, ``--allow NAME``.
+        allow_by: Where the user can allow a feature, how, ``--allow NAME``.
 
     Raises:
         NotExpressibleError: All reasons are listed.
@@ -194,6 +194,6 @@ def require_expressible(
             f"{target.name} cannot express this model; {undone}",
             [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
             hint=f"{allow_by} leaves a feature out; the logits will then differ"
-            if any(fault.key in _CHOICES for fault in refused)
+            if allow_by and any(fault.key in _CHOICES for fault in refused)
             else None,
         )

@@ -55,7 +55,7 @@ def parameters(
     """
     model, notes = _model(source, from_, parse_pairs(spec))
     keymap = resolve_family(to, model.architecture)
-    family = keymap.name if keymap.family == "hf" else keymap.config
+    family = keymap.parameter_family
     features = refused_features(keymap, model)
     require_expressible(
         keymap,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dcpconv.catalog import TensorEntry
-from dcpconv.coverage import Fault, Piece, Target
+from dcpconv.coverage import Fault, Piece, Target, as_stored
 from dcpconv.recognition import bare
 from dcpconv.spec import ModelSpec
 
@@ -55,7 +55,7 @@ def factors_along(
                 continue
             if len(tensor.pieces) == 1 and piece.wanted is None:
                 name = key + SCALE
-                along[name] = Target(name, scale.shape, scale.dtype, (Piece(scale),))
+                along[name] = as_stored(name, scale)
             else:
                 why = f"its blocks have no place in {target}; dequantize the weights"
                 faults.append(Fault(weight + SCALE, why))

@@ -127,7 +127,7 @@ def generated(
         files += [file for file in beside.files if not _is_of_family(file.name)]
     try:
         fields = write_config(
-            keymap.name if keymap.family == "hf" else keymap.config,
+            keymap.parameter_family,
             spec,
             dtype=dtype.label if dtype else None,
             tokenizer=tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dcpconv.copying import Sources
-from dcpconv.coverage import Piece, Target
+from dcpconv.coverage import as_stored
 from dcpconv.engine import fill
 from dcpconv.plan import fill_of
 from dcpconv.recognition import Weights
@@ -38,10 +38,7 @@ def _equal(weights: Weights, key: str, owner: str, sources: Sources) -> bool:
     entry = weights.entries[key]
     row_nbytes = entry.nbytes // max(1, entry.shape[0]) if entry.shape else entry.nbytes
     rows = max(1, _BLOCK // max(1, row_nbytes))
-    both = [
-        Target(name, entry.shape, entry.dtype, (Piece(weights.entries[name]),))
-        for name in (key, owner)
-    ]
+    both = [as_stored(name, weights.entries[name]) for name in (key, owner)]
     length = entry.shape[0] if entry.shape else 1
     for start in range(0, length, rows):
         offsets = (start, *(0,) * (len(entry.shape) - 1)) if entry.shape else ()

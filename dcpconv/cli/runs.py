@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.options import Assets, From, Spec
 from dcpconv.cli.words import count, size
 
 if TYPE_CHECKING:
@@ -243,25 +244,9 @@ def carry(
         str | None,
         typer.Option(help="Naming of DST's weights.  Default: that of KIND.", metavar="FAMILY"),
     ] = None,
-    from_: Annotated[
-        str | None,
-        typer.Option(
-            "--from", help="Naming of SRC's weights, where keys leave a choice.", metavar="FAMILY"
-        ),
-    ] = None,
-    assets: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
-        ),
-    ] = None,
-    spec: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A number of the model (n_heads=8), where no config says.  Repeatable.",
-            metavar="NAME=VALUE",
-        ),
-    ] = None,
+    from_: From = None,
+    assets: Assets = None,
+    spec: Spec = None,
     world_size: Annotated[
         int | None,
         typer.Option(

@@ -106,7 +106,7 @@ def read_keymap(path: Path) -> Keymap:
     except pydantic.ValidationError as error:
         lines = text.splitlines()
         facts = [
-            (f"{path.name}:{_line(lines, item['loc'])}", f"{_place(item['loc'])}: {item['msg']}")
+            (f"{path.name}:{line_of(lines, item['loc'])}", f"{_place(item['loc'])}: {item['msg']}")
             for item in error.errors()
         ]
         raise KeymapError("the keymap has fields of the wrong kind", facts) from None
@@ -118,7 +118,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc if not str(part).startswith("tuple["))
 
 
-def _line(lines: list[str], loc: tuple[int | str, ...]) -> int:
+def line_of(lines: list[str], loc: tuple[int | str, ...]) -> int:
     """The line of a field or key, or 1."""
     for part in reversed(loc):
         for number, text in enumerate(lines, 1):
@@ -194,7 +194,7 @@ class _Builder:
             self._problem(name, "no shape and no config says this")
 
     def _problem(self, key: str, what: str) -> None:
-        line = _line(self.lines, (key,))
+        line = line_of(self.lines, (key,))
         self.problems.append((f"{self.path.name}:{line}", f"{key}: {what}"))
 
     def _row(self, key: str, value: tuple[str, ...]) -> Row | None:

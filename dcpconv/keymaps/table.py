@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -251,21 +252,26 @@ class Keymap:
         """Every slot the family can hold."""
         return frozenset(self._by_slot)
 
+    @property
+    def parameter_family(self) -> str:
+        """What ``configs`` knows the family by: every class of transformers by its own name."""
+        return self.name if self.family == "hf" else self.config
+
     def keeps_aside(self, key: str) -> bool:
         """Whether this is the only family with a place for a key."""
         match = self.match(key)
         return match is not None and match.kind == "aside"
 
     @property
-    def aside_file(self) -> str:
-        """Where a conversion keeps such tensors: named after the module they are all in.
-
-        ``transformer.prefix_encoder.trans.0.bias`` and its like are in
-        ``prefix_encoder.safetensors``.
-        """
+    def aside_module(self) -> str:
+        """The module that all such tensors are in: ``transformer.prefix_encoder``."""
         paths = [pattern.text.split(".") for pattern, _ in self.aside]
-        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
-        return f"{common[-1] if common else 'aside'}.safetensors"
+        return ".".join(takewhile(str, map(_shared, zip(*paths, strict=False))))
+
+    @property
+    def aside_file(self) -> str:
+        """Where a conversion keeps such tensors: ``prefix_encoder.safetensors``."""
+        return f"{self.aside_module.rpartition('.')[2] or 'aside'}.safetensors"
 
     def tie_pairs(self) -> dict[str, str]:
         """``second name -> owner``: the table's own, and the head beside the embedding."""
@@ -279,6 +285,11 @@ class Keymap:
     def tie_of(self, key: str) -> Tie | None:
         """The tie that names ``key`` as its second name."""
         return next((tie for tie in self.ties if tie.key == key), None)
+
+
+def _shared(parts: tuple[str, ...]) -> str:
+    """The component that all have in one place, or nothing."""
+    return parts[0] if len(set(parts)) == 1 else ""
 
 
 def split_key(key: str) -> tuple[str, tuple[int, ...]]:

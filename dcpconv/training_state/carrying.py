@@ -10,11 +10,11 @@ from pathlib import Path
 from dcpconv import configs
 from dcpconv.coverage import Coverage, cover_as_stored
 from dcpconv.engine import execute
-from dcpconv.errors import DcpconvError, NotExpressibleError
+from dcpconv.errors import DcpconvError
 from dcpconv.job import block_size, disk_nbytes
 from dcpconv.keymaps import Keymap, keymaps
 from dcpconv.matching import cover
-from dcpconv.naming import refused_features, target_keymap
+from dcpconv.naming import refused_features, require_expressible, target_keymap
 from dcpconv.publish import check_space, check_target, staging
 from dcpconv.recognition import Weights
 from dcpconv.side_files import SideFiles, carried, generated
@@ -136,15 +136,8 @@ def _cover(state: TrainingState, wanted: Keymap | None, to: Kind) -> Coverage:
     if wanted is None:
         return cover_as_stored(weights)
     if wanted is not weights.keymap and state.spec is not None:
-        refused = refused_features(wanted, state.spec)
-        if refused:
-            raise NotExpressibleError(
-                f"{wanted.name} cannot express this model; nothing was written",
-                [
-                    ("source", state.source),
-                    *(("refused", f"{fault.key}: {fault.why}") for fault in refused),
-                ],
-            )
+        features = refused_features(wanted, state.spec)
+        require_expressible(wanted, features, (), source=state.source, undone="nothing was written")
     if _spelled_alike(weights, wanted):
         weights = replace(weights, keymap=wanted, alternatives=())
     coverage = cover(weights, wanted, spec=state.spec, omit_ties=to == "hf-trainer")

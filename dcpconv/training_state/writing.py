@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dcpconv.catalog import KeyPath, TensorEntry
-from dcpconv.coverage import Coverage, Piece, Target
+from dcpconv.coverage import Coverage, Target, as_stored
 from dcpconv.errors import FormatError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.nesting import DictKey, key_of
@@ -300,8 +300,7 @@ def _split(
 ) -> None:
     for path, value in leaves:
         if isinstance(value, TensorEntry):
-            target = Target(value.key, value.shape, value.dtype, (Piece(value),))
-            tensors.append(_out(target, path, chunks=1))
+            tensors.append(_out(as_stored(value.key, value), path, chunks=1))
         else:
             objects[path] = value
 

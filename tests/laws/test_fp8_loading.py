@@ -18,6 +18,7 @@ from dcpconv.errors import CoverageError, FormatError
 from dcpconv.init_weights import load_init_weights
 from dcpconv.live import reading
 from dcpconv.storage_reader import CheckpointReader
+from support import tiles
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf
 from support.hf_models import tiny
 from support.scaled_blocks import multiplied_out, published, quantised, rewrite
@@ -127,14 +128,7 @@ def test_products_too_large_for_the_parameter_are_counted(tmp_path: Path) -> Non
 def test_a_large_matrix_needs_no_more_than_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
-    tile = reading._Desk._tile
-
-    def counted(self: Any, use: str, nbytes: int, **options: Any) -> Tensor:
-        sizes.append(nbytes)
-        return tile(self, use, nbytes, **options)
-
-    monkeypatch.setattr(reading._Desk, "_tile", counted)
+    sizes = tiles.taken(monkeypatch)
     source, worth = published(tmp_path, "llama", vocab_size=30011)
     key = "model.embed_tokens.weight"
     stored = hf_tensors(source)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dcpconv import errors
 from dcpconv.init_weights import load_init_weights
 from dcpconv.live import reading
+from support import tiles
 from support.hf_models import MODEL_TYPES, save_hf, tiny
 from support.sharded_models import build, lingua_weights
 
@@ -160,14 +161,7 @@ def test_source_dtype_replaces_that_of_the_model(llama: Path, right: dict[str, T
 def test_a_cast_needs_no_more_than_its_tiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: list[int] = []
-    tile = reading._Desk._tile
-
-    def counted(self: Any, use: str, nbytes: int, **options: Any) -> Tensor:
-        sizes.append(nbytes)
-        return tile(self, use, nbytes, **options)
-
-    monkeypatch.setattr(reading._Desk, "_tile", counted)
+    sizes = tiles.taken(monkeypatch)
     source = torch.randn(3000, 2000)
     torch.save({"w": source, "v": source}, tmp_path / "w.pth")
     model = nn.Module()
