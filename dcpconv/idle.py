@@ -14,7 +14,7 @@ from dcpconv import configs
 from dcpconv.copying import Sources
 from dcpconv.coverage import as_stored
 from dcpconv.engine import fill
-from dcpconv.keymaps import Keymap
+from dcpconv.keymaps import Keymap, Row
 from dcpconv.plan import fill_of
 from dcpconv.recognition import Weights
 from dcpconv.spec import ModelSpec
@@ -85,17 +85,18 @@ def _given_up(
     source = weights.keymap
     if spec is None or source is None or target is None or target is source:
         return weights, spec
-    family = target.name if target.family == "hf" else target.config
-    refused = {item.name for item in configs.refusals(family, spec)}
+    allowed = [feature for feature in _TENSORS if feature in allow]
+    if not allowed:
+        return weights, spec
+    refused = {item.name for item in configs.refusals(target.parameter_family, spec)}
     idle: dict[str, str] = {}
-    for feature in (name for name in _TENSORS if name in refused and name in allow):
+    for feature in allowed:
+        if feature not in refused:
+            continue
         slots = _TENSORS[feature]
         rows = [row for row in source.rows if set(row.slots) <= slots]
-        idle |= {
-            key: f"left out because {feature} was allowed to be"
-            for key in weights.entries
-            if (match := source.match(key)) is not None and match.row in rows
-        }
+        reason = f"left out because {feature} was allowed to be"
+        idle |= dict.fromkeys(_keys_of(weights, rows), reason)
         if slots & target.slots:
             spec = spec.model_copy(update={feature: False})
     return replace(weights, idle={**weights.idle, **idle}), spec
@@ -111,6 +112,14 @@ def _candidates(weights: Weights, target: Keymap | None) -> list[str]:
         for row in source.rows
         if row.pattern.text in zeros and not set(row.slots) & target.slots
     ]
+    return _keys_of(weights, rows)
+
+
+def _keys_of(weights: Weights, rows: Sequence[Row]) -> list[str]:
+    """Keys that are of one of these rows; without a row, no key need be looked at."""
+    source = weights.keymap
+    if source is None or not rows:
+        return []
     return [
         key
         for key in weights.entries

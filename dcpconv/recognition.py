@@ -142,13 +142,14 @@ def recognise(
     templates = Counter(split_key(key)[0] for key in catalog.tensors)
     counts = {tuple(template.split(".")): count for template, count in templates.items()}
     roots = [_dotted(root)] if root is not None else _roots(counts)
+    containers = _containers(catalog)
     fits: list[_Fit] = []
     for candidates in _candidates(spec, keymap, tables):
         fits += (
             fit
             for at in roots
             for table in candidates
-            if (fit := _fit(at, table, counts, catalog, spec)).matched
+            if (fit := _fit(at, table, counts, catalog, spec, containers)).matched
         )
         fits.sort(key=_misfit)
         if fits and fits[0].is_certain:
@@ -276,6 +277,7 @@ def _fit(
     counts: Mapping[tuple[str, ...], int],
     catalog: Catalog,
     spec: ModelSpec | None,
+    containers: frozenset[str],
 ) -> _Fit:
     matched = unmatched = foreign = 0
     known = set()
@@ -292,7 +294,7 @@ def _fit(
     beside = frozenset[str]()
     if root == "" and strange:
         inside = {key.partition(".")[0] for key in known}
-        beside = _containers(catalog) & strange.keys() - inside
+        beside = containers & strange.keys() - inside
         apart = sum(strange[name] for name in beside)
         unmatched, foreign = unmatched - apart, foreign + apart
     needed = [row for row in table.rows if not row.when or set(row.slots) & set(table.always)]
