@@ -12,11 +12,11 @@ from pathlib import Path
 from bench.data import header
 from bench.measure import Cost, run_python
 from dcpconv import convert, open_checkpoint
-from dcpconv.coverage import cover_as_stored
-from dcpconv.engine import execute
+from dcpconv.engine.execute import execute
 from dcpconv.formats import dcp
-from dcpconv.plan import Region, make_plan
-from dcpconv.recognition import recognise
+from dcpconv.plan.coverage import cover_as_stored
+from dcpconv.plan.fills import Region, make_plan
+from dcpconv.sources.recognition import recognise
 
 RANKS = 8
 

@@ -197,7 +197,7 @@ def _lingua(hf: Path) -> Any:
     import torch  # noqa: PLC0415
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from dcpconv import configs  # noqa: PLC0415
+    from dcpconv.families import configs  # noqa: PLC0415
     from lingua_model import LinguaModel  # noqa: PLC0415
 
     params = configs.write_config("lingua", configs.read_spec(hf))
@@ -275,7 +275,7 @@ def _broadcast(model: Any, source: Path) -> None:
 
 
 def _import_ours() -> None:
-    import dcpconv.init_weights  # noqa: F401, PLC0415
+    import dcpconv.loading.init_weights  # noqa: F401, PLC0415
 
 
 def _import_theirs() -> None:

@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcpconv.checking import check
-    from dcpconv.conversion import convert
-    from dcpconv.coverage import Coverage
-    from dcpconv.drop_in import dcp_to_torch_save, torch_save_to_dcp
-    from dcpconv.errors import DcpconvError
+    from dcpconv.checking.check import check
+    from dcpconv.conversion.convert import convert
+    from dcpconv.conversion.drop_in import dcp_to_torch_save, torch_save_to_dcp
+    from dcpconv.core.errors import DcpconvError
     from dcpconv.formats.opening import open_checkpoint
-    from dcpconv.init_weights import LoadReport, load_init_weights
+    from dcpconv.loading.init_weights import LoadReport, load_init_weights
+    from dcpconv.loading.storage_reader import CheckpointReader
+    from dcpconv.plan.coverage import Coverage
     from dcpconv.runs import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
-    from dcpconv.storage_reader import CheckpointReader
 
 __all__ = [
     "CheckpointReader",
@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointReader": "dcpconv.storage_reader",
-    "Coverage": "dcpconv.coverage",
-    "DcpconvError": "dcpconv.errors",
-    "LoadReport": "dcpconv.init_weights",
-    "check": "dcpconv.checking",
-    "convert": "dcpconv.conversion",
-    "dcp_to_torch_save": "dcpconv.drop_in",
+    "CheckpointReader": "dcpconv.loading.storage_reader",
+    "Coverage": "dcpconv.plan.coverage",
+    "DcpconvError": "dcpconv.core.errors",
+    "LoadReport": "dcpconv.loading.init_weights",
+    "check": "dcpconv.checking.check",
+    "convert": "dcpconv.conversion.convert",
+    "dcp_to_torch_save": "dcpconv.conversion.drop_in",
     "find_checkpoints": "dcpconv.runs",
     "find_latest_checkpoint": "dcpconv.runs",
-    "load_init_weights": "dcpconv.init_weights",
+    "load_init_weights": "dcpconv.loading.init_weights",
     "open_checkpoint": "dcpconv.formats.opening",
     "resolve_checkpoint": "dcpconv.runs",
-    "torch_save_to_dcp": "dcpconv.drop_in",
+    "torch_save_to_dcp": "dcpconv.conversion.drop_in",
 }
 
 

@@ -1,11 +1,11 @@
-"""Writes the generated pages of this folder anew; ``make docs`` runs it."""  # noqa: INP001
+"""Writes the generated pages of this folder anew; ``make docs`` runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dcpconv.families_page import families_page
+from families_page import families_page
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "families.md": families_page,

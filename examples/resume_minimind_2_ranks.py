@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
-from dcpconv.training_state import convert_run
+from dcpconv.runs.carrying import convert_run
 from lingua_model import LinguaModel
 from lingua_style_trainer import corpus_batch
 

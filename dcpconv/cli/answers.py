@@ -25,7 +25,7 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        from dcpconv.errors import DcpconvError
+        from dcpconv.core.errors import DcpconvError
 
         signal.signal(signal.SIGTERM, _terminate)
         try:

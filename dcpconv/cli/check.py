@@ -16,7 +16,7 @@ from dcpconv.cli.answers import answers, say
 from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 
 if TYPE_CHECKING:
-    from dcpconv.coverage import Coverage
+    from dcpconv.plan.coverage import Coverage
 
 P = ParamSpec("P")
 
@@ -103,9 +103,9 @@ def check(
 
     dcpconv check out/checkpoint --against expected.json --report junit -o check.xml
     """
-    from dcpconv.checking import check as run
-    from dcpconv.errors import DcpconvError
-    from dcpconv.reports import KINDS
+    from dcpconv.checking.check import check as run
+    from dcpconv.checking.reports import KINDS
+    from dcpconv.core.errors import DcpconvError
 
     if report not in KINDS:
         raise DcpconvError(
@@ -130,10 +130,10 @@ def check(
 
 def _deliver(coverage: Coverage, report: str, output: str | None) -> None:
     """Writes the report where it belongs, and something for people to stdout."""
-    from dcpconv.reports import render
+    from dcpconv.checking.reports import render
 
     if report == "github":
-        from dcpconv.reports.github import commands
+        from dcpconv.checking.reports.github import commands
 
         for line in commands(coverage):
             say(line)

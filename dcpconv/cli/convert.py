@@ -14,8 +14,8 @@ from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 from dcpconv.cli.words import count, parse_size, size
 
 if TYPE_CHECKING:
-    from dcpconv.conversion import Progress
-    from dcpconv.report import ConversionReport
+    from dcpconv.conversion.convert import Progress
+    from dcpconv.conversion.report import ConversionReport
 
 _LISTED = 4
 """Names printed before the rest is only counted; --json has them all."""
@@ -149,8 +149,8 @@ def convert(
 
     dcpconv convert dump/checkpoints/0000001000 out/hf             # back, for evaluation
     """
-    from dcpconv.conversion import convert as run
-    from dcpconv.errors import DcpconvError
+    from dcpconv.conversion.convert import convert as run
+    from dcpconv.core.errors import DcpconvError
 
     if form not in {None, "hf", "torch", "dcp"}:
         raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])

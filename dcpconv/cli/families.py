@@ -9,10 +9,10 @@ import typer
 
 from dcpconv.cli.answers import answers, say, say_json
 from dcpconv.cli.words import count
-from dcpconv.errors import KeymapError
+from dcpconv.core.errors import KeymapError
 
 if TYPE_CHECKING:
-    from dcpconv.keymaps import Keymap
+    from dcpconv.families.keymaps import Keymap
 
 
 @answers
@@ -34,7 +34,7 @@ def families(
     `families check my.toml` validates a table of your own, and `families new SRC` drafts one from
     the keys of a checkpoint.
     """
-    from dcpconv.keymaps import keymaps, resolve_family
+    from dcpconv.families.keymaps import keymaps, resolve_family
 
     if name in {"check", "new"}:
         if path is None:
@@ -64,7 +64,7 @@ _USAGE = {
 
 
 def _check(path: Path) -> None:
-    from dcpconv.drafting import checked_keymap, foreign_slots
+    from dcpconv.sources.drafting import checked_keymap, foreign_slots
 
     table = checked_keymap(path)
     say(f"{table.name}: {count(len(table.rows), 'row')}, {count(len(table.slots), 'slot')}, sound")
@@ -73,8 +73,8 @@ def _check(path: Path) -> None:
 
 
 def _new(path: Path) -> None:
-    from dcpconv.drafting import draft
     from dcpconv.formats.opening import open_checkpoint
+    from dcpconv.sources.drafting import draft
 
     say(draft(open_checkpoint(path)).rstrip("\n"))
 

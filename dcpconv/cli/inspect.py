@@ -14,9 +14,9 @@ from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 from dcpconv.cli.words import count, size
 
 if TYPE_CHECKING:
-    from dcpconv.catalog import Catalog, TensorEntry
-    from dcpconv.recognition import Weights
-    from dcpconv.spec import ModelSpec
+    from dcpconv.core.catalog import Catalog, TensorEntry
+    from dcpconv.core.spec import ModelSpec
+    from dcpconv.sources.recognition import Weights
 
 
 @answers
@@ -41,11 +41,11 @@ def inspect(
 
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
-    from dcpconv.configs.patching import parse_pairs
-    from dcpconv.keymaps import read_keymap
-    from dcpconv.naming import settle
-    from dcpconv.selection import select
-    from dcpconv.sides import open_side
+    from dcpconv.families.configs.patching import parse_pairs
+    from dcpconv.families.keymaps import read_keymap
+    from dcpconv.sources.opening import open_side
+    from dcpconv.sources.selection import select
+    from dcpconv.sources.settling import settle
 
     side = open_side(source, assets=assets)
     own = read_keymap(Path(keymap)) if keymap is not None else None

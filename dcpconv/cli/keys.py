@@ -27,11 +27,11 @@ def keys(
 
     dcpconv check out/other --against expected.json
     """
-    from dcpconv.keylist import to_text
-    from dcpconv.keymaps import read_keymap
-    from dcpconv.naming import named_keymap
-    from dcpconv.recognition import recognise
-    from dcpconv.sides import open_side
+    from dcpconv.families.keymaps import read_keymap
+    from dcpconv.sources.key_lists import to_text
+    from dcpconv.sources.opening import open_side
+    from dcpconv.sources.recognition import recognise
+    from dcpconv.sources.settling import named_keymap
 
     side = open_side(source)
     own = read_keymap(Path(keymap)) if keymap is not None else None

@@ -35,7 +35,7 @@ def params(
     Refuses, with all reasons, what the family cannot express.  A checkpoint without either will do
     where shapes and --spec say every number.
     """
-    from dcpconv.parameters import parameters
+    from dcpconv.conversion.parameters import parameters
 
     result = parameters(Path(source), to=to, from_=from_, spec=spec or (), allow=allow or ())
     if output is None:

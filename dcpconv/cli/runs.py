@@ -215,7 +215,7 @@ def _time(seconds: float) -> str:
 
 
 def _existing(run_dir: str) -> Path:
-    from dcpconv.errors import NotACheckpointError
+    from dcpconv.core.errors import NotACheckpointError
     from dcpconv.runs.listing import typed_path
 
     path = typed_path(run_dir)
@@ -273,8 +273,8 @@ def carry(
 
     dcpconv runs carry out/step-8000 pretrain_512_resume.pth --to minimind --overwrite
     """
-    from dcpconv.configs.patching import parse_pairs
-    from dcpconv.training_state import convert_run
+    from dcpconv.families.configs.patching import parse_pairs
+    from dcpconv.runs.carrying import convert_run
 
     report = convert_run(
         source,

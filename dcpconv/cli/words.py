@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 

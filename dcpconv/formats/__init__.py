@@ -1,1 +1,1 @@
-"""How bytes are stored: one module per form, each reading a Catalog and drawing an Outline."""
+"""One folder per form: a catalog from headers, and an outline of a result."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dcpconv.catalog import Catalog
-from dcpconv.errors import NotACheckpointError
+from dcpconv.core.catalog import Catalog
+from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import safetensors
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
@@ -38,7 +38,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     from dcpconv.formats import torchfile  # noqa: PLC0415
 
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
-        from dcpconv.formats import metashards  # noqa: PLC0415
+        from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415
 
         if metashards.is_split(path):
             return metashards.read_catalog(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dcpconv.errors import NotACheckpointError
+from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import dcp, torchfile
 
 _FSDP_DIRECTORY = "pytorch_model_fsdp_0"

@@ -13,8 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
 
-from dcpconv.catalog import Form
-from dcpconv.errors import DcpconvError, NotACheckpointError
+from dcpconv.core.catalog import Form
+from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.formats import torchfile
 from dcpconv.runs.layouts import (
     HELD,

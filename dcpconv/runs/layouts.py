@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from dcpconv.catalog import Form
+from dcpconv.core.catalog import Form
 from dcpconv.runs.listing import (
     METADATA,
     Listing,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.layouts import layout_of
 from dcpconv.runs.listing import typed_path

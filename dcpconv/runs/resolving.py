@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from dcpconv.errors import DcpconvError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.runs.finding import (
     FoundStep,
     find_latest_checkpoint,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.runs.finding import FoundStep
 
 Metrics = Mapping[str, float]

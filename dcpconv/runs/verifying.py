@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.formats import dcp, torchfile
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.formats.torchzip import read_archive
+from dcpconv.formats.torchfile.archive import read_archive
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.layouts import TRAINER_STATE
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcpconv import convert
-from dcpconv.catalog import KeyPath
+from dcpconv.core.catalog import KeyPath
 from support import wild_worlds
 from support.dcp_directories import write
 from support.dcp_worlds import launch, weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.formats.dcp import inspect_chunks, read_catalog
+from dcpconv.formats.dcp.directory import inspect_chunks, read_catalog
 from support.dcp_directories import raw, read_tensor
 from support.dcp_worlds import weights
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpconv import configs
+from dcpconv.families import configs
 from support.hf_models import save_hf, tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.nn import functional
 
 from dcpconv import find_checkpoints
-from dcpconv.training_state import convert_run
+from dcpconv.runs.carrying import convert_run
 from lingua_model import LinguaModel
 from support.models.minimind import GenerationName
 from support.stock import nested_of_dcp

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dcpconv import convert
-from dcpconv.catalog import Form
 from dcpconv.cli import app
-from dcpconv.errors import DcpconvError, FormatError
+from dcpconv.core.catalog import Form
+from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.recognition import recognise
+from dcpconv.sources.recognition import recognise
 from support.stock import assert_same_bits, flat, nested_of_dcp, stock_load
 from support.wild_worlds import OBJECTS, kinds, plain
 

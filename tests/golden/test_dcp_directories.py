@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dcpconv.catalog import KeyPath
-from dcpconv.dtypes import BY_NAME
-from dcpconv.formats.dcp import outline, read_catalog
-from dcpconv.formats.inert import Call, Ref
-from dcpconv.outline import OutTensor
+from dcpconv.core.catalog import KeyPath
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import OutTensor
+from dcpconv.formats.dcp.directory import outline, read_catalog
+from dcpconv.formats.torchfile.stand_ins import Call, Ref
 from support.dcp_directories import (
     out_tensor,
     raw,

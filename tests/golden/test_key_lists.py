@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from dcpconv.catalog import Catalog, TensorEntry
-from dcpconv.configs.patching import parse_pairs
-from dcpconv.dtypes import BY_NAME
-from dcpconv.keymaps import keymaps, resolve_family
-from dcpconv.keymaps.table import Pattern
-from dcpconv.matching import cover
-from dcpconv.naming import settle
-from dcpconv.recognition import recognise
+from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.families.configs.patching import parse_pairs
+from dcpconv.families.keymaps import keymaps, resolve_family
+from dcpconv.families.keymaps.table import Pattern
+from dcpconv.plan.matching import cover
+from dcpconv.sources.recognition import recognise
+from dcpconv.sources.settling import settle
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from dcpconv.errors import FormatError
-from dcpconv.formats.torchfile import is_torch_file, outline, read_catalog
-from dcpconv.outline import OutFile
+from dcpconv.core.errors import FormatError
+from dcpconv.core.outline import OutFile
+from dcpconv.formats.torchfile.files import is_torch_file, outline, read_catalog
 from support.torch_files import (
     DTYPES,
     assemble,

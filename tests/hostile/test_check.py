@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import check
-from dcpconv.reports import KINDS
+from dcpconv.checking.reports import KINDS
 from support.check_cases import CONFIG, MISFITS, llama_shapes, write_file, write_hf
 
 
@@ -209,9 +209,9 @@ def test_what_cannot_be_told_exits_with_2(arguments: tuple[str, ...], tmp_path: 
 
 def test_a_bug_of_ours_is_could_not_tell(tmp_path: Path) -> None:
     script = (
-        "import sys, dcpconv.checking\n"
+        "import sys, dcpconv.checking.check\n"
         "def broken(*_, **__): raise RuntimeError('a bug')\n"
-        "dcpconv.checking.check = broken\n"
+        "dcpconv.checking.check.check = broken\n"
         f"sys.argv = ['dcpconv', 'check', {str(tmp_path)!r}]\n"
         "from dcpconv.cli import main\n"
         "main()\n"

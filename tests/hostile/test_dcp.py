@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dcpconv.catalog import KeyPath
-from dcpconv.errors import FormatError, NotACheckpointError
-from dcpconv.formats.dcp import OpaqueObject, explain, is_dcp, read_catalog
-from dcpconv.formats.dcp_metadata import read_metadata
+from dcpconv.core.catalog import KeyPath
+from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.formats.dcp.directory import OpaqueObject, explain, is_dcp, read_catalog
+from dcpconv.formats.dcp.metadata import read_metadata
 from support.dcp_directories import read_tensor, write
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dcpconv import find_checkpoints, resolve_checkpoint
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.runs import Best, Retention, prune, verify_checkpoints
 from support import run_dirs
 from support.run_dirs import hf_trainer, write

@@ -17,9 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import FormatError
-from dcpconv.formats.pickles import (
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile.archive import read_tensors
+from dcpconv.formats.torchfile.files import is_torch_file, read_catalog
+from dcpconv.formats.torchfile.unpickling import (
     HARMLESS,
     Call,
     Instance,
@@ -29,8 +31,6 @@ from dcpconv.formats.pickles import (
     dumps,
     loads,
 )
-from dcpconv.formats.torchfile import is_torch_file, read_catalog
-from dcpconv.formats.torchzip import read_tensors
 from support.torch_files import archive_of, make_tensor, payload_of, saved, torch_file, zip_of
 
 

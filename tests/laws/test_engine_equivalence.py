@@ -11,11 +11,12 @@ from typing import NoReturn
 
 import pytest
 
-from dcpconv.copying import SYSTEM, Sources, System, shares_blocks
-from dcpconv.dtypes import BY_NAME
-from dcpconv.engine import Moved, execute, fill
-from dcpconv.gather import Box, restrict
-from dcpconv.outline import Fill, OutFile, Outline, Part
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, OutFile, Outline, Part
+from dcpconv.engine.boxes import Box, restrict
+from dcpconv.engine.copying import shares_blocks
+from dcpconv.engine.execute import Moved, execute, fill
+from dcpconv.stores.local import SYSTEM, Sources, System
 from support.engine_cases import (
     INTEGERS,
     contiguous,
@@ -150,7 +151,7 @@ def random_outline(rng: random.Random) -> tuple[Outline, dict[str, bytes]]:
 def test_every_rung_writes_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, system: System
 ) -> None:
-    monkeypatch.setattr("dcpconv.units.UNIT", 64 * KIB)
+    monkeypatch.setattr("dcpconv.engine.units.UNIT", 64 * KIB)
     outline, files = random_outline(random.Random(seed))
     source = store(tmp_path / "source", files)
     target = tmp_path / "target"

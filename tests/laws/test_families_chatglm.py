@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dcpconv import convert
-from dcpconv.catalog import Form
-from dcpconv.configs import read_spec, to_text, write_config
-from dcpconv.errors import AmbiguousFamilyError, NotExpressibleError
+from dcpconv.core.catalog import Form
+from dcpconv.core.errors import AmbiguousFamilyError, NotExpressibleError
+from dcpconv.families.configs import read_spec, to_text, write_config
 from support.families import RIGHT, assert_same, difference, load_hf, torch_tensors
 from support.hf_models import save_hf, tiny
 from support.models.chatglm import ChatGLM, ChatGLMConfig

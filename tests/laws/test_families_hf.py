@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from dcpconv import convert
-from dcpconv.configs import read_spec, refusals, to_text, write_config
-from dcpconv.errors import NotExpressibleError, SpecError
+from dcpconv.core.errors import NotExpressibleError, SpecError
+from dcpconv.families.configs import read_spec, refusals, to_text, write_config
 from support.families import (
     RIGHT,
     assert_same,

@@ -12,8 +12,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dcpconv import convert
-from dcpconv.configs import read_spec, to_text, write_config
-from dcpconv.errors import CoverageError, LayoutError, NotExpressibleError
+from dcpconv.core.errors import CoverageError, LayoutError, NotExpressibleError
+from dcpconv.families.configs import read_spec, to_text, write_config
 from lingua_model import LinguaModel
 from support.families import (
     RIGHT,

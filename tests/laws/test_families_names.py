@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dcpconv import convert
-from dcpconv.configs import read_spec
-from dcpconv.keymaps import keymaps
+from dcpconv.families.configs import read_spec
+from dcpconv.families.keymaps import keymaps
 from lingua_model import LinguaModel
 from support.families import RIGHT, assert_same, difference, hf_tensors, torch_tensors
 from support.hf_models import save_hf, tiny

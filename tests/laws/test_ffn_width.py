@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dcpconv.configs.ffn import FfnWidth, ffn_width, solve_ffn
+from dcpconv.families.configs.ffn import FfnWidth, ffn_width, solve_ffn
 
 MODELS = [
     pytest.param(4096, 11008, 256, None, id="Llama-2-7B"),

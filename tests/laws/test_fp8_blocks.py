@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dcpconv import convert
-from dcpconv.errors import CoverageError, FormatError, LossyCastError
+from dcpconv.core.errors import CoverageError, FormatError, LossyCastError
 from lingua_model import LinguaModel
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
 from support.scaled_blocks import multiplied_out, published, rewrite

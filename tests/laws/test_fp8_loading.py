@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv import convert
-from dcpconv.errors import CoverageError, FormatError
-from dcpconv.init_weights import load_init_weights
-from dcpconv.live import reading
-from dcpconv.storage_reader import CheckpointReader
+from dcpconv.core.errors import CoverageError, FormatError
+from dcpconv.loading import reading
+from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.storage_reader import CheckpointReader
 from support import tiles
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf
 from support.hf_models import tiny

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from dcpconv.live.geometry import Held, Split, held_boxes, local_shape
+from dcpconv.loading.geometry import Held, Split, held_boxes, local_shape
 
 
 def pasted(tensor: torch.Tensor, boxes: Sequence[Held], like: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dcpconv import check, convert
-from dcpconv.errors import NotExpressibleError
+from dcpconv.core.errors import NotExpressibleError
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf
 from support.hf_models import save_hf, tiny
 

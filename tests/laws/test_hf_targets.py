@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dcpconv import convert
-from dcpconv.catalog import Form
+from dcpconv.core.catalog import Form
 from support.hf_models import save_hf, tiny
 from support.models.layers import random_tokens
 from support.stock import assert_same_bits, stock_load

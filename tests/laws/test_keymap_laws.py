@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpconv.configs import config_name
-from dcpconv.keymaps import Keymap, keymaps
-from dcpconv.matching import cover
-from dcpconv.recognition import recognise
-from dcpconv.sizes import expected
+from dcpconv.checking.against import expected
+from dcpconv.families.configs import config_name
+from dcpconv.families.keymaps import Keymap, keymaps
+from dcpconv.plan.matching import cover
+from dcpconv.sources.recognition import recognise
 from support.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
 
 TABLES = list(keymaps().values())

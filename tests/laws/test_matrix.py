@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dcpconv import convert
-from dcpconv.catalog import Form
+from dcpconv.core.catalog import Form
 from support.hf_models import save_hf, tiny
 from support.stock import assert_same_bits, stock_load
 

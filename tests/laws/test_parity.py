@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import convert, dcp_to_torch_save, torch_save_to_dcp
 from dcpconv.cli import app
-from dcpconv.conversion import Engine
-from dcpconv.errors import DcpconvError, FormatError
+from dcpconv.conversion.convert import Engine
+from dcpconv.core.errors import DcpconvError, FormatError
 from support.stock import nested_of_dcp
 
 State = dict[str, Any]

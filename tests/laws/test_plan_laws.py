@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from dcpconv.catalog import Chunk, Extent, TensorEntry, c_strides
-from dcpconv.coverage import Piece, Target
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import FormatError
-from dcpconv.layout import Layout
-from dcpconv.outline import Fill
-from dcpconv.plan import fill_of, row_chunks
+from dcpconv.core.catalog import Chunk, Extent, TensorEntry, c_strides
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError
+from dcpconv.core.layout import Layout
+from dcpconv.core.outline import Fill
+from dcpconv.plan.coverage import Piece, Target
+from dcpconv.plan.fills import fill_of, row_chunks
 from support.layouts import as_stored, stored_layout
 
 INT32 = BY_NAME["int32"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.runs import Best, FoundStep, Retention
 
 numbers = st.lists(st.integers(0, 60), unique=True, max_size=25)

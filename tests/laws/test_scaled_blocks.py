@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpconv.catalog import Chunk, Extent, TensorEntry
-from dcpconv.copying import Sources
-from dcpconv.coverage import Piece, Target
-from dcpconv.dtypes import BY_NAME
-from dcpconv.engine import execute
-from dcpconv.layout import Layout
-from dcpconv.live.reading import memory
-from dcpconv.outline import Fill, OutFile, Outline
-from dcpconv.plan import fill_of
-from dcpconv.scaled import Scaled
+from dcpconv.core.catalog import Chunk, Extent, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.layout import Layout
+from dcpconv.core.outline import Fill, OutFile, Outline
+from dcpconv.engine.dequantise import Scaled
+from dcpconv.engine.execute import execute
+from dcpconv.loading.reading import memory
+from dcpconv.plan.coverage import Piece, Target
+from dcpconv.plan.fills import fill_of
+from dcpconv.stores.local import Sources
 from support.layouts import as_stored, matrix_layout, stored_layout
 from support.scaled_blocks import multiplied_out
 
@@ -93,7 +93,7 @@ def test_any_region_of_any_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr("dcpconv.cast.STEP", rng.choice([1, 7, 100, 32 << 10]))
+    monkeypatch.setattr("dcpconv.engine.cast.STEP", rng.choice([1, 7, 100, 32 << 10]))
     axes = AXES[: rng.randint(2, 4)]
     sizes = {axis: rng.randint(1, 7) for axis in axes} | {"z": rng.randint(1, 9)}
     placed_text = matrix_layout(rng, axes)

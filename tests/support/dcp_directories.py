@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from dcpconv.catalog import Catalog, KeyPath
-from dcpconv.dtypes import BY_NAME, DType
-from dcpconv.formats.dcp import outline
-from dcpconv.outline import Fill, OutChunk, Outline, OutTensor, Part
+from dcpconv.core.catalog import Catalog, KeyPath
+from dcpconv.core.dtypes import BY_NAME, DType
+from dcpconv.core.outline import Fill, OutChunk, Outline, OutTensor, Part
+from dcpconv.formats.dcp.directory import outline
 from support.engine_cases import slow_file
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

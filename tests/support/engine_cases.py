@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from dcpconv.dtypes import BY_NAME, DType
-from dcpconv.outline import Fill, Loop, OutFile, Part
+from dcpconv.core.dtypes import BY_NAME, DType
+from dcpconv.core.outline import Fill, Loop, OutFile, Part
 
 INTEGERS = {
     size: BY_NAME[name]

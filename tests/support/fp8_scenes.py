@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.fsdp import fully_shard
 
-from dcpconv.init_weights import load_init_weights
-from dcpconv.storage_reader import CheckpointReader
+from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.storage_reader import CheckpointReader
 from support.dist_worlds import Scene, take_part
 from support.sharded_models import (
     Wrap,

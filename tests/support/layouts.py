@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from dcpconv.layout import Layout
+from dcpconv.core.layout import Layout
 
 
 def stored_layout(rng: random.Random, axes: list[str]) -> str:

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from dcpconv.init_weights import load_init_weights
-from dcpconv.live import moving
-from dcpconv.storage_reader import CheckpointReader
+from dcpconv.loading import moving
+from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.storage_reader import CheckpointReader
 from support.dist_worlds import Scene, take_part
 from support.sharded_models import (
     VOCAB,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dcpconv.catalog import Form
+from dcpconv.core.catalog import Form
 
 
 def stock_load(path: Path, form: Form) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dcpconv.live import reading
+from dcpconv.loading import reading
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:

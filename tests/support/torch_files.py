@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from dcpconv.catalog import Catalog, TensorEntry
-from dcpconv.dtypes import BY_NAME
-from dcpconv.formats.pickles import dumps
-from dcpconv.formats.torchzip import Archive, read_archive
-from dcpconv.outline import Fill, OutChunk, OutFile, OutTensor, Part
+from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, OutChunk, OutFile, OutTensor, Part
+from dcpconv.formats.torchfile.archive import Archive, read_archive
+from dcpconv.formats.torchfile.unpickling import dumps
 
 DTYPES = {name: getattr(torch, name) for name in BY_NAME}
 

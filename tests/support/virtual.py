@@ -9,14 +9,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dcpconv.catalog import Catalog, Chunk, Extent, TensorEntry
-from dcpconv.coverage import Coverage
-from dcpconv.dtypes import BY_NAME
-from dcpconv.keymaps import Keymap
-from dcpconv.outline import Fill, Loop
-from dcpconv.plan import fill_of
-from dcpconv.sizes import expected
-from dcpconv.spec import Experts, LatentAttention, ModelSpec
+from dcpconv.checking.against import expected
+from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, Loop
+from dcpconv.core.spec import Experts, LatentAttention, ModelSpec
+from dcpconv.families.keymaps import Keymap
+from dcpconv.plan.coverage import Coverage
+from dcpconv.plan.fills import fill_of
 
 _INT32 = BY_NAME["int32"]
 

@@ -16,103 +16,48 @@ PACKAGE = Path(__file__).parents[2] / "dcpconv"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One layer: ``modules`` import what stands left of them or in rows above.
+    """One floor of the house: its rooms import from the rows below it, never from a neighbour.
 
-    ``touches`` are the distributions they may import, beside the standard library.  A row may name
-    modules that do not exist yet.
+    ``touches`` are the distributions they may import, beside the standard library.
     """
 
-    name: str
-    modules: tuple[str, ...]
+    rooms: tuple[str, ...]
     touches: frozenset[str] = frozenset()
 
 
-LAYERS = (
-    Row("words", ("errors", "dtypes")),
-    Row("nouns", ("catalog", "outline", "layout", "spec"), frozenset({"pydantic"})),
+ROWS = (
+    Row(("core",), frozenset({"pydantic"})),
+    Row(("stores",), frozenset({"huggingface_hub"})),
     Row(
-        "knowledge",
-        ("formats", "keymaps", "configs"),
+        ("formats", "families", "engine"),
         frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
     ),
-    Row(
-        "decide",
-        ("selection", "recognition", "coverage", "derived", "sizes", "scales", "matching", "plan"),
-    ),
-    Row(
-        "do",
-        (
-            "copying",
-            "gather",
-            "units",
-            "blocks",
-            "cast",
-            "scaled",
-            "crew",
-            "engine",
-            "space",
-            "twins",
-            "idle",
-            "publish",
-        ),
-    ),
-    Row(
-        "adapt",
-        ("naming", "hub", "supply", "live", "storage_reader"),
-        frozenset({"huggingface_hub"}),
-    ),
-    Row(
-        "verbs",
-        (
-            "report",
-            "aside",
-            "side_files",
-            "parameters",
-            "runs",
-            "job",
-            "training_state",
-            "summary",
-            "splitting",
-            "torch_engine",
-            "deciding",
-            "conversion",
-            "drafting",
-            "families_page",
-            "drop_in",
-            "load_report",
-            "init_weights",
-            "keylist",
-            "sides",
-            "contracts",
-            "suggestions",
-            "checking",
-            "reports",
-            "testing",
-            "inspection",
-        ),
-        frozenset({"huggingface_hub"}),
-    ),
-    Row(
-        "shell",
-        ("cli", "__main__", "pytest_plugin"),
-        frozenset({"rich", "typer", "click", "pytest"}),
-    ),
+    Row(("sources",)),
+    Row(("plan",)),
+    Row(("conversion", "checking", "loading", "runs")),
+    Row(("cli", "testing"), frozenset({"rich", "typer", "click", "pytest"})),
+    Row(("__main__",)),
 )
-TORCH = frozenset({"cast", "live", "storage_reader", "init_weights", "torch_engine"})
-"""Modules that work on tensors, and so may import torch when they are imported."""
+"""From the ground up; data flows the same way: sources, plan, outline, engine."""
 
-PLACE = {
-    module: (level, column)
-    for level, row in enumerate(LAYERS)
-    for column, module in enumerate(row.modules)
-}
+TORCH = frozenset({"loading", "engine/cast.py", "conversion/torch_engine.py"})
+"""What works on tensors, and so may import torch when it is imported."""
+
+MOST_PAIRS = 60
+"""Pairs of rooms of which one imports the other."""
+
+FLOOR = {room: level for level, row in enumerate(ROWS) for room in row.rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 # The table of contents is exempt: it names what is public, wherever that lives.
 SOURCES = [file for file in FILES if file != PACKAGE / "__init__.py"]
 
 
-def _name(file: Path) -> str:
+def _room(file: Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _may_import_torch(file: Path) -> bool:
+    return _room(file) in TORCH or _id(file) in TORCH
 
 
 def _imports(file: Path) -> Iterator[str]:
@@ -132,27 +77,62 @@ def _id(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
 
-def test_no_module_stands_twice_in_the_table() -> None:
-    assert len(PLACE) == sum(len(row.modules) for row in LAYERS)
+def _modules(file: Path) -> set[str]:
+    """Modules of the package that ``file`` imports, as paths relative to it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("dcpconv"):
+            continue
+        base = PACKAGE.joinpath(*(node.module or "").split(".")[1:])
+        for alias in node.names:
+            inner = base / f"{alias.name}.py"
+            package = base / alias.name / "__init__.py"
+            whole = base.with_suffix(".py")
+            places = (inner, package, whole, base / "__init__.py")
+            found.add(next(place for place in places if place.is_file()))
+    return {_id(place) for place in found}
+
+
+def test_the_house_has_these_rooms_and_no_other() -> None:
+    entries = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert entries - {"__init__", "py"} == {room for row in ROWS for room in row.rooms} | (
+        {"py.typed"} & entries
+    )
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=_id)
-def test_module_imports_only_from_above(file: Path) -> None:
-    me = _name(file)
-    assert me in PLACE, f"give {me} a place in LAYERS"
+def test_room_imports_only_from_the_rows_below(file: Path) -> None:
+    me = _room(file)
     others = {name.split(".")[1] for name in _imports(file) if name.startswith("dcpconv.")} - {me}
-    wrong = sorted(other for other in others if PLACE.get(other, PLACE[me]) >= PLACE[me])
-    assert not wrong, f"{me} ({LAYERS[PLACE[me][0]].name}) may not import {wrong}"
+    wrong = sorted(other for other in others if FLOOR.get(other, FLOOR[me]) >= FLOOR[me])
+    assert not wrong, f"{me} may not import {wrong}"
+
+
+def test_few_rooms_know_each_other() -> None:
+    pairs = {
+        (_room(file), name.split(".")[1])
+        for file in SOURCES
+        for name in _imports(file)
+        if name.startswith("dcpconv.")
+    }
+    assert len({pair for pair in pairs if pair[0] != pair[1]}) <= MOST_PAIRS
+
+
+@pytest.mark.parametrize("room", FLOOR)
+def test_no_circle_inside_a_room(room: str) -> None:
+    files = [file for file in SOURCES if _room(file) == room]
+    inside = {_id(file): _modules(file) & {_id(other) for other in files} for file in files}
+    while leaves := {name for name, needs in inside.items() if not needs}:
+        inside = {name: needs - leaves for name, needs in inside.items() if name not in leaves}
+    assert not inside, f"these import each other: {sorted(inside)}"
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=_id)
 def test_module_touches_only_what_its_row_may(file: Path) -> None:
-    me = _name(file)
-    assert me in PLACE, f"give {me} a place in LAYERS"
-    allowed = LAYERS[PLACE[me][0]].touches | ({"torch"} if me in TORCH else set())
+    allowed = ROWS[FLOOR[_room(file)]].touches | ({"torch"} if _may_import_torch(file) else set())
     roots = {name.split(".")[0] for name in _imports(file)}
     wrong = sorted(roots - sys.stdlib_module_names - {"dcpconv", "typing_extensions"} - allowed)
-    assert not wrong, f"{me} may not touch {wrong}"
+    assert not wrong, f"{_id(file)} may not touch {wrong}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=_id)
@@ -180,11 +160,12 @@ def test_importing_the_package_imports_no_tensor_library() -> None:
 
 def test_everything_that_needs_no_tensor_math_imports_without_torch() -> None:
     modules = [
-        ".".join(("dcpconv", *file.relative_to(PACKAGE).with_suffix("").parts))
+        ".".join(("dcpconv", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        )
         for file in SOURCES
-        if _name(file) not in TORCH and file.stem not in {"__init__", "__main__"}
+        if not _may_import_torch(file) and file.stem != "__main__"
     ]
-    packages = [f"dcpconv.{_name(file)}" for file in SOURCES if file.stem == "__init__"]
     assert modules
-    statements = "\n".join(f"import {name}" for name in sorted({*modules, *packages}))
+    statements = "\n".join(f"import {name}" for name in sorted(modules))
     assert "torch" not in _loaded_after(statements)

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from dcpconv.blocks import in_blocks
-from dcpconv.dtypes import BY_NAME
-from dcpconv.outline import BlockScale, Part
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import BlockScale, Part
+from dcpconv.engine.blocks import in_blocks
 from support.engine_cases import elements, merged
 
 

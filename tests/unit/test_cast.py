@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from dcpconv.cast import cast
-from dcpconv.dtypes import BY_NAME
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.engine.cast import cast
 
 FLOATS = [name for name, dtype in BY_NAME.items() if dtype.is_floating_point]
 SPECIAL = [

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from dcpconv import convert
-from dcpconv.catalog import Form
 from dcpconv.cli import app
-from dcpconv.errors import DcpconvError, LossyCastError
+from dcpconv.core.catalog import Form
+from dcpconv.core.errors import DcpconvError, LossyCastError
 from support.hf_models import save_hf, tiny
 from support.stock import assert_same_bits, stock_load
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dcpconv import Coverage, check
-from dcpconv.coverage import MISFITS as LABELS
-from dcpconv.errors import FormatError, KeymapError, LayoutError, NotACheckpointError
+from dcpconv.core.errors import FormatError, KeymapError, LayoutError, NotACheckpointError
+from dcpconv.plan.coverage import MISFITS as LABELS
 from lingua_model import LinguaModel, LinguaParams
 from support.check_cases import (
     CONFIG,
@@ -289,7 +289,7 @@ def test_a_check_of_files_never_imports_torch(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from dcpconv import check\n"
-        "from dcpconv.reports import KINDS, render\n"
+        "from dcpconv.checking.reports import KINDS, render\n"
         f"coverage = check({str(tmp_path / 'a')!r}, to='lingua')\n"
         "[render(coverage, kind) for kind in KINDS]\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)\n"

@@ -109,8 +109,10 @@ def test_pre_commit_hook(project: tuple[Path, bool]) -> None:
 
 def test_pytest_file(project: tuple[Path, bool]) -> None:
     directory, fits = project
-    registered = any(e.value == "dcpconv.pytest_plugin" for e in entry_points(group="pytest11"))
-    plugin = "" if registered else "-p dcpconv.pytest_plugin"
+    registered = any(
+        e.value == "dcpconv.testing.pytest_plugin" for e in entry_points(group="pytest11")
+    )
+    plugin = "" if registered else "-p dcpconv.testing.pytest_plugin"
     (directory / "test_weights.py").write_text((EXAMPLES / "test_weights.py").read_text())
     command = f"python -m pytest -q -p no:cacheprovider {plugin} test_weights.py"
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])

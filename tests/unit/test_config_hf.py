@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import transformers
 
-from dcpconv.configs import (
+from dcpconv.core.errors import NotExpressibleError, SpecError
+from dcpconv.core.spec import ModelSpec, RopeScaling
+from dcpconv.families.configs import (
     find_config,
     hf,
     hf_writing,
@@ -20,9 +22,7 @@ from dcpconv.configs import (
     to_text,
     write_config,
 )
-from dcpconv.configs.model_types import MODEL_TYPES
-from dcpconv.errors import NotExpressibleError, SpecError
-from dcpconv.spec import ModelSpec, RopeScaling
+from dcpconv.families.configs.model_types import MODEL_TYPES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,

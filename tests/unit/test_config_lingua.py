@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpconv.configs import find_config, lingua, read_spec, refusals, to_text, write_config
-from dcpconv.errors import SpecError
-from dcpconv.spec import Experts, ModelSpec, RopeScaling
+from dcpconv.core.errors import SpecError
+from dcpconv.core.spec import Experts, ModelSpec, RopeScaling
+from dcpconv.families.configs import find_config, lingua, read_spec, refusals, to_text, write_config
 
 SPEC = ModelSpec(
     vocab_size=37,

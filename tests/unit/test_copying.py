@@ -12,8 +12,9 @@ from typing import NoReturn
 
 import pytest
 
-from dcpconv.copying import SYSTEM, Ladder, Sources, System, Tally, write, write_error
-from dcpconv.errors import DcpconvError, FormatError, NoSpaceError
+from dcpconv.core.errors import DcpconvError, FormatError, NoSpaceError
+from dcpconv.engine.copying import Ladder, Tally, write, write_error
+from dcpconv.stores.local import SYSTEM, Sources, System
 
 BLOCK = 4096
 

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from dcpconv.catalog import Chunk, Extent, TensorEntry
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import FormatError
-from dcpconv.formats.dcp import inspect_chunks, outline
-from dcpconv.formats.dcp_coverage import Box, inspect_boxes
-from dcpconv.formats.torchzip import tensor_frame
-from dcpconv.outline import Fill, OutChunk, OutTensor, Part
+from dcpconv.core.catalog import Chunk, Extent, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError
+from dcpconv.core.outline import Fill, OutChunk, OutTensor, Part
+from dcpconv.formats.boxes import Box, inspect_boxes
+from dcpconv.formats.dcp.directory import inspect_chunks, outline
+from dcpconv.formats.torchfile.archive import tensor_frame
 
 BF16 = BY_NAME["bfloat16"]
 

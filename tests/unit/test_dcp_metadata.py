@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcpconv.catalog import Extent
-from dcpconv.dtypes import BY_NAME
-from dcpconv.formats.dcp_metadata import Contents, StoredChunk, StoredTensor, read_metadata
-from dcpconv.formats.dcp_metadata_writer import WrittenObject, WrittenTensor, write_metadata
+from dcpconv.core.catalog import Extent
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.formats.dcp.metadata import Contents, StoredChunk, StoredTensor, read_metadata
+from dcpconv.formats.dcp.metadata_writer import WrittenObject, WrittenTensor, write_metadata
 
 
 def sample() -> Any:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.drafting import checked_keymap, draft, foreign_slots
-from dcpconv.errors import KeymapError
+from dcpconv.core.errors import KeymapError
+from dcpconv.families.keymaps import keymaps, read_keymap
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.keymaps import keymaps, read_keymap
+from dcpconv.sources.drafting import checked_keymap, draft, foreign_slots
 from support.virtual import checkpoint, slots_of, spec_of
 
 

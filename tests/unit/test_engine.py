@@ -17,12 +17,12 @@ from typing import NoReturn
 import pytest
 import torch
 
-from dcpconv.copying import SYSTEM, Sources
-from dcpconv.crew import Pool
-from dcpconv.dtypes import BY_NAME
-from dcpconv.engine import CastLoss, execute, fill
-from dcpconv.errors import FormatError, LossyCastError, NoSpaceError
-from dcpconv.outline import BlockScale, Fill, OutFile, Outline, Part
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError, LossyCastError, NoSpaceError
+from dcpconv.core.outline import BlockScale, Fill, OutFile, Outline, Part
+from dcpconv.engine.execute import CastLoss, execute, fill
+from dcpconv.engine.threads import Pool
+from dcpconv.stores.local import SYSTEM, Sources
 from support.engine_cases import contiguous, slow_file, store
 from support.mounts import tmpfs
 
@@ -179,7 +179,7 @@ def test_what_progress_raises_is_not_taken_for_a_failed_write(tmp_path: Path, ta
 def test_the_first_error_stops_the_others(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcpconv.units.UNIT", MIB)
+    monkeypatch.setattr("dcpconv.engine.units.UNIT", MIB)
     source = store(tmp_path / "source", {"a": bytes(64 * MIB)})
     calls = []
 
@@ -273,11 +273,11 @@ def test_fill_of_nothing_reads_nothing(tmp_path: Path) -> None:
 INTERRUPTED = """
 import sys, threading
 from pathlib import Path
-from dcpconv.dtypes import BY_NAME
-from dcpconv.engine import execute
-from dcpconv.outline import Fill, OutFile, Outline, Part
-import dcpconv.units
-dcpconv.units.UNIT = 1 << 20
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.engine.execute import execute
+from dcpconv.core.outline import Fill, OutFile, Outline, Part
+import dcpconv.engine.units
+dcpconv.engine.units.UNIT = 1 << 20
 u8 = BY_NAME["uint8"]
 fill = Fill(u8, u8, 1 << 26, (Part("a", 0, 0, ((1 << 26, 1, 1),)),))
 pause = threading.Event()

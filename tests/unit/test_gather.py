@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dcpconv.copying import SYSTEM, Sources
-from dcpconv.dtypes import BY_NAME
-from dcpconv.gather import Box, restrict
-from dcpconv.outline import Fill, Part
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, Part
+from dcpconv.engine.boxes import Box, restrict
+from dcpconv.stores.local import SYSTEM, Sources
 from support.engine_cases import INTEGERS, contiguous, slow_fill, store
 
 BF16 = BY_NAME["bfloat16"]

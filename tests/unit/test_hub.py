@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dcpconv.sources.hub_headers import read_catalog
 from safetensors.torch import save_file
 
 from dcpconv import check, convert
-from dcpconv.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.hub import HubError, is_hub_id, locate, read_catalog
+from dcpconv.stores.hub import HubError, is_hub_id, locate
 from support.check_cases import CONFIG, llama_shapes, write_hf
 from support.hub_server import COMMIT, Hub, serving
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcpconv import errors
-from dcpconv.init_weights import load_init_weights
-from dcpconv.live import reading
+from dcpconv.core import errors
+from dcpconv.loading import reading
+from dcpconv.loading.init_weights import load_init_weights
 from support import tiles
 from support.hf_models import MODEL_TYPES, save_hf, tiny
 from support.sharded_models import build, lingua_weights

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dcpconv import check
-from dcpconv.catalog import Catalog
-from dcpconv.errors import FormatError
+from dcpconv.core.catalog import Catalog
+from dcpconv.core.errors import FormatError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.keylist import is_keylist, read_keylist, read_model, to_text
-from dcpconv.recognition import recognise
+from dcpconv.sources.key_lists import is_keylist, read_keylist, read_model, to_text
+from dcpconv.sources.recognition import recognise
 from support.check_cases import llama_shapes, write_hf
 
 

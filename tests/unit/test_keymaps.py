@@ -10,10 +10,10 @@ import torch
 
 from dcpconv import convert
 from dcpconv.cli import main as command_line
-from dcpconv.errors import KeymapError
-from dcpconv.families_page import families_page
-from dcpconv.keymaps import keymaps, read_keymap, resolve_family
-from dcpconv.keymaps.words import AXES, CONDITIONS
+from dcpconv.core.errors import KeymapError
+from dcpconv.families.keymaps import keymaps, read_keymap, resolve_family
+from dcpconv.families.keymaps.words import AXES, CONDITIONS
+from docs.families_page import families_page
 from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
 from support.hf_models import save_hf, tiny
 from support.virtual import KINDS, spec_of

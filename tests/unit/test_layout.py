@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dcpconv.errors import LayoutError
-from dcpconv.layout import Layout, relabel
+from dcpconv.core.errors import LayoutError
+from dcpconv.core.layout import Layout, relabel
 
 SIZES = {"V": 131, "d": 12, "h": 6, "g": 2, "e": 8, "two": 2, "p": 4, "f": 20, "E": 3, "m": 5}
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dcpconv import convert
-from dcpconv.errors import CoverageError, FormatError
-from dcpconv.formats import metashards
+from dcpconv.core.errors import CoverageError, FormatError
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.formats.torchfile import meta_ranks as metashards
 from support.families import assert_same, hf_tensors, torch_tensors
 from support.hf_models import save_hf, tiny
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dcpconv import convert
-from dcpconv.errors import DcpconvError
-from dcpconv.naming import parse_allowed
+from dcpconv.core.errors import DcpconvError
+from dcpconv.plan.refusals import parse_allowed
 from support.families import assert_same, hf_tensors
 from support.hf_models import save_hf, tiny
 

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import convert
-from dcpconv.catalog import Form
-from dcpconv.errors import FormatError
+from dcpconv.core.catalog import Form
+from dcpconv.core.errors import FormatError
 from support.stock import assert_same_bits, flat, nested_of_dcp
 
 ROWS = 1000

@@ -16,10 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import _weights_only_unpickler as weights_only
 
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import FormatError
-from dcpconv.formats import pickles
-from dcpconv.formats.pickles import HARMLESS, Call, Instance, Persistent, Ref, dumps, loads
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile import unpickling as pickles
+from dcpconv.formats.torchfile.unpickling import (
+    HARMLESS,
+    Call,
+    Instance,
+    Persistent,
+    Ref,
+    dumps,
+    loads,
+)
 
 SCALARS = (
     st.none()

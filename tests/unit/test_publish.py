@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dcpconv import publish
-from dcpconv.errors import NoSpaceError, TargetExistsError
-from dcpconv.publish import TargetError, check_space, check_target, exchange, staging
+from dcpconv.core.errors import NoSpaceError, TargetExistsError
+from dcpconv.engine import publish
+from dcpconv.engine.publish import TargetError, check_space, check_target, exchange, staging
 from support.mounts import tmpfs
 
 OLD, NEW = {"weights": b"old", "sub/x": b"old too"}, {"weights": b"new", ".metadata": b"commit"}
@@ -177,7 +177,7 @@ def test_a_crash_between_two_renames_is_repaired_by_the_next_run(tmp_path: Path)
 STUCK = """
 import sys, time
 from pathlib import Path
-from dcpconv.publish import staging
+from dcpconv.engine.publish import staging
 with staging(Path(sys.argv[1]), overwrite=True, is_file=False) as stage:
     (stage.path / "weights").write_bytes(b"half")
     print("ready", flush=True)
@@ -248,8 +248,8 @@ def test_many_converters_at_once_publish_one_whole_result_each(tmp_path: Path) -
     program = """
 import sys
 from pathlib import Path
-from dcpconv.errors import TargetExistsError
-from dcpconv.publish import staging
+from dcpconv.core.errors import TargetExistsError
+from dcpconv.engine.publish import staging
 for turn in range(30):
     try:
         with staging(Path(sys.argv[1]), overwrite=True, is_file=False) as stage:

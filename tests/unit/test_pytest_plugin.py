@@ -19,8 +19,10 @@ def test_weights(assert_covers):
 
 
 def run_pytest(directory: Path) -> subprocess.CompletedProcess[str]:
-    registered = any(e.value == "dcpconv.pytest_plugin" for e in entry_points(group="pytest11"))
-    plugin = [] if registered else ["-p", "dcpconv.pytest_plugin"]
+    registered = any(
+        e.value == "dcpconv.testing.pytest_plugin" for e in entry_points(group="pytest11")
+    )
+    plugin = [] if registered else ["-p", "dcpconv.testing.pytest_plugin"]
     command = [sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "-q"]
     return subprocess.run(
         [*command, str(directory)], cwd=directory, capture_output=True, text=True, check=False
@@ -73,11 +75,15 @@ def test_an_assertion_error_carries_every_reason(tmp_path: Path) -> None:
 
 def test_the_project_file_registers_the_plugin() -> None:
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points.pytest11]\ndcpconv = "dcpconv.pytest_plugin"' in text
+    assert '[project.entry-points.pytest11]\ndcpconv = "dcpconv.testing.pytest_plugin"' in text
 
 
 def test_loading_the_plugin_costs_other_test_runs_nothing() -> None:
-    script = "import sys, pytest\nbefore = set(sys.modules)\nimport dcpconv.pytest_plugin\n"
+    script = "import sys, pytest\nbefore = set(sys.modules)\nimport dcpconv.testing.pytest_plugin\n"
     script += "print(*sorted(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert set(run.stdout.split()) == {"dcpconv", "dcpconv.pytest_plugin"}
+    assert set(run.stdout.split()) == {
+        "dcpconv",
+        "dcpconv.testing",
+        "dcpconv.testing.pytest_plugin",
+    }

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dcpconv.catalog import Catalog, TensorEntry
-from dcpconv.configs import read_spec
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import AmbiguousFamilyError
-from dcpconv.keymaps import keymaps
-from dcpconv.recognition import bare, recognise
+from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import AmbiguousFamilyError
+from dcpconv.families.configs import read_spec
+from dcpconv.families.keymaps import keymaps
+from dcpconv.sources.recognition import bare, recognise
 from support.hf_models import MODEL_TYPES, save_hf, tiny
 from support.models.chatglm import ChatGLM, ChatGLMConfig
 from support.models.minimind import MiniMind, MiniMindConfig

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcpconv import Coverage, check
-from dcpconv.coverage import MISFITS as LABELS
-from dcpconv.coverage import Fault
-from dcpconv.reports import KINDS, render
-from dcpconv.reports.folding import fold
-from dcpconv.reports.github import commands
-from dcpconv.reports.matrix import picture
+from dcpconv.checking.reports import KINDS, render
+from dcpconv.checking.reports.folding import fold
+from dcpconv.checking.reports.github import commands
+from dcpconv.checking.reports.matrix import picture
+from dcpconv.plan.coverage import MISFITS as LABELS
+from dcpconv.plan.coverage import Fault
 from support.check_cases import CONFIG, MISFITS, Misfit, llama_shapes, write_hf
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcpconv import find_checkpoints, find_latest_checkpoint
-from dcpconv.errors import DcpconvError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from support import run_dirs
 from support.run_dirs import MAKERS, hf_trainer, write
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcpconv import find_checkpoints
-from dcpconv.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError
 from dcpconv.runs import Best, Retention, prune
 from support import run_dirs
 from support.run_dirs import MAKERS, hf_trainer, write

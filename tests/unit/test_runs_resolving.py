@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 import pytest
 
 from dcpconv import resolve_checkpoint
-from dcpconv.errors import DcpconvError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.runs import RunError
 from support import run_dirs
 from support.run_dirs import hf_trainer

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dcpconv.copying import System
-from dcpconv.dtypes import BY_NAME
-from dcpconv.outline import Fill, OutFile, Outline, Part
-from dcpconv.space import spared
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, OutFile, Outline, Part
+from dcpconv.engine.space import spared
+from dcpconv.stores.local import System
 
 U8 = BY_NAME["uint8"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from dcpconv.spec import FEATURES, Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.core.spec import FEATURES, Experts, LatentAttention, ModelSpec, RopeScaling
 
 SPEC = ModelSpec(
     vocab_size=37,
@@ -196,6 +196,6 @@ def test_a_spec_cannot_be_changed_in_place() -> None:
 
 
 def test_every_feature_has_a_name_that_can_be_allowed() -> None:
-    from dcpconv.families_page import _FEATURES
+    from docs.families_page import _FEATURES
 
     assert set(_FEATURES) == FEATURES

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dcpconv import storage_reader
-from dcpconv.storage_reader import CheckpointReader
+from dcpconv.loading import storage_reader
+from dcpconv.loading.storage_reader import CheckpointReader
 from support.hf_models import save_hf, tiny
 from support.sharded_models import lingua_weights
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dcpconv import Coverage, check
-from dcpconv.errors import NotACheckpointError
+from dcpconv.core.errors import NotACheckpointError
 from support.check_cases import llama_shapes, write_hf
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 
-from dcpconv.errors import FormatError, NotACheckpointError
-from dcpconv.formats.nesting import flatten, key_of, nest
-from dcpconv.formats.pickles import Instance, Ref
-from dcpconv.formats.torchfile import is_torch_file, outline, read_catalog
+from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.formats.torchfile.files import is_torch_file, outline, read_catalog
+from dcpconv.formats.torchfile.nesting import flatten, key_of, nest
+from dcpconv.formats.torchfile.unpickling import Instance, Ref
 from support.torch_files import assemble, make_tensor, out_tensor, payload_of
 
 TENSOR = torch.ones(2)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dcpconv.dtypes import BY_NAME
-from dcpconv.errors import FormatError
-from dcpconv.formats.torchzip import (
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile.archive import (
     ArchiveLayout,
     StoredTensor,
     object_frame,

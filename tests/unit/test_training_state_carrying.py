@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
 from dcpconv.cli.app import app
-from dcpconv.errors import DcpconvError, FormatError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.runs import find_checkpoints
-from dcpconv.training_state import OptimizerError, convert_run, read_training_state
+from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
 from support.hf_models import save_hf, tiny
 from support.models.minimind import GenerationName
 from support.stock import assert_same_bits, flat, nested_of_dcp

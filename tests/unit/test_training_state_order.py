@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.catalog import Catalog, TensorEntry
-from dcpconv.dtypes import BY_LABEL
-from dcpconv.keymaps import keymaps
-from dcpconv.recognition import Weights
-from dcpconv.training_state import OptimizerError
-from dcpconv.training_state.order import by_decay, by_fqn, parameters_in_order
+from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.dtypes import BY_LABEL
+from dcpconv.families.keymaps import keymaps
+from dcpconv.runs.carrying import OptimizerError
+from dcpconv.runs.carrying.order import by_decay, by_fqn, parameters_in_order
+from dcpconv.sources.recognition import Weights
 from support.hf_models import tiny
 from support.models.minimind import GenerationName, MiniMind, MiniMindConfig
 

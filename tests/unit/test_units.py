@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dcpconv.dtypes import BY_NAME
-from dcpconv.outline import Fill, OutFile
-from dcpconv.units import Literal, Run, Stretch, Unit, units
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.core.outline import Fill, OutFile
+from dcpconv.engine.units import Literal, Run, Stretch, Unit, units
 from support.engine_cases import contiguous
 
 U8 = BY_NAME["uint8"]

@@ -1,0 +1,1 @@
+"""Converts a checkpoint into another form, naming or element type."""

@@ -1,0 +1,245 @@
+"""Converts a checkpoint of any form and naming into any other: catalog, plan, engine, publish."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dcpconv.conversion.deciding import Decided, decide
+from dcpconv.conversion.report import ConversionReport
+from dcpconv.conversion.request import Request
+from dcpconv.conversion.summary import labels, lossy_casts
+from dcpconv.core.catalog import Catalog, Form
+from dcpconv.core.dtypes import BY_LABEL, BY_NAME, DType
+from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
+from dcpconv.engine.execute import Moved, execute
+from dcpconv.engine.publish import check_space, staging
+from dcpconv.engine.space import spared
+from dcpconv.families.configs.patching import parse_pairs
+from dcpconv.families.side_files import disk_nbytes
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.refusals import parse_allowed
+from dcpconv.stores.hub import locate
+
+Engine = Literal["stream", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is; both numbers count payload bytes of the result."""
+
+    done: int
+    total: int
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    form: Form | None = None,
+    to: str | None = None,
+    from_: str | None = None,
+    keymap: str | os.PathLike[str] | None = None,
+    root: str | None = None,
+    only: str | None = None,
+    dtype: str | None = None,
+    cast_all: bool = False,
+    dequantize: bool = False,
+    allow: Sequence[str] = (),
+    assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
+    chunks: int = 1,
+    model_parallel: int = 1,
+    max_file_size: int | None = None,
+    jobs: int | None = None,
+    engine: Engine = "stream",
+    trust: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> ConversionReport:
+    """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
+
+    Args:
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub id
+            (``org/name[@revision]``, ``hf://...``), which is downloaded into the hub's cache.
+        target: Where the result goes.
+        form: ``hf``, ``torch`` or ``dcp``; by default from the target's name (``*.pth``, ``*.pt``
+            and ``*.bin`` are torch files), else ``hf`` for a DCP source and ``dcp`` otherwise.
+        to: Naming of the result; by default ``hf`` for the hf form, else the source's own.
+        from_: Naming of the source, where keys leave a choice.
+        keymap: A table of your own, which ``to`` and ``from_`` may then name.
+        root: Key that the weights sit under in a dcp or torch result; ``""`` for none.
+        only: Take only what sits under this key (``model``), or keys that match this pattern.
+        dtype: Cast floating-point tensors of two or more dims (``bf16``, ``fp16``, ``fp32``).
+            Vectors, such as norm weights and biases, and integers keep their type.
+        cast_all: Cast floating-point vectors and scalars too.
+        dequantize: Multiply weights in scaled one-byte blocks (fp8) out, into bf16 or ``dtype``.
+        allow: Features to leave out although the target cannot express them, by name;
+            ``overflow`` allows a cast to produce infinities.
+        assets: Directory with the config and tokenizer, where the source has none.
+        spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
+        chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
+        model_parallel: Files of a torch result ``to="meta"``, which is then a directory: every
+            rank's share of each tensor, as Meta releases its larger models.
+        max_file_size: Bytes of tensors per file at most, for hf and dcp results.
+        jobs: Threads.
+        engine: ``torch`` reads and writes with torch's own functions, the whole model in memory;
+            for files that ours declines, and for comparison.
+        trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
+            refuses, which runs code that the file names.
+        overwrite: Replace an existing target, in one step once the result is complete.
+        dry_run: Do everything but write.
+        progress: Called with the bytes done, from worker threads.
+
+    Raises:
+        CoverageError: Keys are missing, unknown or misshapen; all are listed.
+        NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
+        FormatError: A file is truncated, malformed or unsafe.
+        TargetExistsError: The target exists, or is being written.
+        NoSpaceError: The disk cannot hold the result.
+    """
+    started = time.perf_counter()
+    request = Request(
+        source=locate(source),
+        target=Path(target),
+        form=form,
+        to=to,
+        from_=from_,
+        keymap=Path(keymap) if keymap else None,
+        root=root,
+        only=only,
+        dtype=_dtype(dtype),
+        cast_all=cast_all,
+        dequantize=dequantize,
+        allow=parse_allowed(allow),
+        assets=Path(assets) if assets else None,
+        sizes=parse_pairs(spec),
+        chunks=chunks,
+        model_parallel=model_parallel,
+        max_file_size=max_file_size,
+        overwrite=overwrite,
+        trust=trust,
+    )
+    is_by_torch = _is_by_torch(engine, trust=trust)
+    if not dry_run:
+        request.check_target()
+        if is_by_torch and (form := request.plain_form()) is not None:
+            from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
+
+            return torch_engine.convert_plain(
+                request.source, request.target, form=form, overwrite=overwrite, trust=trust
+            )
+    with _opened(request, by_torch=is_by_torch, dry_run=dry_run) as everything:
+        decided = decide(everything, request)
+        if dry_run:
+            return decided.report
+        moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
+        return replace(
+            decided.report,
+            moved={
+                name: nbytes
+                for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
+                if (nbytes := getattr(moved, name))
+            },
+            lossy=lossy_casts(moved, decided.tensors, decided.outline),
+            seconds=time.perf_counter() - started,
+            is_dry_run=False,
+        )
+
+
+def _opened(request: Request, *, by_torch: bool, dry_run: bool) -> AbstractContextManager[Catalog]:
+    """The source; under torch's engine what torch makes of it, for as long as it is needed."""
+    if by_torch and dry_run:
+        return nullcontext(_open_without_torch(request.source))
+    if by_torch:
+        from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
+
+        return torch_engine.rewritten(
+            request.source, request.target, overwrite=request.overwrite, trust=request.trust
+        )
+    return nullcontext(open_checkpoint(request.source))
+
+
+def _is_by_torch(engine: str, *, trust: bool) -> bool:
+    if engine not in {"stream", "torch"}:
+        raise DcpconvError(f"there is no engine {engine!r}", [("expected", "stream or torch")])
+    if trust and engine != "torch":
+        raise DcpconvError(
+            "only torch itself can be told to trust a file; the streaming engine runs nothing",
+            hint="pass --engine torch --trust, if you trust whoever wrote the file",
+        )
+    return engine == "torch"
+
+
+def _open_without_torch(source: Path) -> Catalog:
+    try:
+        return open_checkpoint(source)
+    except FormatError as error:
+        hint = "leave --dry-run out: only torch reads this, and it can tell by converting alone"
+        raise FormatError(error.headline, error.facts, hint=hint) from error
+
+
+def _write(
+    decided: Decided,
+    *,
+    jobs: int | None,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Moved:
+    """Carries the plan out beside the target, and makes the result visible once it is whole."""
+    job, outline, side = decided.job, decided.outline, decided.side
+    total = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(Progress(done, total))
+
+    with staging(
+        job.target,
+        overwrite=overwrite,
+        is_file=job.is_one_file,
+        source=job.catalog.source,
+    ) as stage:
+        check_space(
+            job.target,
+            disk_nbytes(outline, side),
+            reflinkable=spared(outline, source=job.catalog.path, stage=stage.path),
+        )
+        try:
+            moved = execute(
+                outline,
+                source=job.catalog.path,
+                target=stage.path,
+                jobs=jobs,
+                progress=advance,
+                labels=labels(decided.planned, outline),
+                allow_overflow="overflow" in job.allow,
+            )
+        except LossyCastError as error:
+            raise LossyCastError(
+                "values are too large for the target type; nothing was written",
+                error.facts,
+                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
+            ) from error
+        beside = [(file.name, file.read()) for file in side.files]
+        stage.publish([*beside, *outline.commit])
+    return moved
+
+
+def _dtype(name: str | None) -> DType | None:
+    if name is None:
+        return None
+    dtype = BY_LABEL.get(name) or BY_NAME.get(name.removeprefix("torch."))
+    if dtype is None or not dtype.is_floating_point:
+        floats = ", ".join(d.label for d in BY_LABEL.values() if d.is_floating_point)
+        raise DcpconvError(f"cannot cast to {name!r}", [("expected", f"one of {floats}")])
+    return dtype

@@ -1,0 +1,174 @@
+"""What a result will look like, byte for byte, before any byte moves.
+
+A plan fills target boxes from source bytes (``Part``, ``Fill``); a form's writer places those boxes
+into files (``OutTensor`` in, ``Outline`` out).  All of it is data: nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dcpconv.core.catalog import KeyPath
+from dcpconv.core.dtypes import DType
+
+Loop = tuple[int, int, int]
+"""``(count, source_step, target_step)``: how often, and how many elements apart on both sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One source region that becomes one target region by a nest of loops.
+
+    Element ``(i, j, ...)`` of the nest is read at ``offset + itemsize * (i * source_step_0 + ...)``
+    of the source file and becomes element ``target + i * target_step_0 + ...`` of the target box.
+
+    Attributes:
+        file: Source file, relative to the source catalog's ``path``.
+        offset: Byte in that file of the first element.
+        target: Index in the target box, counted in C order, of the first element.
+        loops: Outermost first, every count at least 2, no two neighbours that could be merged.
+            A contiguous copy of n elements is ``((n, 1, 1),)``; one element is ``()``.
+    """
+
+    file: str
+    offset: int
+    target: int
+    loops: tuple[Loop, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements it moves."""
+        numel = 1
+        for count, _, _ in self.loops:
+            numel *= count
+        return numel
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is one run of bytes on both sides."""
+        return not self.loops or (len(self.loops) == 1 and self.loops[0][1:] == (1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScale:
+    """Factors of a matrix whose elements were divided by one number per block.
+
+    Attributes:
+        file: Source file of the matrix.
+        offset: Byte of its element 0; it lies in C order without gaps.
+        numel: Its elements.
+        columns: Its columns.
+        block: Rows and columns of a block; the last ones may be cut short.
+        factors_file: Source file of the factors, which lie in C order without gaps.
+        factors_offset: Byte of the first factor.
+        factors_dtype: Their element type.
+        factors_shape: Blocks down and across.
+    """
+
+    file: str
+    offset: int
+    numel: int
+    columns: int
+    block: tuple[int, int]
+    factors_file: str
+    factors_offset: int
+    factors_dtype: DType
+    factors_shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How one target box, stored in C order without gaps, gets all of its elements.
+
+    Attributes:
+        source_dtype: Element type that the parts read.
+        target_dtype: Element type of the box; a cast where it differs.
+        numel: Elements in the box; the parts cover each exactly once.
+        parts: In order of ``target``.
+        data: The bytes themselves, for a box that no source holds; there are no parts then.
+        scales: Factors that the elements of the parts are multiplied by on the way, for a cast out
+            of a type of one byte; every part then reads from one of the matrices.
+    """
+
+    source_dtype: DType
+    target_dtype: DType
+    numel: int
+    parts: tuple[Part, ...]
+    data: bytes | None = None
+    scales: tuple[BlockScale, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box as stored."""
+        return self.numel * self.target_dtype.itemsize
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether values change type on the way."""
+        return self.source_dtype is not self.target_dtype
+
+    def congruence(self, modulus: int) -> int | None:
+        """Where the box should start, modulo ``modulus``, so that its first long run lines up with
+        the source's blocks; ``None`` where no run is long enough to gain from it."""
+        if self.is_cast:
+            return None
+        itemsize = self.target_dtype.itemsize
+        for part in self.parts:
+            if part.is_contiguous and part.numel * itemsize >= 2 * modulus:
+                return (part.offset - part.target * itemsize) % modulus
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class OutChunk:
+    """A box of a target tensor that is stored in one place."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    fill: Fill
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """A target tensor: its name, where it nests, and the boxes it is stored as.
+
+    Attributes:
+        key: As the target catalog will list it.
+        path: How it nests; ``(key,)`` for a flat checkpoint.
+        dtype: Element type as stored.
+        shape: Whole shape, in elements.
+        chunks: Boxes that cover ``shape`` exactly once.
+        tied_to: Key of an earlier ``OutTensor`` with the same bytes, for forms that can share.
+    """
+
+    key: str
+    path: KeyPath
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: tuple[OutChunk, ...]
+    tied_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutFile:
+    """One file of the result.
+
+    Attributes:
+        name: Relative path below the target directory.
+        nbytes: Its exact length.
+        literals: ``(offset, bytes)`` to write as they are: headers, frames, pickles.
+        payloads: ``(offset, fill)`` of every tensor box.  What neither covers is a gap of zeros.
+    """
+
+    name: str
+    nbytes: int
+    literals: tuple[tuple[int, bytes], ...]
+    payloads: tuple[tuple[int, Fill], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """All files of a result; ``commit`` is written last and makes it complete."""
+
+    files: tuple[OutFile, ...]
+    commit: tuple[tuple[str, bytes], ...] = ()

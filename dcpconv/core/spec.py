@@ -1,0 +1,353 @@
+"""What keys cannot say: sizes, and the parts of the arithmetic that no tensor shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""Length of an axis, in elements."""
+
+Count = Annotated[int, Field(ge=1, le=100_000)]
+"""Layers, heads or experts.  The bound keeps a hostile file from asking for billions of keys."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+FEATURES = frozenset(
+    {
+        *("rope_scaling", "partial_rotary", "sliding_window", "layer_types"),
+        *("qkv_bias", "o_bias", "mlp_bias", "head_bias", "latent_bias"),
+        *("qk_norm", "qk_norm_whole", "norm", "no_pre_norms", "post_norms", "activation"),
+        *("attn_softcap", "final_softcap", "query_multiplier", "embedding_multiplier"),
+        *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
+    }
+)
+"""Every name that ``ModelSpec.features`` may give."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
+
+
+class RopeScaling(_Record):
+    """How rotary frequencies are stretched beyond the length a model was first trained for.
+
+    Attributes:
+        kind: ``rope_type`` in transformers: ``linear``, ``dynamic``, ``yarn``, ``longrope``,
+            ``llama3``, ...
+        parameters: The other fields, as the source spells them.
+    """
+
+    kind: str
+    parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
+
+    def __str__(self) -> str:
+        factor = self.parameters.get("factor")
+        return self.kind if factor is None else f"{self.kind}, factor {factor}"
+
+
+class Experts(_Record):
+    """A mixture of experts in place of one feed-forward block.
+
+    Attributes:
+        count: Routed experts.
+        per_token: Routed experts that see each token.
+        ffn_size: Width of one routed expert.
+        shared_count: Experts that see every token.
+        shared_ffn_size: Width of one shared expert; present exactly when there are any.
+        norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
+        dense_layers: Layers that have a plain feed-forward block, in order.
+        scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
+        selection_bias: Whether a stored bias takes part in choosing experts, not in weighing them.
+        routed_scale: Factor on what the routed experts add.
+        groups: Groups of experts that compete first; 1 for none.
+        top_groups: Groups that stay in the race.
+    """
+
+    count: Count
+    per_token: Count
+    ffn_size: Size
+    shared_count: Annotated[int, Field(ge=0, le=100_000)] = 0
+    shared_ffn_size: Size | None = None
+    norm_topk: bool = False
+    dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    scoring: str = "softmax"
+    selection_bias: bool = False
+    routed_scale: Positive = 1.0
+    groups: Count = 1
+    top_groups: Count = 1
+
+    @model_validator(mode="after")
+    def _agree(self) -> Experts:
+        if (self.shared_count > 0) != (self.shared_ffn_size is not None):
+            raise ValueError("shared_count and shared_ffn_size must both be set or both be absent")
+        if self.per_token > self.count:
+            raise ValueError(f"per_token {self.per_token} exceeds the {self.count} experts")
+        return self
+
+    def __str__(self) -> str:
+        shared = f", {self.shared_count} shared" if self.shared_count else ""
+        return f"{self.count} experts, {self.per_token} per token{shared}"
+
+
+class LatentAttention(_Record):
+    """Attention whose keys and values pass through a narrow projection (DeepSeek's MLA).
+
+    ``ModelSpec.head_dim`` is then the part of a head that RoPE turns.
+
+    Attributes:
+        q_rank: Width of the query's projection, or ``None`` where queries are projected directly.
+        kv_rank: Width of the projection that keys and values share.
+        nope_dim: Channels of a query or key head that RoPE leaves alone.
+        value_dim: Channels of a value head.
+        bias: Whether the projections into the ranks have biases; those out of them have none.
+    """
+
+    q_rank: Size | None
+    kv_rank: Size
+    nope_dim: Size
+    value_dim: Size
+    bias: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.kv_rank}"
+
+
+class ModelSpec(_Record):
+    """A model as its parameter file describes it, in no family's spelling.
+
+    The first block is what a Llama needs.  Every later field is a feature whose default is
+    neutral, so that a spec without features is a model any family can hold.
+
+    Attributes:
+        architecture: ``model_type`` in transformers: ``llama``, ``mistral``, ``qwen2``, ...
+        vocab_size: Rows of the embedding, or ``None`` where only the tensor knows.
+        head_dim: Channels of one head; need not be ``hidden_size / n_heads``.
+        ffn_size: Width of the feed-forward block.
+        max_seq_len: Positions the model was made for, in tokens.
+        tied: Whether the output head is the embedding.
+        dtype: Label of the element type the file names (``bf16``), or ``None`` where it names none.
+            Any of torch's spellings is accepted and becomes the label.
+        partial_rotary_factor: Share of each head that RoPE turns.
+        sliding_window: Tokens a query sees, itself included, or ``None`` for all before it.
+        layer_types: One word per layer where layers differ, or ``None`` where all are alike.
+        qkv_bias: Whether the q, k and v projections have biases.
+        o_bias: Whether the projection behind attention has a bias.
+        mlp_bias: Whether gate, up and down have biases in plain feed-forward blocks and in shared
+            experts; routed experts have none.
+        head_bias: Whether the output head has a bias, which is its own also where it is tied.
+        qk_norm: Whether every head of q and k is normalised before RoPE.
+        qk_norm_whole: Whether q and k are normalised over all their heads together (OLMo 2).
+        norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
+        pre_norms: Whether attention and feed-forward inputs are normalised.
+        post_norms: Whether attention and feed-forward outputs are normalised.
+        activation: As transformers names it, ``swish`` being ``silu``.
+        query_multiplier: Factor on query-key products; ``None`` for ``head_dim ** -0.5``.
+        residual_multiplier: Factor on what each block adds to the residual stream.
+        logits_scaling: The logits are divided by it.
+        latent: Low-rank attention, or ``None`` for the usual kind.
+        qkv_per_head: Whether the rows of a fused q, k, v matrix count heads first (ChatGLM with
+            ``multi_query_attention`` off).  It says where tensors lie, not what they do.
+        bos_token_id: First token; ``None`` where there is none or no one said.
+        origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
+            or ``hf-llama``; empty where it was put together otherwise.
+        unsaid: Fields whose value is only a default of ours, since neither a file nor the user says
+            it; no parameter file is written from a guess.
+        extra: Fields of an HF config that mean nothing here and are carried over as they are.
+
+    >>> from dcpconv.core.spec import ModelSpec
+    >>> ModelSpec(
+    ...     vocab_size=32, hidden_size=12, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=2,
+    ...     ffn_size=20, sliding_window=4, max_seq_len=64,
+    ... ).features()
+    {'sliding_window': '4 of 64 tokens'}
+    """
+
+    architecture: str = "llama"
+    vocab_size: Size | None
+    hidden_size: Size
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count
+    head_dim: Size
+    ffn_size: Size
+    norm_eps: Positive = 1e-5
+    rope_theta: Positive = 10_000.0
+    max_seq_len: Size
+    tied: bool = False
+    dtype: str | None = None
+
+    rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: Positive = 1.0
+    sliding_window: Size | None = None
+    layer_types: tuple[str, ...] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    qk_norm_whole: bool = False
+    norm: str = "rmsnorm"
+    pre_norms: bool = True
+    post_norms: bool = False
+    activation: str = "silu"
+    attn_logit_softcap: Positive | None = None
+    final_logit_softcap: Positive | None = None
+    query_multiplier: Positive | None = None
+    embedding_multiplier: Positive = 1.0
+    residual_multiplier: Positive = 1.0
+    logits_scaling: Positive = 1.0
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+    qkv_per_head: bool = False
+
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    origin: str = ""
+    unsaid: tuple[str, ...] = ()
+    extra: Mapping[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("dtype")
+    @classmethod
+    def _label(cls, dtype: str | None) -> str | None:
+        if dtype is None or dtype in BY_LABEL:
+            return dtype
+        known = BY_NAME.get(dtype.removeprefix("torch."))
+        if known is None:
+            raise ValueError(f"one of {', '.join(BY_LABEL)} or torch's name for it")
+        return known.label
+
+    @model_validator(mode="after")
+    def _agree(self) -> ModelSpec:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
+        if self.layer_types is not None and len(self.layer_types) != self.n_layers:
+            raise ValueError(f"{len(self.layer_types)} layer types for {self.n_layers} layers")
+        return self
+
+    def __str__(self) -> str:
+        """What a person asks first, and every feature, in one line."""
+        heads = f"{self.n_heads} heads of {self.head_dim} over {self.n_kv_heads}"
+        theta = f"theta {self.rope_theta:g}, eps {self.norm_eps:g}"
+        sizes = f"{self.n_layers} layers, hidden {self.hidden_size}, {heads}, ffn {self.ffn_size}"
+        features = (f"{name} ({text})" for name, text in self.features().items())
+        return ", ".join((sizes, theta, *features))
+
+    def axes(self) -> dict[str, int]:
+        """Size of every layout axis this model has, by letter; an axis nobody knows is absent."""
+        sizes = {
+            "d": self.hidden_size,
+            "L": self.n_layers,
+            "h": self.n_heads,
+            "g": self.n_kv_heads,
+            "e": self.head_dim,
+            "f": self.ffn_size,
+        }
+        if self.vocab_size is not None:
+            sizes["V"] = self.vocab_size
+        if self.head_dim % 2 == 0:
+            sizes |= {"two": 2, "p": self.head_dim // 2}
+        if self.experts is not None:
+            sizes |= {"E": self.experts.count, "m": self.experts.ffn_size}
+            sizes |= {"S": self.experts.shared_count, "s": self.experts.shared_ffn_size or 0}
+        if self.latent is not None:
+            sizes |= {
+                "c": self.latent.kv_rank,
+                "n": self.latent.nope_dim,
+                "v": self.latent.value_dim,
+            }
+            if self.latent.q_rank is not None:
+                sizes["a"] = self.latent.q_rank
+        return sizes
+
+    def has(self, condition: str, layer: int = 0) -> bool:
+        """Whether the model has the tensors that a naming table marks with ``condition``.
+
+        Args:
+            condition: A name from ``features``; ``tied`` or ``untied``; ``dense``, ``moe`` or
+                ``shared_experts``, which depend on the layer; ``q_latent`` or ``q_direct``; several
+                of them joined by ``&``; or empty for every model.
+            layer: Which layer is asked about.
+
+        >>> from dcpconv.core.spec import ModelSpec
+        >>> spec = ModelSpec(
+        ...     vocab_size=32, hidden_size=12, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=2,
+        ...     ffn_size=20, max_seq_len=64, mlp_bias=True,
+        ... )
+        >>> spec.has("dense & mlp_bias"), spec.has("moe & mlp_bias")
+        (True, False)
+        """
+        return all(self._has(word.strip(), layer) for word in condition.split("&"))
+
+    def _has(self, condition: str, layer: int) -> bool:
+        if condition in {"tied", "untied"}:
+            return self.tied == (condition == "tied")
+        experts = self.experts
+        is_moe = experts is not None and layer not in experts.dense_layers
+        if condition in {"dense", "moe"}:
+            return is_moe == (condition == "moe")
+        if condition == "shared_experts":
+            return is_moe and experts is not None and experts.shared_count > 0
+        if condition in {"q_latent", "q_direct"}:
+            latent = self.latent
+            return latent is not None and (latent.q_rank is None) == (condition == "q_direct")
+        return not condition or condition in self.features()
+
+    def features(self) -> dict[str, str]:
+        """Every feature that is not neutral, by its stable name, with what a person would say.
+
+        The names are what ``--allow`` takes.  A window no shorter than the sequence is neutral, as
+        is a query factor that equals the usual one.
+        """
+        window = self.sliding_window
+        usual = self.head_dim**-0.5
+        kinds = set(self.layer_types or ())
+        rows = (
+            ("rope_scaling", self.rope_scaling is not None, f"{self.rope_scaling}"),
+            (
+                "partial_rotary",
+                self.partial_rotary_factor != 1.0,
+                f"{self.partial_rotary_factor} of each head",
+            ),
+            (
+                "sliding_window",
+                window is not None and window < self.max_seq_len,
+                f"{window} of {self.max_seq_len} tokens",
+            ),
+            ("layer_types", len(kinds) > 1, ", ".join(sorted(kinds))),
+            ("qkv_bias", self.qkv_bias, "on q, k and v"),
+            ("o_bias", self.o_bias, "on the attention output"),
+            ("mlp_bias", self.mlp_bias, "on gate, up and down"),
+            ("head_bias", self.head_bias, "on the logits"),
+            ("qk_norm", self.qk_norm, "on q and k"),
+            ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
+            ("norm", self.norm != "rmsnorm", self.norm),
+            ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
+            ("post_norms", self.post_norms, "after attention and feed-forward"),
+            ("activation", self.activation != "silu", self.activation),
+            *(
+                (name, value != neutral, f"{value}")
+                for name, value, neutral in (
+                    ("attn_softcap", self.attn_logit_softcap, None),
+                    ("final_softcap", self.final_logit_softcap, None),
+                    ("query_multiplier", self.query_multiplier or usual, usual),
+                    ("embedding_multiplier", self.embedding_multiplier, 1.0),
+                    ("residual_multiplier", self.residual_multiplier, 1.0),
+                    ("logits_scaling", self.logits_scaling, 1.0),
+                )
+            ),
+            ("experts", self.experts is not None, f"{self.experts}"),
+            ("latent_attention", self.latent is not None, f"{self.latent}"),
+            (
+                "latent_bias",
+                self.latent is not None and self.latent.bias,
+                "on the projections into ranks",
+            ),
+        )
+        return {name: text for name, present, text in rows if present}

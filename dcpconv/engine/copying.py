@@ -1,0 +1,201 @@
+"""Open source files, and the ladder of ways to copy a run of bytes out of one.
+
+The first rung that both file systems allow wins: a reflink shares the blocks, ``copy_file_range``
+copies inside the kernel or the file server, and a read and a write work everywhere.  Every rung
+leaves the same bytes behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcpconv.core.errors import DcpconvError, NoSpaceError
+from dcpconv.stores.local import SYSTEM, SourceFile, System
+
+if TYPE_CHECKING:
+    pass
+
+_REFUSALS = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.ENOSYS,
+    errno.EPERM,
+    errno.EBADF,
+    errno.ETXTBSY,
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_STRIDE = 16 << 20
+"""Bytes per system call: long enough to cost nothing, short enough to stop soon after Ctrl-C."""
+
+_CACHED = 1 << 20
+"""Bytes per read and write: they stay in a core's cache between the two."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes moved so far, by how; one per thread, so that counting needs no lock."""
+
+    reflinked: int = 0
+    copied: int = 0
+    buffered: int = 0
+    relabelled: int = 0
+    cast: int = 0
+    holes: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Add another thread's counts."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+
+@dataclass(slots=True)
+class Ladder:
+    """Copies runs by the first rung that works, and remembers which ones do not.
+
+    Attributes:
+        block: Alignment that a reflink needs, in bytes.
+        system: System calls to use.
+        refused: ``(rung, source device, target device)`` that a file system declined.
+    """
+
+    block: int
+    system: System = SYSTEM
+    refused: set[tuple[str, int, int]] = field(default_factory=set)
+
+    def copy(
+        self,
+        source: SourceFile,
+        fd: int,
+        *,
+        source_offset: int,
+        target_offset: int,
+        nbytes: int,
+        buffer: memoryview,
+        tally: Tally,
+    ) -> None:
+        """Copy one run into a file that is zeros there.
+
+        Args:
+            source: Where from.
+            fd: Target file, open for writing and already as long as it will be.
+            source_offset: First byte in the source.
+            target_offset: First byte in the target.
+            nbytes: Length of the run.
+            buffer: Room for the last rung.
+            tally: Gets the bytes added.
+
+        Raises:
+            FormatError: The source is too short or unreadable.
+            OSError: The target cannot be written.
+        """
+        device = os.fstat(fd).st_dev
+        aligned = not (source_offset % self.block or target_offset % self.block)
+        if aligned and nbytes % self.block == 0 and self._may("clone", source.device, device):
+            try:
+                self.system.clone(source.fd, fd, source_offset, target_offset, nbytes)
+            except OSError as error:
+                self._refuse("clone", source.device, device, error)
+            else:
+                tally.reflinked += nbytes
+                return
+        moved = 0
+        shift = target_offset - source_offset
+        for begin, length in source.data(source_offset, nbytes):
+            done = self._kernel_copy(source, fd, begin, begin + shift, length, device)
+            tally.copied += done
+            if done < length:
+                at = begin + done
+                _buffered_copy(source, fd, at, at + shift, length - done, buffer, self.system)
+                tally.buffered += length - done
+            moved += length
+        tally.holes += nbytes - moved
+
+    def _may(self, rung: str, source: int, target: int) -> bool:
+        return (rung, source, target) not in self.refused
+
+    def _refuse(self, rung: str, source: int, target: int, error: OSError) -> None:
+        """Remember a refusal; anything else but a full disk is left for the last rung to tell."""
+        if error.errno in _FULL:
+            raise error
+        if error.errno in _REFUSALS:
+            self.refused.add((rung, source, target))
+
+    def _kernel_copy(
+        self, source: SourceFile, fd: int, offset: int, target: int, nbytes: int, device: int
+    ) -> int:
+        """Bytes copied; fewer than ``nbytes`` where the last rung has to go on."""
+        done = 0
+        while done < nbytes and self._may("copy", source.device, device):
+            length = min(_STRIDE, nbytes - done)
+            try:
+                count = self.system.copy(source.fd, fd, offset + done, target + done, length)
+            except AttributeError:  # this system has no such call
+                self.refused.add(("copy", source.device, device))
+                break
+            except OSError as error:
+                self._refuse("copy", source.device, device, error)
+                break
+            if count == 0:
+                break
+            done += count
+        return done
+
+
+def _buffered_copy(
+    source: SourceFile,
+    fd: int,
+    offset: int,
+    target: int,
+    nbytes: int,
+    buffer: memoryview,
+    system: System,
+) -> None:
+    step = min(len(buffer), _CACHED)
+    for start in range(0, nbytes, step):
+        view = buffer[: min(step, nbytes - start)]
+        source.read(offset + start, [view], len(view))
+        write(fd, view, target + start, system=system)
+
+
+def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SYSTEM) -> None:
+    """Write all of ``data`` at ``offset``."""
+    view = memoryview(data)
+    while view:
+        count = system.pwrite(fd, view, offset)
+        offset += count
+        view = view[count:]
+
+
+def write_error(error: OSError, path: Path) -> DcpconvError:
+    """What a failed write means for the user."""
+    facts = [("file", path), ("reason", error.strerror or error)]
+    if error.errno == errno.EFBIG:
+        hint = "this disk limits how long a file can be; write smaller files or to another disk"
+        return NoSpaceError("a file of the result is too long for its disk", facts, hint=hint)
+    if error.errno in _FULL:
+        hint = "free some space or choose another disk; the source is untouched"
+        return NoSpaceError("the disk filled up while the result was written", facts, hint=hint)
+    return DcpconvError("the result cannot be written", facts, hint="the source is untouched")
+
+
+def shares_blocks(source: Path, directory: Path, *, system: System = SYSTEM) -> bool:
+    """Whether a copy of ``source`` into ``directory`` can be a reflink that takes no space.
+
+    Found out by cloning one block into a file that is removed again; ``False`` on any doubt.
+    """
+    block = os.statvfs(directory).f_bsize
+    try:
+        with source.open("rb") as file, tempfile.TemporaryFile(dir=directory) as probe:
+            if os.fstat(file.fileno()).st_size < block:
+                return False
+            system.clone(file.fileno(), probe.fileno(), 0, 0, block)
+    except OSError:
+        return False
+    return True

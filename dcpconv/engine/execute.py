@@ -1,0 +1,209 @@
+"""Carry out an ``Outline``: move every byte to where it belongs, in constant memory.
+
+Two consumers of the same parts: ``execute`` writes files, ``fill`` answers one box into memory that
+the caller owns, such as the shard of a live tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.errors import LossyCastError
+from dcpconv.core.outline import Fill, Outline
+from dcpconv.engine.boxes import Box
+from dcpconv.engine.copying import Ladder, Tally
+from dcpconv.engine.threads import Crew, Desk, Pool
+from dcpconv.stores.local import SYSTEM, Sources, System
+
+__all__ = ["CastLoss", "Moved", "Sources", "execute", "fill"]
+
+TILE = 4 << 20
+"""Bytes put together in a buffer at a time, budget permitting."""
+
+_SMALLEST_TILE = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class CastLoss:
+    """What a cast did to values that the target type cannot hold.
+
+    Attributes:
+        file: ``OutFile.name``.
+        offset: Where the payload starts in it.
+        overflowed: Finite values that became infinite or NaN.
+        underflowed: Nonzero values that became zero.
+    """
+
+    file: str
+    offset: int
+    overflowed: int
+    underflowed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Payload bytes of the result, by how they got there.
+
+    Attributes:
+        reflinked: Shared with the source; no bytes moved.
+        copied: Copied by the kernel or the file server.
+        buffered: Read and written in the source's order.
+        relabelled: Read and written in another order.
+        cast: Changed in type; bytes as stored in the result.
+        holes: Holes of a sparse source that stay holes.
+        losses: Every payload that a cast changed by more than rounding, in order.
+        peak_buffer: Most bytes of buffers held at one time.
+    """
+
+    reflinked: int
+    copied: int
+    buffered: int
+    relabelled: int
+    cast: int
+    holes: int
+    losses: tuple[CastLoss, ...]
+    peak_buffer: int
+
+
+def execute(
+    outline: Outline,
+    *,
+    source: Path,
+    target: Path,
+    jobs: int | None = None,
+    budget: int = 64 << 20,
+    progress: Callable[[int], None] | None = None,
+    allow_overflow: bool = False,
+    labels: Mapping[tuple[str, int], str] | None = None,
+    system: System = SYSTEM,
+) -> Moved:
+    """Create every file of ``outline`` below ``target``, synced to disk.
+
+    Commit files are not written: they follow once everything is known to be on disk.
+
+    Args:
+        outline: What to write.
+        source: Directory that ``Part.file`` is relative to.
+        target: Existing empty directory.
+        jobs: Threads; as many as there are CPUs, 4 at most, by default.
+        budget: Bytes of buffers that all threads may hold together.
+        progress: Called from the threads with bytes done since its last call; all calls together
+            add up to the bytes of all payloads that have parts.  What it raises stops the work.
+        allow_overflow: Keep going where a cast turns finite values infinite.
+        labels: Key of the payload at ``(OutFile.name, offset)``, for error messages.
+        system: System calls to copy with.
+
+    Raises:
+        LossyCastError: Casts overflowed; raised at the end, listing all of them.
+        FormatError: A source file is missing, unreadable or too short.
+        NoSpaceError: The disk is full.
+        ValueError: Pieces of a file overlap, exceed it, or leave elements of a box out.
+    """
+    if budget < 3 * _SMALLEST_TILE:
+        raise ValueError(f"budget must be at least {3 * _SMALLEST_TILE} bytes, not {budget}")
+    threads = jobs or min(4, os.cpu_count() or 1)
+    threads = max(1, min(threads, budget // (3 * _SMALLEST_TILE)))
+    size = min(TILE, budget // (3 * threads)) // 4096 * 4096
+    stat = os.statvfs(target)
+    block = stat.f_bsize if stat.f_bsize in {512, 1024, 2048, 8192, 16384, 65536} else 4096
+    pool = Pool(budget)
+    with Sources(source, system=system) as sources:
+        crew = Crew(
+            files=outline.files,
+            target=target,
+            sources=sources,
+            ladder=Ladder(block, system),
+            desks=[Desk(pool, size) for _ in range(threads)],
+            progress=progress or (lambda _: None),
+        )
+        crew.run()
+    total = Tally()
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for desk in crew.desks:
+        total.add(desk.tally)
+        for place, (over, under) in desk.losses.items():
+            known = found.get(place, (0, 0))
+            found[place] = (known[0] + over, known[1] + under)
+    losses = tuple(
+        CastLoss(file.name, offset, *found[file.name, offset])
+        for file in outline.files
+        for offset, _ in file.payloads
+        if (file.name, offset) in found
+    )
+    if not allow_overflow:
+        _refuse_overflow(losses, labels or {})
+    return Moved(
+        reflinked=total.reflinked,
+        copied=total.copied,
+        buffered=total.buffered,
+        relabelled=total.relabelled,
+        cast=total.cast,
+        holes=total.holes,
+        losses=losses,
+        peak_buffer=pool.peak,
+    )
+
+
+def fill(fill: Fill, *, source: Path | Sources, into: memoryview) -> None:
+    """Read one box straight into the caller's memory, in the source dtype.
+
+    Args:
+        fill: What the box consists of; casting is left to the caller.
+        source: Directory that ``Part.file`` is relative to, or its files, already open.
+        into: C-contiguous writable memory of ``fill.numel`` elements of ``fill.source_dtype``.
+
+    Raises:
+        FormatError: A source file is missing, unreadable or too short.
+        ValueError: ``into`` has another length, or parts leave elements out.
+    """
+    nbytes = fill.numel * fill.source_dtype.itemsize
+    if into.nbytes != nbytes:
+        raise ValueError(f"into holds {into.nbytes} bytes, but the box has {nbytes}")
+    if not nbytes:
+        return
+    view = into.cast("B") if into.ndim != 1 or into.format != "B" else into
+    if fill.data is not None:
+        view[:] = fill.data
+    elif isinstance(source, Path):
+        with Sources(source) as opened:
+            _read(Box(fill), opened, view)
+    else:
+        _read(Box(fill), source, view)
+
+
+def _read(box: Box, sources: Sources, into: memoryview) -> None:
+    numel = box.fill.numel
+    step = box.tile(TILE) if box.is_relabelled else numel
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        tile = into[start * box.itemsize : stop * box.itemsize]
+        box.read(start, stop, sources=sources, into=tile)
+
+
+def _label(loss: CastLoss, labels: Mapping[tuple[str, int], str]) -> str:
+    return labels.get((loss.file, loss.offset), f"{loss.file} at byte {loss.offset}")
+
+
+def _refuse_overflow(losses: tuple[CastLoss, ...], labels: Mapping[tuple[str, int], str]) -> None:
+    overflowed = [loss for loss in losses if loss.overflowed]
+    if overflowed:
+        raise LossyCastError(
+            f"{len(overflowed)} tensors hold values that the target type cannot",
+            [
+                ("overflow", f"{_label(loss, labels)}  {loss.overflowed} values")
+                for loss in overflowed
+            ],
+            hint="choose a type with a wider range, such as bf16 or fp32",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LossyCast:
+    """A tensor that a cast changed by more than rounding."""
+
+    key: str
+    overflowed: int
+    underflowed: int

@@ -1,0 +1,371 @@
+"""Make a finished result visible in one step, or leave no trace of it.
+
+Everything is written beside the target in ``.NAME.dcpconv-staging``::
+
+    owner       locked for as long as a conversion lives; holds its process id
+    result/     what will become the target
+    previous/   the old target, between the two renames of a file system that cannot exchange
+
+The lock belongs to a file that never becomes part of a result, so that a second converter that
+opened it just before the first one published cannot take the published target for a stale one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
+from dcpconv.engine.copying import write_error
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # Source: linux/fs.h
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_OWNER, _RESULT, _PREVIOUS = "owner", "result", "previous"
+
+
+class TargetError(DcpconvError, OSError):
+    """The target cannot be written where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Where a result lives before it is published.
+
+    Attributes:
+        path: Existing empty directory to write into.  The one file of a single-file target is
+            written there under the target's own name.
+        target: Where it will be, symbolic links resolved.
+        is_file: Whether the target is one file instead of a directory.
+        overwrite: Whether an existing target may be replaced.
+    """
+
+    path: Path
+    target: Path
+    is_file: bool
+    overwrite: bool
+
+    def publish(self, commit: Sequence[tuple[str, bytes]] = ()) -> None:
+        """Write the commit files, sync everything, and rename the result into place.
+
+        Args:
+            commit: ``(relative name, content)``, written in order after all else is on disk.
+
+        Raises:
+            NoSpaceError: The disk is full.
+            TargetError: The result cannot be renamed into place.
+            TargetExistsError: Something appeared at the target meanwhile.
+        """
+        _sync_files(self.path)
+        for name, data in commit:
+            _write_synced(self.path / name, data)
+        _sync_directories(self.path)
+        check_target(self.target, overwrite=self.overwrite, is_file=self.is_file)
+        result = self.path / self.target.name if self.is_file else self.path
+        previous = self.path.parent / _PREVIOUS
+        try:
+            self._rename(result, previous)
+        except OSError as error:
+            raise TargetError(
+                "the result cannot be renamed into place",
+                [("target", self.target), ("reason", error.strerror)],
+                hint="the target is as it was",
+            ) from error
+        _sync(self.target.parent)
+
+    def _rename(self, result: Path, previous: Path) -> None:
+        if self.is_file or not _holds_something(self.target):
+            result.replace(self.target)
+        elif exchange(result, self.target):
+            # What lies in the staging directory now is the old target.
+            _sync(self.target.parent)
+        else:
+            self.target.rename(previous)
+            try:
+                result.rename(self.target)
+            except BaseException:
+                previous.rename(self.target)
+                raise
+
+
+@contextmanager
+def staging(
+    target: Path, *, overwrite: bool, is_file: bool, source: Path | None = None
+) -> Iterator[Staging]:
+    """Lend a staging directory beside ``target``; it is gone when the block ends.
+
+    Leaving the block without ``publish()``, by an exception or otherwise, leaves the target as it
+    was.  What a crashed conversion left behind is removed first.
+
+    Args:
+        target: What will be published; parents are created.  A symbolic link is followed: what it
+            points to is replaced.  An empty directory counts as absent.
+        overwrite: Replace an existing target, which stays whole until the moment it is replaced.
+        is_file: Whether the target will be one file instead of a directory.
+        source: What is being read, which must not be replaced.
+
+    Raises:
+        TargetExistsError: The target exists, or another conversion is writing it.
+        TargetError: The target cannot be written where it is.
+    """
+    target = Path(os.path.realpath(target))
+    check_target(target, overwrite=overwrite, is_file=is_file, source=source)
+    root = target.parent / f".{target.name}.dcpconv-staging"
+    try:
+        _make_directories(target.parent)
+        lock = _claim(root, target)
+    except DcpconvError:
+        raise
+    except OSError as error:
+        raise TargetError(
+            "the result cannot be written beside its target",
+            [("target", target), ("reason", error.strerror)],
+            hint="choose a directory that you may write to",
+        ) from error
+    try:
+        _recover(root, target)
+        # Another conversion may have finished between the first look and the lock.
+        check_target(target, overwrite=overwrite, is_file=is_file, source=source)
+        result = root / _RESULT
+        result.mkdir()
+        yield Staging(result, target, is_file=is_file, overwrite=overwrite)
+    finally:
+        _recover(root, target)
+        with suppress(OSError):
+            (root / _OWNER).unlink()
+            root.rmdir()
+        os.close(lock)
+
+
+def check_target(
+    target: Path, *, overwrite: bool, is_file: bool, source: Path | None = None
+) -> None:
+    """Refuse a target that cannot or must not be written, before any work is done.
+
+    Raises:
+        TargetExistsError: It exists and may not be replaced.
+        TargetError: It is no place for a result.
+    """
+    target = Path(os.path.realpath(target))
+    if source is not None:
+        _check_apart(target, Path(os.path.realpath(source)))
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if existing != target:
+        if not existing.is_dir():
+            raise _unfit(target, f"{existing} is not a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise _unfit(target, f"{existing} is not writable by you")
+        return
+    if target.parent == target or target.is_mount():
+        raise _unfit(target, "it is a mount point, which cannot be renamed over")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise _unfit(target, f"{target.parent} is not writable by you")
+    if target.is_dir() and target in (here := Path.cwd(), *here.parents):
+        raise _unfit(target, "it contains the current directory")
+    if target.is_dir() == is_file:
+        found, wanted = ("directory", "file") if is_file else ("file", "directory")
+        raise TargetExistsError(
+            f"the target is a {found}, but the result is a {wanted}",
+            [("target", target)],
+            hint="choose another name",
+        )
+    if not overwrite and (is_file or _holds_something(target)):
+        raise TargetExistsError(
+            "the target exists",
+            [("target", target)],
+            hint="pass --overwrite to replace it once the new one is complete",
+        )
+
+
+def check_space(target: Path, nbytes: int, *, reflinkable: int = 0) -> None:
+    """Refuse a result that the disk cannot hold.
+
+    Args:
+        target: Where it will be; need not exist.
+        nbytes: Length of all its files.
+        reflinkable: How much of that will share blocks with the source.
+
+    Raises:
+        NoSpaceError: Less is free than needed.
+    """
+    target = Path(os.path.realpath(target))
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    stat = os.statvfs(existing)
+    free = stat.f_bavail * stat.f_frsize
+    needed = max(0, nbytes - reflinkable)
+    if needed > free:
+        raise NoSpaceError(
+            "the disk cannot hold the result",
+            [
+                ("target", target),
+                ("needed", f"{needed / (1 << 30):.2f} GiB"),
+                ("free", f"{free / (1 << 30):.2f} GiB"),
+            ],
+            hint="free some space or choose another disk",
+        )
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one step; ``False`` where the system or file system cannot.
+
+    Raises:
+        OSError: It can, but not these two.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library older than the call
+        return False
+    code = call(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+    )
+    if code == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _check_apart(target: Path, source: Path) -> None:
+    if target == source:
+        raise _unfit(target, "it is the source; the source is never changed")
+    if source in target.parents:
+        raise _unfit(target, f"it lies inside the source {source}, which is never changed")
+    if target in source.parents and target.exists():
+        raise _unfit(target, f"replacing it would remove the source {source}")
+
+
+def _unfit(target: Path, reason: str) -> TargetError:
+    return TargetError(
+        "the target cannot be written",
+        [("target", target), ("reason", reason)],
+        hint="choose another target",
+    )
+
+
+def _holds_something(target: Path) -> bool:
+    """Whether renaming over ``target`` would lose anything."""
+    if target.is_dir():
+        return next(target.iterdir(), None) is not None
+    return target.exists()
+
+
+def _claim(root: Path, target: Path) -> int:
+    """Create and lock the staging directory; the lock lasts as long as the returned fd.
+
+    The directory and the owner file may be removed by the conversion that is just ending, at any
+    point before we hold the lock on a file that others can see; then we try again.
+    """
+    while True:
+        with suppress(FileExistsError):  # exist_ok looks again, and finds it gone by then
+            root.mkdir()
+        is_new = True
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            try:
+                fd = os.open(root / _OWNER, flags | os.O_EXCL, 0o666)
+            except FileExistsError:
+                is_new = False
+                fd = os.open(root / _OWNER, flags, 0o666)
+        except FileNotFoundError:
+            continue
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems have no locks; whoever created the file owns it then.
+                if error.errno == errno.EWOULDBLOCK or not is_new:
+                    raise _busy(fd, root, target) from error
+            if _is_same(fd, root / _OWNER):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _busy(fd: int, root: Path, target: Path) -> TargetExistsError:
+    owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+    return TargetExistsError(
+        "another conversion is writing this target",
+        [("target", target), ("process", owner or "unknown"), ("staging", root)],
+        hint="wait for it; if it died on another machine, remove the staging directory",
+    )
+
+
+def _is_same(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _recover(root: Path, target: Path) -> None:
+    """Bring back a target that was moved aside, then remove everything but the lock."""
+    previous = root / _PREVIOUS
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+        _sync(target.parent)
+    for name in (_RESULT, _PREVIOUS):
+        if (root / name).is_dir():
+            shutil.rmtree(root / name)
+
+
+def _make_directories(directory: Path) -> None:
+    """Create missing parents, each on disk before the next."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync(path.parent)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def _sync_files(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _sync(path)
+
+
+def _sync_directories(directory: Path) -> None:
+    """Sync every directory below, the innermost first."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir():
+            _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    """Sync one file or directory; some file systems cannot sync directories, and need not."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise write_error(error, path) from error
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise write_error(error, path) from error
+    finally:
+        os.close(fd)

@@ -1,0 +1,63 @@
+"""How much of a result will take no room: blocks shared with the source, and holes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dcpconv.core.outline import Outline
+from dcpconv.engine.copying import shares_blocks
+from dcpconv.stores.local import SYSTEM, System
+
+
+def spared(outline: Outline, *, source: Path, stage: Path, system: System = SYSTEM) -> int:
+    """Bytes of a result that need no new disk blocks.
+
+    Where the file system clones blocks (tried on one block, beside the result), those are the
+    aligned middles of all runs that lie alike in source and target.  Elsewhere they are the holes
+    of sparse source files, which stay holes.
+
+    Args:
+        outline: The result.
+        source: Directory that ``Part.file`` is relative to.
+        stage: Existing directory on the disk that the result is written to.
+        system: System calls to use.
+    """
+    names = sorted(
+        {part.file for f in outline.files for _, fill in f.payloads for part in fill.parts}
+    )
+    block = os.statvfs(stage).f_bsize
+    if names and shares_blocks(source / names[0], stage, system=system):
+        return _alike(outline, block)
+    return sum(_holes(source / name) for name in names)
+
+
+def _alike(outline: Outline, block: int) -> int:
+    total = 0
+    for file in outline.files:
+        for offset, fill in file.payloads:
+            if fill.is_cast:
+                continue
+            itemsize = fill.target_dtype.itemsize
+            for part in fill.parts:
+                target = offset + part.target * itemsize
+                if part.is_contiguous and (target - part.offset) % block == 0:
+                    stop = target + part.numel * itemsize
+                    total += max(0, stop // block - -(-target // block)) * block
+    return total
+
+
+def _holes(path: Path) -> int:
+    state = path.stat()
+    return max(0, state.st_size - 512 * getattr(state, "st_blocks", state.st_size))
+
+
+def block_size(target: Path) -> int:
+    """Block size to line payloads up with: 4096 bytes, or the file system's where it is larger."""
+    directory = target.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    if not hasattr(os, "statvfs"):
+        return 4096
+    block = os.statvfs(directory).f_frsize
+    return block if 4096 < block <= 65536 and block & (block - 1) == 0 else 4096

@@ -1,0 +1,1 @@
+"""What each naming is called, how its tensors are laid out, and what its parameter file says."""

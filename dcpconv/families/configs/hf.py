@@ -1,0 +1,271 @@
+"""transformers' config.json, read in the spelling of any version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dcpconv.core.errors import SpecError
+from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.families.configs.hf_fields import HfConfig
+from dcpconv.families.configs.model_types import MODEL_TYPES
+from dcpconv.families.configs.parameters import checked
+
+FILE = "config.json"
+
+SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
+"""Classes whose tensors are named as another class names them, so that one table serves both."""
+
+_TRAINED_LENGTH = "original_max_position_embeddings"
+_PHI3_TRAINED_LENGTH = 4096
+"""Source: ``configuration_phi3.py`` of transformers 5.23.0."""
+
+_ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+"""Fields of a RoPE mapping that ``ModelSpec`` holds itself."""
+
+_NOT_CARRIED = ("_name_or_path", "transformers_version")
+"""Where and by what the source was written: untrue of anything we write."""
+
+
+def is_config(fields: Mapping[str, object]) -> bool:
+    """Whether ``fields`` are those of a config.json."""
+    return "model_type" in fields or "architectures" in fields
+
+
+def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
+    """The model that a config.json describes, with the defaults of its class.
+
+    Raises:
+        SpecError: Facts list every field that is missing or does not fit.
+    """
+    fields = _with_defaults(fields)
+    config = checked(HfConfig, fields, file)
+    head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
+    if head_dim is None:
+        if config.hidden_size % config.num_attention_heads:
+            raise SpecError(
+                "head_dim is not stated and does not follow",
+                [
+                    ("file", file),
+                    ("field", f"hidden_size: {config.hidden_size}"),
+                    ("field", f"num_attention_heads: {config.num_attention_heads}"),
+                ],
+            )
+        head_dim = config.hidden_size // config.num_attention_heads
+    window, layer_types = _windows(config)
+    values: dict[str, object] = {
+        "architecture": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": head_dim,
+        "ffn_size": config.intermediate_size,
+        "norm_eps": config.rms_norm_eps,
+        "max_seq_len": config.max_position_embeddings,
+        "tied": config.tie_word_embeddings,
+        "dtype": _dtype(config),
+        **_rope(config, file),
+        "sliding_window": window,
+        "layer_types": layer_types,
+        **_biases(config),
+        "activation": _activation(config),
+        "attn_logit_softcap": config.attn_logit_softcapping,
+        "final_logit_softcap": config.final_logit_softcapping,
+        "query_multiplier": _query_multiplier(config),
+        "embedding_multiplier": config.embedding_multiplier,
+        "residual_multiplier": config.residual_multiplier,
+        "logits_scaling": config.logits_scaling,
+        "experts": _experts(config, file),
+        "latent": _latent(config, file),
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": _ids(config.eos_token_id),
+        "pad_token_id": config.pad_token_id,
+        "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
+        "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
+    }
+    if config.model_type in {"gemma", "gemma2"}:
+        values["embedding_multiplier"] = config.hidden_size**0.5
+    known = MODEL_TYPES.get(config.model_type)
+    return checked(ModelSpec, values | dict(known.implied if known else {}), file)
+
+
+def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
+    model_type = fields.get("model_type")
+    architectures = fields.get("architectures")
+    if model_type is None and isinstance(architectures, list):
+        # Early exports name only the class, and spell it LLaMAForCausalLM.
+        classes = {known.class_name.lower(): name for name, known in MODEL_TYPES.items()}
+        model_type = next(
+            (classes[name] for c in architectures if (name := str(c).lower()) in classes), None
+        )
+    merged = dict(fields)
+    if "max_sequence_length" in merged:  # what early exports call it
+        merged.setdefault("max_position_embeddings", merged.pop("max_sequence_length"))
+    if isinstance(model_type, str):
+        merged["model_type"] = model_type
+        known = MODEL_TYPES.get(model_type)
+        for key, value in (known.defaults if known else {}).items():
+            merged.setdefault(key, value)
+    return merged
+
+
+def _rope(config: HfConfig, file: Path) -> dict[str, object]:
+    """Source: ``modeling_rope_utils.py`` of transformers 5.23.0, ``convert_rope_params_to_dict``:
+    a filled ``rope_scaling`` beats ``rope_parameters``, and a field inside beats one outside."""
+    stated: Mapping[str, object] = config.rope_scaling or config.rope_parameters or {}
+    nested = {name: value for name, value in stated.items() if isinstance(value, dict)}
+    if nested:
+        # One mapping per layer type; the layers that see everything speak for the model.
+        stated = nested.get("full_attention", next(iter(nested.values())))
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    scaling = None
+    if kind is not None and kind != "default":
+        parameters = {key: value for key, value in stated.items() if key not in _ROPE_OWN}
+        if config.model_type == "phi3":
+            # Its class knows one kind, which it once called otherwise, and the first length is
+            # stated outside.
+            kind = "longrope" if kind in {"su", "yarn"} else kind
+            trained = (config.model_extra or {}).get(_TRAINED_LENGTH, _PHI3_TRAINED_LENGTH)
+            parameters[_TRAINED_LENGTH] = trained
+        scaling = checked(RopeScaling, {"kind": kind, "parameters": parameters}, file)
+    partial = stated.get("partial_rotary_factor", config.partial_rotary_factor)
+    theta = stated.get("rope_theta", config.rope_theta)
+    return {
+        "rope_theta": 10_000.0 if theta is None else theta,
+        "partial_rotary_factor": 1.0 if partial is None else partial,
+        "rope_scaling": scaling,
+    }
+
+
+def _biases(config: HfConfig) -> dict[str, object]:
+    """Which projections have biases.
+
+    A class does not look at the switches of another, which may stand in its file all the same.
+
+    Source: the ``nn.Linear`` calls of each class in transformers 5.23.0.
+    """
+    everywhere = bool(config.use_bias)
+    attention = everywhere or config.attention_bias
+    stated = {
+        "qkv_bias": attention if config.qkv_bias is None else config.qkv_bias,
+        "o_bias": attention,
+        "mlp_bias": everywhere or config.mlp_bias,
+        "head_bias": everywhere,
+    }
+    known = MODEL_TYPES.get(config.model_type)
+    if known is None or known.expresses is None:
+        return dict(stated)
+    return {name: has and name in known.expresses for name, has in stated.items()}
+
+
+def _windows(config: HfConfig) -> tuple[int | None, tuple[str, ...] | None]:
+    """The window, and one word per layer where layers differ in it.
+
+    Source: the ``__post_init__`` of each class in transformers 5.23.0.
+    """
+    window = (config.sliding_window or None) if config.use_sliding_window else None
+    types = config.layer_types
+    if types is None and window is not None:
+        layers = range(config.num_hidden_layers)
+        last = config.max_window_layers
+        slides = None
+        if config.model_type in {"qwen2", "qwen3"} and last is not None:
+            slides = [layer >= last for layer in layers]
+        elif config.model_type == "qwen2_moe" and last is not None:
+            slides = [layer % 2 == 0 and layer < last for layer in layers]
+        elif config.model_type == "gemma2":
+            slides = [layer % 2 == 0 for layer in layers]
+        if slides is not None:
+            types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    if types is not None:
+        if not any("sliding" in word for word in types):
+            window = None
+        if len(set(types)) == 1:
+            types = None
+    return window, None if types is None else tuple(types)
+
+
+def _experts(config: HfConfig, file: Path) -> Experts | None:
+    if not config.num_experts:
+        return None
+    width = config.moe_intermediate_size or config.intermediate_size
+    shared, shared_width = config.n_shared_experts or 0, config.shared_expert_intermediate_size
+    if shared_width and not shared:
+        # One block as wide as several experts computes what they do side by side.
+        shared, rest = divmod(shared_width, width)
+        shared, shared_width = (1, shared_width) if rest else (shared, width)
+    return checked(
+        Experts,
+        {
+            "count": config.num_experts,
+            "per_token": config.num_experts_per_tok,
+            "ffn_size": width,
+            "shared_count": shared,
+            "shared_ffn_size": (shared_width or width) if shared else None,
+            "norm_topk": config.norm_topk_prob,
+            "dense_layers": tuple(
+                n for n in range(config.num_hidden_layers) if _is_dense(config, n)
+            ),
+            "routed_scale": config.routed_scaling_factor,
+            "groups": config.n_group or 1,
+            "top_groups": config.topk_group or 1,
+            **(known.experts if (known := MODEL_TYPES.get(config.model_type)) else {}),
+        },
+        file,
+    )
+
+
+def _is_dense(config: HfConfig, layer: int) -> bool:
+    """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
+    if config.model_type == "ernie4_5_moe":
+        end = config.moe_layer_end_index
+        last = config.num_hidden_layers - 1 if end == -1 else end
+        is_due = (layer + 1) % config.moe_layer_interval == 0
+        return not (is_due and config.moe_layer_start_index <= layer <= last)
+    skipped = layer in (config.mlp_only_layers or ())
+    return (
+        skipped
+        or layer < config.first_k_dense_replace
+        or (layer + 1) % config.decoder_sparse_step != 0
+    )
+
+
+def _latent(config: HfConfig, file: Path) -> LatentAttention | None:
+    if config.kv_lora_rank is None:
+        return None
+    return checked(
+        LatentAttention,
+        {
+            "q_rank": config.q_lora_rank,
+            "kv_rank": config.kv_lora_rank,
+            "nope_dim": config.qk_nope_head_dim,
+            "value_dim": config.v_head_dim,
+            "bias": config.attention_bias,
+        },
+        file,
+    )
+
+
+def _query_multiplier(config: HfConfig) -> float | None:
+    if config.query_pre_attn_scalar is not None:
+        return float(config.query_pre_attn_scalar**-0.5)
+    return config.attention_multiplier
+
+
+def _activation(config: HfConfig) -> str:
+    name = config.hidden_activation or config.hidden_act
+    if config.model_type == "gemma" and name == "gelu":
+        # Gemma's first files say gelu and mean the tanh form; transformers reads them so.
+        return "gelu_pytorch_tanh"
+    return "silu" if name == "swish" else name
+
+
+def _dtype(config: HfConfig) -> str | None:
+    stated = config.dtype or config.torch_dtype
+    return None if stated == "auto" else stated
+
+
+def _ids(value: int | list[int] | None) -> int | tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,367 @@
+"""transformers' config.json, written in the spelling of versions 4 and 5 at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pydantic import JsonValue
+
+from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.errors import NotExpressibleError, SpecError
+from dcpconv.core.spec import Experts, ModelSpec
+from dcpconv.families.configs.model_types import MODEL_TYPES
+from dcpconv.families.configs.parameters import Refusal, turned_otherwise, unexpressed
+
+_ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
+_SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama": _ATTENTION,
+    "qwen3": _ATTENTION,
+    "qwen3_moe": _ATTENTION,
+    "gemma2": _ATTENTION,
+    "olmo2": _ATTENTION,
+    "glm": ("attention_bias", ("qkv_bias",)),
+    "granitemoeshared": _ATTENTION,
+    "ernie4_5_moe": ("use_bias", ("qkv_bias", "o_bias", "mlp_bias", "head_bias")),
+    "deepseek_v3": ("attention_bias", ("latent_bias", "o_bias")),
+}
+"""The field that adds biases, and the features that come and go with it."""
+
+_OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "phi3"}
+"""Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
+
+
+def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
+    """What the class behind ``model_type`` cannot hold of ``spec``, and what it would miss."""
+    known = MODEL_TYPES.get(model_type)
+    if known is None or known.expresses is None:
+        return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
+    name = known.class_name
+    features = spec.features()
+    found = unexpressed(spec, known.expresses, name=name, requires=known.requires)
+    switch, together = _SWITCHES.get(model_type, ("", ()))
+    if not features.keys() >= set(together):
+        reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
+        found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
+    found += turned_otherwise(spec, model_type, name=name)
+    scaling = spec.rope_scaling
+    if model_type == "phi3" and scaling is not None and scaling.kind != "longrope":
+        found.append(Refusal("rope_scaling", f"{scaling}: {name} knows longrope only"))
+    if spec.hidden_size % spec.n_heads:
+        reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
+        found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
+    elif model_type not in _OWN_HEAD_DIM and spec.head_dim * spec.n_heads != spec.hidden_size:
+        reason = f"{name} divides the hidden size by the heads"
+        found.append(Refusal("head_dim", f"{spec.head_dim}: {reason}"))
+    if spec.experts is not None and "experts" in known.expresses:
+        unfit = _unfit(model_type, spec.experts, name, spec.n_layers)
+        found += [Refusal("experts", why) for why in unfit]
+    return tuple(found)
+
+
+def write(
+    spec: ModelSpec, *, model_type: str | None = None, dtype: str | None = None
+) -> dict[str, object]:
+    """config.json for ``spec``, in the order it should be printed.
+
+    RoPE and dtype are spelled both ways, since transformers 4 does not look at
+    ``rope_parameters`` and silently falls back to theta 10000.  A token nobody named is written as
+    null, because a field left out means the class's own default.
+
+    Args:
+        spec: What to describe; features that do not fit are left out, see ``refusals``.
+        model_type: The class to write for, by default the one ``spec`` came from.
+        dtype: Label or torch name of the written tensors, by default what ``spec`` says.
+
+    Raises:
+        NotExpressibleError: No config.json is written for this class.
+    """
+    model_type = model_type or spec.architecture
+    known = MODEL_TYPES.get(model_type)
+    if known is None or known.expresses is None:
+        raise NotExpressibleError(
+            f"no config.json is written for {model_type}",
+            [("known", name) for name, known in MODEL_TYPES.items() if known.expresses is not None],
+        )
+    label = dtype or spec.dtype
+    fields: dict[str, object] = {
+        "architectures": [known.class_name],
+        "model_type": model_type,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.ffn_size,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": spec.activation,
+        "max_position_embeddings": spec.max_seq_len,
+        "rms_norm_eps": spec.norm_eps,
+        **_rope(spec),
+        "tie_word_embeddings": spec.tied,
+    }
+    if model_type in _SWITCHES:
+        switch, together = _SWITCHES[model_type]
+        fields[switch] = spec.features().keys() >= set(together)
+    fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
+    eos = spec.eos_token_id
+    fields |= {
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": spec.pad_token_id,
+    }
+    if label is not None:
+        name = _torch_name(label)
+        fields |= {"dtype": name, "torch_dtype": name}
+    if spec.architecture != model_type:
+        return fields  # what is left over describes another class
+    return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
+
+
+def generation_config(spec: ModelSpec) -> dict[str, object]:
+    """generation_config.json for ``spec``: the tokens that start, end and fill a sequence."""
+    eos = spec.eos_token_id
+    fields = {
+        "_from_model_config": True,
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "pad_token_id": spec.pad_token_id,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _unfit(model_type: str, experts: Experts, name: str, n_layers: int) -> list[str]:
+    """Why a class computes something else from these experts.
+
+    Source: the ``*TopKRouter`` classes of transformers 5.23.0.
+    """
+    found = []
+    if model_type != "deepseek_v3":
+        if experts.scoring != "softmax":
+            found.append(f"{experts.scoring} scores: {name} has softmax")
+        if experts.groups > 1:
+            found.append(f"{experts.groups} groups: {name} has none")
+        if experts.routed_scale != 1.0:
+            found.append(f"scaled by {experts.routed_scale}: {name} does not scale")
+    elif experts.scoring != "sigmoid":
+        found.append(f"{experts.scoring} scores: {name} has sigmoid")
+    if experts.selection_bias and model_type not in {"deepseek_v3", "ernie4_5_moe"}:
+        found.append(f"a selection bias: {name} has none")
+    if experts.shared_count and model_type in {"mixtral", "qwen3_moe"}:
+        found.append(f"{experts.shared_count} shared: {name} has none")
+    if not experts.norm_topk and model_type in {"mixtral", "granitemoeshared", "ernie4_5_moe"}:
+        found.append(f"weights do not sum to one: in {name} they do")
+    dense = experts.dense_layers
+    if dense and model_type in {"mixtral", "granitemoeshared"}:
+        found.append(f"{len(dense)} dense layers: {name} has experts in all")
+    elif model_type == "deepseek_v3" and dense != tuple(range(len(dense))):
+        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has them first")
+    elif model_type == "ernie4_5_moe" and _strided(experts, n_layers) is None:
+        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has experts at a stride")
+    shared = experts.shared_count * (experts.shared_ffn_size or 0)
+    if model_type in {"ernie4_5_moe", "deepseek_v3"} and shared % experts.ffn_size:
+        found.append(f"shared width {shared}: {name} wants a multiple of {experts.ffn_size}")
+    return found
+
+
+def _strided(experts: Experts, n_layers: int) -> tuple[int, int, int] | None:
+    """First and last layer with experts and the step between them, counted as ERNIE counts it, or
+    ``None`` where there is no such step."""
+    sparse = [layer for layer in range(n_layers) if layer not in experts.dense_layers]
+    if not sparse:
+        return n_layers, n_layers, 1
+    step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+    first, last = sparse[0], sparse[-1]
+    is_due = sparse == list(range(first, last + 1, step)) and (first + 1) % step == 0
+    return (first, last, step) if is_due else None
+
+
+def _nothing(spec: ModelSpec) -> dict[str, object]:
+    del spec
+    return {}
+
+
+def _llama(spec: ModelSpec) -> dict[str, object]:
+    return {"mlp_bias": spec.mlp_bias}
+
+
+def _mistral(spec: ModelSpec) -> dict[str, object]:
+    return {"sliding_window": spec.sliding_window}
+
+
+def _qwen(spec: ModelSpec) -> dict[str, object]:
+    window = spec.sliding_window
+    kind = "full_attention" if window is None else "sliding_attention"
+    types = spec.layer_types or (kind,) * spec.n_layers
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": next(
+            (n for n, word in enumerate(types) if word != "full_attention"), spec.n_layers
+        ),
+        "layer_types": list(types),
+    }
+
+
+def _qwen3_moe(spec: ModelSpec) -> dict[str, object]:
+    if spec.experts is None:
+        return {}
+    return {
+        "use_sliding_window": spec.sliding_window is not None,
+        "sliding_window": spec.sliding_window,
+        "moe_intermediate_size": spec.experts.ffn_size,
+        "num_experts": spec.experts.count,
+        "num_local_experts": spec.experts.count,
+        "num_experts_per_tok": spec.experts.per_token,
+        "norm_topk_prob": spec.experts.norm_topk,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(spec.experts.dense_layers),
+    }
+
+
+def _mixtral(spec: ModelSpec) -> dict[str, object]:
+    if spec.experts is None:
+        return {}
+    return {
+        "intermediate_size": spec.experts.ffn_size,
+        "sliding_window": spec.sliding_window,
+        "num_local_experts": spec.experts.count,
+        "num_experts_per_tok": spec.experts.per_token,
+    }
+
+
+def _phi3(spec: ModelSpec) -> dict[str, object]:
+    name = "original_max_position_embeddings"
+    fields: dict[str, object] = {
+        "sliding_window": spec.sliding_window,
+        "partial_rotary_factor": spec.partial_rotary_factor,
+        name: spec.extra.get(name, spec.max_seq_len),
+    }
+    if spec.rope_scaling is None:
+        return fields
+    factors = dict(spec.rope_scaling.parameters)
+    fields[name] = factors.pop(name, fields[name])
+    if factors.keys() == {"long_factor", "short_factor"}:
+        # transformers 4 takes three fields and no other.
+        fields["rope_scaling"] = {"type": spec.rope_scaling.kind, **_sorted(factors)}
+    return fields
+
+
+def _gemma2(spec: ModelSpec) -> dict[str, object]:
+    multiplier = spec.query_multiplier or spec.head_dim**-0.5
+    scalar = multiplier**-2
+    return {
+        "hidden_activation": spec.activation,
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
+        "attn_logit_softcapping": spec.attn_logit_softcap,
+        "final_logit_softcapping": spec.final_logit_softcap,
+        "sliding_window": spec.sliding_window,
+        "layer_types": list(spec.layer_types or ("full_attention",) * spec.n_layers),
+    }
+
+
+def _glm(spec: ModelSpec) -> dict[str, object]:
+    return {"partial_rotary_factor": spec.partial_rotary_factor}
+
+
+def _granite(spec: ModelSpec) -> dict[str, object]:
+    if spec.experts is None:
+        return {}
+    return {
+        "intermediate_size": spec.experts.ffn_size,
+        "attention_multiplier": spec.query_multiplier or spec.head_dim**-0.5,
+        "embedding_multiplier": spec.embedding_multiplier,
+        "residual_multiplier": spec.residual_multiplier,
+        "logits_scaling": spec.logits_scaling,
+        "num_local_experts": spec.experts.count,
+        "num_experts_per_tok": spec.experts.per_token,
+        "shared_intermediate_size": _shared_width(spec.experts),
+    }
+
+
+def _ernie(spec: ModelSpec) -> dict[str, object]:
+    experts = spec.experts
+    if experts is None:
+        return {}
+    first, last, step = _strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
+    # Its shared experts are as wide as the routed ones, so their number follows from the width.
+    return {
+        "moe_intermediate_size": experts.ffn_size,
+        "moe_k": experts.per_token,
+        "moe_num_experts": experts.count,
+        "moe_num_shared_experts": _shared_width(experts) // experts.ffn_size,
+        "moe_layer_start_index": first,
+        "moe_layer_end_index": last,
+        "moe_layer_interval": step,
+    }
+
+
+def _deepseek(spec: ModelSpec) -> dict[str, object]:
+    experts, latent = spec.experts, spec.latent
+    if experts is None or latent is None:
+        return {}
+    return {
+        "moe_intermediate_size": experts.ffn_size,
+        "n_routed_experts": experts.count,
+        "n_shared_experts": _shared_width(experts) // experts.ffn_size,
+        "num_experts_per_tok": experts.per_token,
+        "norm_topk_prob": experts.norm_topk,
+        "first_k_dense_replace": len(experts.dense_layers),
+        "routed_scaling_factor": experts.routed_scale,
+        "n_group": experts.groups,
+        "topk_group": experts.top_groups,
+        "scoring_func": experts.scoring,
+        "topk_method": "noaux_tc",
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_nope_head_dim": latent.nope_dim,
+        "qk_rope_head_dim": spec.head_dim,
+        "v_head_dim": latent.value_dim,
+    }
+
+
+_OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mixtral,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "qwen3_moe": _qwen3_moe,
+    "phi3": _phi3,
+    "gemma2": _gemma2,
+    "glm": _glm,
+    "granitemoeshared": _granite,
+    "ernie4_5_moe": _ernie,
+    "deepseek_v3": _deepseek,
+}
+"""Fields that only some classes have."""
+
+
+def _shared_width(experts: Experts) -> int:
+    return experts.shared_count * (experts.shared_ffn_size or 0)
+
+
+def _rope(spec: ModelSpec) -> dict[str, object]:
+    scaling: dict[str, object] | None = None
+    if spec.rope_scaling is not None:
+        scaling = {"rope_type": spec.rope_scaling.kind, **_sorted(spec.rope_scaling.parameters)}
+    partial = spec.partial_rotary_factor
+    return {
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            **(scaling or {"rope_type": "default"}),
+            "rope_theta": spec.rope_theta,
+            **({"partial_rotary_factor": partial} if partial != 1.0 else {}),
+        },
+    }
+
+
+def _sorted(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return {key: fields[key] for key in sorted(fields)}
+
+
+def _torch_name(dtype: str) -> str:
+    known = BY_LABEL.get(dtype) or BY_NAME.get(dtype.removeprefix("torch."))
+    if known is None:
+        raise SpecError("unknown dtype", [("found", dtype), ("expected", ", ".join(BY_LABEL))])
+    return known.name

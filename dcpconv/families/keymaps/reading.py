@@ -1,0 +1,260 @@
+"""Reads a table from TOML and checks that it keeps the rules; every problem is listed at once."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from dcpconv.core.errors import KeymapError, LayoutError
+from dcpconv.core.layout import Layout
+from dcpconv.core.spec import ModelSpec
+from dcpconv.families.keymaps.table import Keymap, Pattern, Row, Tie
+from dcpconv.families.keymaps.words import AXES, CONDITIONS, INDICES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+_FACTS = frozenset({*ModelSpec.model_fields, "per_token", "norm_top1"})
+"""Fields of ``[spec]``: the model's, and two of its experts."""
+
+_HINTS = frozenset({*ModelSpec.model_fields, "q_per_kv"})
+
+
+class _Published(pydantic.BaseModel):
+    """Sizes of a released model, and the head counts that its shapes do not say."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+
+
+class _Table(pydantic.BaseModel):
+    """The TOML file as written."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    title: str = ""
+    family: str = ""
+    config: str = ""
+    architectures: tuple[str, ...] = ()
+    root: str = ""
+    source: str = ""
+    keys: dict[str, tuple[str, str] | tuple[str, str, str]]
+    tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
+    ignore: dict[str, str] = {}
+    aside: dict[str, str] = {}
+    also: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
+    derived: dict[str, Literal["zeros", "inv_freq"]] = {}
+    beyond: dict[str, str] = {}
+    same_sizes: dict[str, str] = {}
+    hints: dict[str, int | bool] = {}
+    spec: dict[str, int | float | bool] = {}
+    published: tuple[_Published, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a table says before its keys; see ``Keymap`` for the fields."""
+
+    name: str
+    family: str
+    architectures: tuple[str, ...]
+    also: tuple[str, ...]
+    file: Path
+
+
+def read_head(path: Path) -> Head:
+    """The head of a table that is known to keep the rules; takes a tenth of reading it all."""
+    text, _, _ = path.read_text(encoding="utf-8").partition("\n[keys]\n")
+    head = tomllib.loads(text)
+    name = head["name"]
+    return Head(
+        name,
+        head.get("family") or name,
+        tuple(head.get("architectures", ())),
+        tuple(head.get("also", ())),
+        path,
+    )
+
+
+def read_keymap(path: Path) -> Keymap:
+    """Reads and checks a table.
+
+    Raises:
+        KeymapError: The file cannot be read, or breaks a rule; every problem is listed with its
+            line.
+    """
+    text = ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = _Table.model_validate(tomllib.loads(text))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
+    except pydantic.ValidationError as error:
+        lines = text.splitlines()
+        facts = [
+            (f"{path.name}:{line_of(lines, item['loc'])}", f"{_place(item['loc'])}: {item['msg']}")
+            for item in error.errors()
+        ]
+        raise KeymapError("the keymap has fields of the wrong kind", facts) from None
+    return _Builder(path, text, table).build()
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    # A row is a union of lengths; which member complained is no place in the file.
+    return ".".join(str(part) for part in loc if not str(part).startswith("tuple["))
+
+
+def line_of(lines: list[str], loc: tuple[int | str, ...]) -> int:
+    """The line of a field or key, or 1."""
+    for part in reversed(loc):
+        for number, text in enumerate(lines, 1):
+            bare = text.strip()
+            if bare.startswith((f'"{part}"', f"{part} ", f"{part}=", f"[{part}]", f"[[{part}]]")):
+                return number
+    return 1
+
+
+class _Builder:
+    """Turns a validated table into a Keymap, collecting every problem on the way."""
+
+    def __init__(self, path: Path, text: str, table: _Table) -> None:
+        self.path = path
+        self.lines = text.splitlines()
+        self.table = table
+        self.problems: list[tuple[str, str]] = []
+
+    def build(self) -> Keymap:
+        table = self.table
+        rows = tuple(row for item in table.keys.items() if (row := self._row(*item)))
+        ties = []
+        known = {row.pattern.text for row in rows}
+        for key, value in table.tied.items():
+            owner, omitted = (value, False) if isinstance(value, str) else (value[0], True)
+            if owner not in known:
+                self._problem(key, f"its owner {owner} is no key of the table")
+            ties.append(Tie(key, owner, omitted))
+        ignored = tuple((Pattern(key), reason) for key, reason in table.ignore.items())
+        aside = tuple((Pattern(key), reason) for key, reason in table.aside.items())
+        self._check_overlaps(rows, ties, (*ignored, *aside))
+        self._check_slots(rows)
+        self._check_names(rows, known)
+        if self.problems:
+            raise KeymapError("the keymap breaks the rules of a table", self.problems)
+        return Keymap(
+            name=table.name,
+            title=table.title or table.name,
+            family=table.family or table.name,
+            config=table.config,
+            architectures=table.architectures,
+            root=table.root,
+            rows=rows,
+            ties=tuple(ties),
+            ignored=ignored,
+            aside=aside,
+            source=table.source,
+            file=self.path,
+            also=table.also,
+            always=table.always,
+            derived=table.derived,
+            beyond=table.beyond,
+            same_sizes=table.same_sizes,
+            hints=table.hints,
+            facts=table.spec,
+            published=tuple(model.model_dump() for model in table.published),
+        )
+
+    def _check_names(self, rows: tuple[Row, ...], known: set[str]) -> None:
+        """Names elsewhere in the file lead to keys, slots and axes that exist."""
+        slots = {slot for row in rows for slot in row.slots}
+        for slot in self.table.always:
+            if slot not in slots:
+                self._problem("always", f"no row holds {slot}")
+        for key in self.table.derived:
+            if key not in known and key not in self.table.ignore:
+                self._problem(key, "is derived, but neither a key nor ignored")
+        for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - AXES.keys():
+            self._problem("same_sizes", f"there is no axis {axis}")
+        for name in self.table.spec.keys() - _FACTS:
+            self._problem(name, "a model has no such field")
+        for name in self.table.hints.keys() - _HINTS:
+            self._problem(name, "no shape and no config says this")
+
+    def _problem(self, key: str, what: str) -> None:
+        line = line_of(self.lines, (key,))
+        self.problems.append((f"{self.path.name}:{line}", f"{key}: {what}"))
+
+    def _row(self, key: str, value: tuple[str, ...]) -> Row | None:
+        slots = tuple(slot.strip() for slot in value[0].split("|"))
+        when = value[2] if len(value) == 3 else ""
+        try:
+            layout = Layout(value[1])
+        except LayoutError as error:
+            self._problem(key, error.headline)
+            return None
+        if layout.terms != len(slots):
+            self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
+            return None
+        pattern = Pattern(key)
+        row = Row(pattern, slots, layout, when)
+        for word in sorted(row.conditions - CONDITIONS.keys()):
+            self._problem(key, f"no condition {word!r}; there is {', '.join(CONDITIONS)}")
+        axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
+        for axis in sorted(axes - AXES.keys()):
+            self._problem(key, f"axis {axis} has no size; there is {', '.join(AXES)}")
+        for name in sorted(set(pattern.names) - INDICES.keys()):
+            self._problem(key, f"{{{name}}} is no index; there is {', '.join(INDICES)}")
+        repeated = set(pattern.names) & axes
+        if repeated or len(set(pattern.names)) != len(pattern.names):
+            self._problem(key, f"index {', '.join(sorted(repeated or pattern.names))} occurs twice")
+        return row
+
+    def _check_overlaps(
+        self,
+        rows: tuple[Row, ...],
+        ties: list[Tie],
+        unheld: tuple[tuple[Pattern, str], ...],
+    ) -> None:
+        own = [row.pattern for row in rows]
+        texts = {pattern.text for pattern in own}
+        patterns = [
+            *own,
+            *(Pattern(tie.key) for tie in ties if tie.key not in texts),
+            *(pattern for pattern, _ in unheld),
+        ]
+        seen: dict[str, list[Pattern]] = {}
+        for pattern in patterns:
+            for other in seen.setdefault(pattern.template, []):
+                fixed, others = dict(pattern.fixed), dict(other.fixed)
+                if all(fixed[at] == others[at] for at in fixed.keys() & others.keys()):
+                    self._problem(pattern.text, f"matches the same keys as {other.text}")
+            seen[pattern.template].append(pattern)
+
+    def _check_slots(self, rows: tuple[Row, ...]) -> None:
+        seen: dict[str, Row] = {}
+        for row in rows:
+            for term, slot in enumerate(row.slots):
+                first = seen.setdefault(slot, row)
+                if first is row:
+                    continue
+                if first.conditions == row.conditions or not (first.when and row.when):
+                    self._problem(
+                        row.pattern.text,
+                        f"slot {slot} is also held by {first.pattern.text}; give each row its own"
+                        " condition if only one of them exists at a time",
+                    )
+                elif first.axes(first.slots.index(slot)) != row.axes(term):
+                    self._problem(row.pattern.text, f"slot {slot} has other axes elsewhere")

@@ -1,0 +1,210 @@
+"""DCP directories: ``.metadata`` lists the chunks of every tensor, ``*.distcp`` files hold them.
+
+Reading looks at ``.metadata`` and at the head of every item; writing is in ``dcp_outline``.
+
+Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (files, items),
+``default_planner.py`` (keys are paths joined with a dot; ``planner_data`` holds the paths).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
+from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
+from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
+from dcpconv.formats.dcp.outline import outline
+
+__all__ = ["OpaqueObject", "explain", "inspect_chunks", "is_dcp", "outline", "read_catalog"]
+
+
+def is_dcp(path: Path) -> bool:
+    """Whether ``path`` is a directory with the file that completes a DCP save."""
+    return (path / METADATA_FILE).is_file()
+
+
+def explain(path: Path) -> str | None:
+    """Why a directory that looks like DCP is not a whole checkpoint; ``None`` if it does not."""
+    if is_dcp(path) or not path.is_dir():
+        return None
+    if any(path.glob("__*" + METADATA_FILE)):
+        return (
+            "DCP saved by each rank alone (use_collectives=False): there is no common .metadata;"
+            " load it with torch and save it again"
+        )
+    if any(path.glob("*.distcp")):
+        return "DCP without .metadata: the save was interrupted, or that file was not copied"
+    return None
+
+
+def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
+    """List what a DCP directory holds, and check that it holds all of it.
+
+    Replicas of a chunk and chunks without elements are left out; two keys with the same items
+    count as tied.
+
+    Args:
+        path: The directory with ``.metadata``.
+        problems: With a list, what is wrong is appended, one line each, and reading goes on with
+            the keys that can be read; without one it is an error.
+
+    Raises:
+        NotACheckpointError: There is no ``.metadata``.
+        FormatError: ``.metadata`` cannot be read; or, without ``problems``, a file is missing or
+            short, an item is not the tensor it should be, or chunks leave a gap or overlap.
+            All problems are listed.
+    """
+    where = str(path / METADATA_FILE)
+    if not is_dcp(path):
+        raise NotACheckpointError(
+            "not a DCP directory", [("expected", where)], hint=explain(path) or None
+        )
+    with _without_garbage_collection():
+        catalog, found = _read(path, where)
+    if problems is not None:
+        problems += found
+    elif found:
+        raise FormatError(
+            "checkpoint is damaged or incomplete",
+            [("directory", path), *(("problem", problem) for problem in found)],
+            hint="copy the missing or short files again, or take another step's checkpoint",
+        )
+    return catalog
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Millions of small objects and no cycles: the collector would double the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
+    contents = read_metadata((path / METADATA_FILE).read_bytes(), where=where)
+    files = _measure(path, contents)
+    lost = _Lost(files)
+    objects = dict(read_objects(path, [row for row in contents.objects.items() if lost.has(*row)]))
+    found = list(contents.problems)
+    tensors = _read_tensors(path, contents, lost, found)
+    found += lost.problems()
+    # What .metadata lists is judged here, so that a lost file is one line and not one per tensor.
+    for key, tensor in contents.tensors.items():
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
+        found += [f"{key}: {problem}" for problem in inspect_boxes(tensor.shape, boxes)]
+    catalog = Catalog(
+        form="dcp",
+        path=path,
+        source=path,
+        files={file: nbytes for file, nbytes in files.items() if nbytes is not None},
+        tensors=tensors,
+        objects=objects,
+        paths=contents.paths,
+        tied=_find_tied(tensors),
+        notes=() if contents.is_nesting_known else (_NO_NESTING,),
+    )
+    return catalog, found
+
+
+_NO_NESTING = (
+    ".metadata does not say how keys are nested (no planner_data); they are taken as they are"
+)
+
+
+def inspect_chunks(entry: TensorEntry) -> tuple[str, ...]:
+    """What keeps the chunks from holding every element exactly once: gaps and overlaps, named."""
+    return inspect_boxes(entry.shape, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+
+
+def _find_tied(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
+    tied: dict[str, str] = {}
+    owners: dict[object, str] = {}
+    for key, entry in tensors.items():
+        if entry.nbytes and entry.chunks:
+            owner = owners.setdefault((entry.dtype, entry.shape, entry.chunks), key)
+            if owner != key:
+                tied[key] = owner
+    return tied
+
+
+def _measure(path: Path, contents: Contents) -> dict[str, int | None]:
+    """Size of every file that an item names; ``None`` where it is not a file."""
+    named: dict[str, int | None] = {}
+    for item in _items(contents):
+        if item.file not in named:
+            file = path / item.file
+            named[item.file] = file.stat().st_size if file.is_file() else None
+    return dict(sorted(named.items()))
+
+
+def _items(contents: Contents) -> Iterable[Extent]:
+    yield from contents.objects.values()
+    for tensor in contents.tensors.values():
+        for chunk in tensor.chunks:
+            yield chunk.item
+
+
+class _Lost:
+    """Items that are not where they should be, told per file: a lost file concerns many keys."""
+
+    def __init__(self, files: dict[str, int | None]) -> None:
+        self._files = files
+        self._keys: dict[str, list[str]] = {}
+        self._needed: dict[str, int] = {}
+
+    def has(self, key: str, item: Extent) -> bool:
+        """Whether the item's bytes exist; if not, remember it."""
+        available, needed = self._files[item.file], item.offset + item.nbytes
+        if available is not None and needed <= available:
+            return True
+        self._keys.setdefault(item.file, []).append(key)
+        self._needed[item.file] = max(self._needed.get(item.file, 0), needed)
+        return False
+
+    def problems(self) -> list[str]:
+        """One line per file."""
+        lines = []
+        for file, keys in sorted(self._keys.items()):
+            nbytes = self._files[file]
+            items = f"{len(keys)} item{'s' * (len(keys) > 1)}, first of {keys[0]}"
+            if nbytes is None:
+                lines.append(f"{file}: file is missing ({items})")
+            else:
+                needed = self._needed[file]
+                lines.append(f"{file}: {nbytes} bytes, but needs at least {needed} ({items})")
+        return lines
+
+
+def _read_tensors(
+    path: Path, contents: Contents, lost: _Lost, found: list[str]
+) -> dict[str, TensorEntry]:
+    wanted = [
+        (key, tensor.dtype, chunk)
+        for key, tensor in contents.tensors.items()
+        for chunk in tensor.chunks
+        if lost.has(key, chunk.item)
+    ]
+    chunks: list[Chunk | None] = [None] * len(wanted)
+    for index, located in locate(path, wanted):
+        if isinstance(located, str):
+            found.append(f"{wanted[index][0]}: {located}")
+        else:
+            chunks[index] = located
+
+    stored: dict[str, list[Chunk]] = {key: [] for key in contents.tensors}
+    for (key, _, _), chunk in zip(wanted, chunks, strict=True):
+        if chunk is not None:
+            stored[key].append(chunk)
+    return {
+        key: TensorEntry(key, tensor.dtype, tensor.shape, tuple(stored[key]))
+        for key, tensor in contents.tensors.items()
+    }

@@ -1,0 +1,197 @@
+"""Where the bytes of a tensor lie inside an item of a ``.distcp`` file.
+
+An item is a whole ``torch.save`` archive.  What comes before its payload depends only on the
+tensor's type and layout, so one item of a kind is parsed and the others are compared with it: a
+checkpoint of 91,000 items costs as many small reads and a few dozen parses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from dcpconv.core.catalog import Chunk, Extent
+from dcpconv.core.dtypes import DType
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.dcp.metadata import StoredChunk
+from dcpconv.formats.torchfile.archive import (
+    Archive,
+    StoredTensor,
+    UnreadableTensor,
+    read_archive,
+    read_tensors,
+)
+
+_READ_AHEAD: Final = 64 << 10
+"""Bytes read at once where items are so small that several heads lie in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueObject:
+    """A value that was not read: it is there, and why we leave it alone."""
+
+    extent: Extent
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    head: bytes  # all before the payload: the recipe of the tensor is part of it
+    offset: int
+    nbytes: int
+    strides: tuple[int, ...] | None
+
+
+def locate(
+    path: Path, wanted: Sequence[tuple[str, DType, StoredChunk]]
+) -> Iterator[tuple[int, Chunk | str]]:
+    """Find the payload of every chunk, in the order of the files.
+
+    Args:
+        path: The DCP directory.
+        wanted: Key, element type and chunk; every item lies inside its file.
+
+    Yields:
+        Index in ``wanted``, and the chunk as stored or what is wrong with its item.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    kinds: dict[tuple[int, DType, tuple[int, ...]], list[_Kind]] = {}
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i][2].item.file, _start(wanted[i])))
+    with _one_file_at_a_time(path) as window:
+        for place, index in enumerate(order):
+            _, dtype, chunk = wanted[index]
+            item = chunk.item
+            following = wanted[order[place + 1]][2].item if place + 1 < len(order) else item
+            is_near = following.file == item.file and following.offset - item.offset < 16 << 10
+            window.open(item, ahead=_READ_AHEAD if is_near else 0)
+
+            known = kinds.setdefault((item.nbytes, dtype, chunk.sizes), [])
+            kind = next((kind for kind in known if window.starts_with(kind.head)), None)
+            if kind is None:
+                parsed = _parse(window, item, dtype, chunk.sizes)
+                if isinstance(parsed, str):
+                    yield index, parsed
+                    continue
+                kind = parsed
+                if kind.head:
+                    known.append(kind)
+            extent = Extent(item.file, item.offset + kind.offset, kind.nbytes)
+            yield index, Chunk(chunk.offsets, chunk.sizes, extent, kind.strides)
+
+
+def read_objects(
+    path: Path, wanted: Iterable[tuple[str, Extent]]
+) -> Iterator[tuple[str, object | OpaqueObject]]:
+    """Every value that is not a tensor; what cannot be read without trust is an ``OpaqueObject``.
+
+    Args:
+        path: The DCP directory.
+        wanted: Key and item, which lies inside its file.
+
+    Yields:
+        Key and value, in the order of ``wanted``.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    with _one_file_at_a_time(path) as window:
+        for key, item in wanted:
+            window.open(item, ahead=0)
+            try:
+                value, tensors = read_tensors(_archive(window, item))
+            except FormatError as error:
+                yield key, OpaqueObject(item, _in_one_line(error))
+                continue
+            yield key, OpaqueObject(item, "it holds tensors") if tensors else value
+
+
+def _start(wanted: tuple[str, DType, StoredChunk]) -> int:
+    return wanted[2].item.offset
+
+
+def _parse(window: _Window, item: Extent, dtype: DType, sizes: tuple[int, ...]) -> _Kind | str:
+    try:
+        archive = _archive(window, item)
+        tensor, _ = read_tensors(archive)
+        if isinstance(tensor, UnreadableTensor):
+            return f"tensor is {tensor.kind}"
+        if not isinstance(tensor, StoredTensor):
+            return "item is not a tensor"
+        if (tensor.dtype, tensor.shape) != (dtype, sizes):
+            return (
+                f"item holds {tensor.dtype} {list(tensor.shape)},"
+                f" .metadata says {dtype} {list(sizes)}"
+            )
+        payload = tensor.offset - tensor.offset_elements * dtype.itemsize
+        recipe, _ = archive.extent("data.pkl")
+    except FormatError as error:
+        return _in_one_line(error)
+    head = window.read(0, payload) if recipe < payload else b""
+    strides = None if tensor.is_contiguous else tensor.strides
+    return _Kind(head, tensor.offset, tensor.nbytes, strides)
+
+
+def _archive(window: _Window, item: Extent) -> Archive:
+    return read_archive(window.read, item.nbytes, f"{item.file}, item at byte {item.offset}")
+
+
+def _in_one_line(error: FormatError) -> str:
+    """The complaint and what it is about, for a list of such lines."""
+    facts = ", ".join(f"{label} {value}" for label, value in error.facts)
+    return f"{error.headline} ({facts})" if facts else error.headline
+
+
+class _Window:
+    """Reads inside one item of one file, and keeps the last piece read for the items after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: str | None = None
+        self._fd = -1
+        self._item = Extent("", 0, 0)
+        self._ahead = 0
+        self._offset = 0
+        self._bytes = b""
+
+    def open(self, item: Extent, *, ahead: int) -> None:
+        """Turn to ``item``; ``ahead`` is how many bytes a read should fetch at least."""
+        if item.file != self._file:
+            self.close()
+            self._fd = os.open(self._path / item.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._file, self._bytes = item.file, b""
+        self._item, self._ahead = item, ahead
+
+    def close(self) -> None:
+        """Close the file; turning to an item opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self._file = -1, None
+
+    def starts_with(self, head: bytes) -> bool:
+        """Whether these are the first bytes of the item."""
+        return self.read(0, len(head)) == head
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of the item, fewer only at its end."""
+        nbytes = max(0, min(nbytes, self._item.nbytes - offset))
+        start = self._item.offset + offset
+        skip = start - self._offset
+        if not 0 <= skip <= skip + nbytes <= len(self._bytes):
+            self._bytes = os.pread(self._fd, max(nbytes, self._ahead), start)
+            self._offset, skip = start, 0
+        return self._bytes[skip : skip + nbytes]
+
+
+@contextmanager
+def _one_file_at_a_time(path: Path) -> Iterator[_Window]:
+    window = _Window(path)
+    try:
+        yield window
+    finally:
+        window.close()

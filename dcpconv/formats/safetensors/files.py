@@ -1,0 +1,399 @@
+"""The hf form: a directory of ``*.safetensors`` with, above one file, an index.
+
+Source:
+    safetensors README, "Format": eight bytes of header length, a JSON header, the tensors' bytes
+    without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
+from dcpconv.core.dtypes import BY_SAFETENSORS
+from dcpconv.core.errors import FormatError
+from dcpconv.core.outline import Fill, OutFile, Outline, OutTensor
+from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.safetensors.index import (
+    INDEX,
+    SINGLE,
+    choose,
+    index_problems,
+    parse_index,
+    strays,
+    unnamed,
+)
+
+MAX_FILE_SIZE = 5 * 10**9
+"""Bytes per shard file, huggingface_hub's own default of 5 GB."""
+
+_RANK_FILE = re.compile(r"shard-(\d{5})-")
+_LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself refuses more (``MAX_HEADER_SIZE`` in ``tensor.rs``)."""
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a path is a safetensors file, or a directory that holds some."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
+def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
+    """Reads the headers of a safetensors file or directory.
+
+    Also reads transformers' distributed form, whose files hold local slices under full names and
+    say where in ``DCP_SHARDING_INFO``.
+
+    Args:
+        path: One file, or a directory.
+        problems: Collects what is wrong instead of raising, so that ``check`` can list it all.
+
+    Raises:
+        FormatError: A file is truncated, malformed or absent, or the index contradicts the files;
+            everything found is listed.
+    """
+    found = problems if problems is not None else []
+    directory = path if path.is_dir() else path.parent
+    weight_map = None
+    present: Collection[str] = (path.name,)
+    if path.is_dir():
+        present = {file.name for file in path.glob("*.safetensors") if file.is_file()}
+        weight_map = _read_index(directory)
+        found.extend(strays(present, weight_map) if problems is not None else ())
+    names = choose(present, weight_map, found) if path.is_dir() else [path.name]
+    return gather(
+        names,
+        lambda name: _read_file(directory, name),
+        weight_map=weight_map,
+        directory=directory,
+        source=path,
+        found=found,
+        is_strict=problems is None,
+    )
+
+
+Headed = tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]
+"""Size of a shard file in bytes, its tensors, and where slices of the distributed form begin."""
+
+
+def gather(
+    names: Iterable[str],
+    read: Callable[[str], Headed],
+    *,
+    weight_map: Mapping[str, str] | None,
+    directory: Path,
+    source: Path,
+    found: list[str],
+    is_strict: bool,
+) -> Catalog:
+    """Puts the headers of shard files together, wherever the files are.
+
+    Args:
+        names: The files.
+        read: Header of one file; raises FormatError.
+        weight_map: Key -> file name, where there is an index.
+        directory: What ``Extent.file`` is relative to.
+        source: What the user named.
+        found: Problems so far; more are added.
+        is_strict: Raise what was found.
+
+    Raises:
+        FormatError: Only if ``is_strict``.
+    """
+    files: dict[str, int] = {}
+    chunks: dict[str, list[tuple[Chunk, TensorEntry]]] = {}
+    for name in names:
+        try:
+            size, entries, offsets = read(name)
+        except FormatError as error:
+            if is_strict:
+                raise
+            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
+            found.append(f"{error.headline}: {facts}")
+            continue
+        files[name] = size
+        for entry in entries:
+            at = offsets.get(entry.key)
+            if at is None and entry.key in chunks:
+                found.append(f"{entry.key} is in {name} and in {_file_of(chunks[entry.key])}")
+                continue
+            if at is not None and len(at) != len(entry.shape):
+                found.append(f"{name}: DCP_SHARDING_INFO of {entry.key} has {len(at)} dims")
+                continue
+            chunk = entry.chunks[0]
+            placed = chunk if at is None else Chunk(at, chunk.sizes, chunk.extent)
+            chunks.setdefault(entry.key, []).append((placed, entry))
+    files_of = {key: _file_of(parts) for key, parts in chunks.items()}
+    found.extend(index_problems(weight_map, files_of, files))
+    found.extend(_slice_problems(chunks, files))
+    if is_strict and found:
+        raise FormatError(
+            "the shard files do not hold what they should",
+            [("source", source), *(("problem", text) for text in found)],
+            hint="fetch the named files again",
+        )
+    if not is_strict:
+        found.extend(unnamed(weight_map, files_of))
+    tensors = {key: _assemble(key, parts) for key, parts in chunks.items()}
+    if weight_map is not None:
+        tensors = {key: tensors[key] for key in weight_map if key in tensors} | tensors
+    return Catalog("hf", directory, source, files, tensors)
+
+
+def outline(
+    tensors: Sequence[OutTensor],
+    *,
+    modulus: int,
+    max_file_size: int = MAX_FILE_SIZE,
+) -> Outline:
+    """Places tensors into shard files, split as huggingface_hub splits them.
+
+    The header is padded so that as many bytes as possible lie at the same offset modulo
+    ``modulus`` as in their source, where a file system can then share blocks.
+
+    Args:
+        tensors: Whole tensors, one chunk each, with bare keys.
+        modulus: Block size to line up with, in bytes; a multiple of 8.
+        max_file_size: Bytes of tensors in one file at most; a larger tensor gets its own file.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415  slow import
+
+    by_key = {tensor.key: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_key,
+        get_storage_size=lambda tensor: tensor.chunks[0].fill.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_size,
+    )
+    files = tuple(
+        one_file(name, [by_key[key] for key in keys], modulus=modulus)
+        for name, keys in split.filename_to_tensors.items()
+    )
+    if len(files) <= 1:
+        return Outline(files or (one_file(SINGLE, [], modulus=modulus),))
+    index = {
+        "metadata": {"total_size": sum(tensor.chunks[0].fill.nbytes for tensor in tensors)},
+        "weight_map": dict(sorted(split.tensor_to_filename.items())),
+    }
+    return Outline(files, ((INDEX, (json.dumps(index, indent=2) + "\n").encode()),))
+
+
+def parse_header(
+    read: Callable[[int, int], bytes], size: int, where: object
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Offset of the first tensor byte and the JSON header of one file.
+
+    Args:
+        read: ``(offset, nbytes) -> bytes``; of a file here or behind a network.
+        size: Bytes in the file.
+        where: What errors call the file.
+
+    Raises:
+        FormatError: The header is absent, absurdly long, or no JSON object.
+    """
+    if size < 8:
+        raise FormatError(
+            "file is shorter than a safetensors header",
+            [("file", where), ("found", f"{size} bytes")],
+        )
+    (length,) = struct.unpack("<Q", read(0, 8))
+    if length > _LARGEST_HEADER or 8 + length > size:
+        raise FormatError(
+            "file is shorter than its header says"
+            if length <= _LARGEST_HEADER
+            else "file is no safetensors file",
+            [("file", where), ("header", f"{length} bytes"), ("found", f"{size} bytes in all")],
+            hint="the download was interrupted, or this is a pointer of Git LFS; fetch it again",
+        )
+    try:
+        header = json.loads(read(8, length), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise TypeError("it is no object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(
+            "the safetensors header cannot be read", [("file", where), ("because", error)]
+        ) from None
+    return 8 + length, header
+
+
+def parse_entries(
+    header: Mapping[str, dict[str, Any]], start: int, size: int, name: str, where: object
+) -> list[TensorEntry]:
+    """The tensors that a header lists, in the order of their bytes.
+
+    Raises:
+        FormatError: A record is malformed, of an unknown type, or the bytes leave a hole, overlap
+            or end beyond the file.
+    """
+    entries = []
+    for key, record in header.items():
+        if key == "__metadata__":
+            continue
+        try:
+            dtype = BY_SAFETENSORS[record["dtype"]]
+            shape = tuple(map(int, record["shape"]))
+            begin, end = map(int, record["data_offsets"])
+            chunk = Chunk((0,) * len(shape), shape, Extent(name, start + begin, end - begin))
+            entry = TensorEntry(key, dtype, shape, (chunk,))
+            if any(n < 0 for n in shape) or begin < 0 or entry.nbytes != end - begin:
+                raise ValueError(f"shape {list(shape)} does not take {end - begin} bytes")
+        except KeyError as error:
+            raise FormatError(
+                "a tensor's record is incomplete, or its dtype is one torch cannot hold",
+                [("file", where), ("key", key), ("lacks", error)],
+            ) from None
+        except (TypeError, ValueError) as error:
+            raise FormatError(
+                "a tensor's record is malformed", [("file", where), ("key", key), ("why", error)]
+            ) from None
+        entries.append(entry)
+    entries.sort(key=lambda entry: entry.chunks[0].extent.offset)
+    position = start
+    for entry in entries:
+        extent = entry.chunks[0].extent
+        if extent.offset != position:
+            raise FormatError(
+                "tensors overlap or leave a hole",
+                [
+                    ("file", where),
+                    ("key", entry.key),
+                    ("expected", f"byte {position}, found {extent.offset}"),
+                ],
+            )
+        position += extent.nbytes
+    if position != size:
+        raise FormatError(
+            "file is shorter than its header says"
+            if position > size
+            else "file is longer than its header says",
+            [("file", where), ("expected", f"{position:,} bytes, found {size:,}")],
+            hint="the download was interrupted; fetch this shard file again",
+        )
+    return entries
+
+
+def _read_file(
+    directory: Path, name: str
+) -> tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]:
+    where = directory / name
+    try:
+        with where.open("rb") as file:
+            size = file.seek(0, 2)
+
+            def read(offset: int, nbytes: int) -> bytes:
+                file.seek(offset)
+                return file.read(nbytes)
+
+            start, header = parse_header(read, size, where)
+    except OSError as error:
+        raise FormatError(
+            "cannot read the shard file", [("file", where), ("because", error.strerror)]
+        ) from None
+    entries = parse_entries(header, start, size, name, where)
+    return size, entries, _saved_offsets(header.get("__metadata__"), where)
+
+
+def _saved_offsets(metadata: object, where: Path) -> dict[str, tuple[int, ...]]:
+    """Where the slices of transformers' distributed form begin, by key; empty for plain files.
+
+    Source:
+        torch 2.13 ``distributed/checkpoint/_hf_utils.py``, ``DCP_SHARDING_INFO``.
+    """
+    if not isinstance(metadata, dict) or "DCP_SHARDING_INFO" not in metadata:
+        return {}
+    try:
+        info = json.loads(metadata["DCP_SHARDING_INFO"])
+        return {key: tuple(int(n) for n in value["saved_offsets"]) for key, value in info.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            "DCP_SHARDING_INFO cannot be read", [("file", where), ("because", error)]
+        ) from None
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is listed twice")
+    return record
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    path = directory / INDEX
+    if not path.is_file() or (directory / SINGLE).is_file():
+        return None  # a lone model.safetensors is what from_pretrained reads first
+    try:
+        return parse_index(path.read_bytes(), path)
+    except OSError as error:
+        raise FormatError(
+            "the index cannot be read", [("file", path), ("because", error)]
+        ) from None
+
+
+def _file_of(parts: list[tuple[Chunk, TensorEntry]]) -> str:
+    return parts[0][0].extent.file
+
+
+def _assemble(key: str, parts: list[tuple[Chunk, TensorEntry]]) -> TensorEntry:
+    if len(parts) == 1 and not any(parts[0][0].offsets):
+        return parts[0][1]
+    chunks = tuple(sorted((chunk for chunk, _ in parts), key=lambda chunk: chunk.offsets))
+    ends = (
+        tuple(o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks
+    )
+    shape = tuple(max(dim) for dim in zip(*ends, strict=True))
+    return TensorEntry(key, parts[0][1].dtype, shape, chunks)
+
+
+def _slice_problems(
+    chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]], files: Iterable[str]
+) -> Iterator[str]:
+    """Lost files, gaps and overlaps; a lost last file shows only against a config."""
+    numbers = {int(match[1]) for name in files if (match := _RANK_FILE.match(name))}
+    absent = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    yield from (f"shard-{n:05d}-*.safetensors is absent, a later one is there" for n in absent)
+    for key, parts in chunks.items() if not absent else ():
+        entry = _assemble(key, parts)
+        boxes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+        yield from (f"{key}: {problem}" for problem in inspect_boxes(entry.shape, boxes))
+
+
+def one_file(name: str, tensors: Iterable[OutTensor], *, modulus: int) -> OutFile:
+    """One file of a given name with all of these tensors, placed as ``outline`` does."""
+    # Wide types first keep every tensor aligned to its own element size.
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    fills: list[tuple[int, Fill]] = []
+    wishes: dict[int, int] = {}
+    position = 0
+    for tensor in tensors:
+        fill = tensor.chunks[0].fill
+        header[tensor.key] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + fill.nbytes],
+        }
+        fills.append((position, fill))
+        congruence = fill.congruence(modulus)
+        if congruence is not None and (congruence - position) % 8 == 0:
+            wish = (congruence - position) % modulus
+            wishes[wish] = wishes.get(wish, 0) + fill.nbytes
+        position += fill.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    best = max(wishes, key=lambda wish: (wishes[wish], -wish), default=0)
+    step = modulus if wishes else 8
+    start = 8 + len(text)
+    start += (best - start) % step
+    head = struct.pack("<Q", start - 8) + text.ljust(start - 8)
+    return OutFile(
+        name,
+        start + position,
+        ((0, head),),
+        tuple((start + offset, fill) for offset, fill in fills),
+    )

@@ -1,0 +1,393 @@
+"""One ``torch.save`` archive: the tensors in it, and the frame around a tensor we write.
+
+A ``.pth`` file is one such archive; so is each item of a DCP file.  A tensor is a recipe in
+``data.pkl`` (storage, offset, sizes, strides) over raw little-endian bytes in a record ``data/N``.
+
+Source:
+    torch 2.13 ``torch/serialization.py`` (``_save``, ``_load``), ``torch/_utils.py``
+    (``_rebuild_*``), ``torch/_tensor.py`` (``Tensor._reduce_ex_internal``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NoReturn
+
+from dcpconv.core.dtypes import BY_NAME, BY_STORAGE, DType
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile.unpickling import (
+    HARMLESS,
+    Allowed,
+    Call,
+    Persistent,
+    Ref,
+    calls,
+    check_size,
+    dumps,
+    loads,
+)
+from dcpconv.formats.torchfile.zip_records import Archive, ArchiveLayout, Read, read_archive
+
+__all__ = [
+    "STORAGE_ALIGNMENT",
+    "Archive",
+    "ArchiveLayout",
+    "Frame",
+    "Read",
+    "StoredTensor",
+    "UnreadableTensor",
+    "add_frame_records",
+    "least_nbytes",
+    "object_frame",
+    "read_archive",
+    "read_tensors",
+    "tensor_call",
+    "tensor_frame",
+]
+
+STORAGE_ALIGNMENT: Final = 64
+"""Where torch puts a payload when nothing else matters, in bytes (``_get_storage_alignment``)."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of an archive, as the bytes it lies in.
+
+    Attributes:
+        storage_key: Record ``data/<storage_key>``.
+        dtype: Element type.
+        offset_elements: First element, from the start of the storage.
+        shape: In elements.
+        strides: In elements, all at least 0.
+        offset: Byte of the first element, from the start of the archive.
+        nbytes: From the first to the last element, both included; 0 for an empty tensor.
+        requires_grad: As saved.
+        is_parameter: Whether it was an ``nn.Parameter``.
+    """
+
+    storage_key: str
+    dtype: DType
+    offset_elements: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    nbytes: int
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in C order without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+    def __setstate__(self, state: object) -> NoReturn:
+        # Without this a BUILD opcode could move a tensor after its bounds were checked.
+        raise FormatError("a pickle may not change a tensor that it has made")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (StoredTensor, tuple(getattr(self, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class UnreadableTensor:
+    """A tensor of a kind that is not one box of raw bytes: sparse, quantized, without data."""
+
+    kind: str
+
+    def __setstate__(self, state: object) -> None:
+        """Forget ``state``: there is nothing here to change."""
+
+
+@dataclass(frozen=True)
+class _Storage:
+    where: str
+    key: str
+    dtype: DType | None
+    offset: int
+    nbytes: int
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise FormatError("a pickle may not change a storage")
+
+
+def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
+    """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order.
+
+    Raises:
+        FormatError: The pickle names anything unknown, or a tensor reaches outside its storage.
+    """
+    extents: dict[str, tuple[int, int]] = {}
+
+    def find_storage(pid: object) -> _Storage:
+        return _find_storage(archive, extents, pid)
+
+    data = archive.read("data.pkl")
+    value = loads(data, allowed=_ALLOWED, where=archive.where, persistent_load=find_storage)
+    check_size(value, len(data), archive.where)
+
+    found: dict[int, StoredTensor] = {}
+    ahead = [value]
+    while ahead:
+        node = ahead.pop()
+        if isinstance(node, StoredTensor):
+            found.setdefault(id(node), node)
+        elif isinstance(node, dict):
+            ahead.extend(reversed(node.values()))
+        elif isinstance(node, (list, tuple)):
+            ahead.extend(reversed(node))
+    return value, tuple(found.values())
+
+
+def least_nbytes(data: bytes, where: str) -> int:
+    """Bytes that the storages named by a ``data.pkl`` take together, wherever they lie.
+
+    Raises:
+        FormatError: The pickle is cut short, or names anything unknown.
+    """
+    found: dict[str, int] = {}
+
+    def count(pid: object) -> _Storage:
+        kind, key, _, numel = pid[1:] if isinstance(pid, tuple) and len(pid) == 5 else (None,) * 4
+        if not (isinstance(kind, Ref) and isinstance(key, str) and isinstance(numel, int)):
+            raise FormatError("pickle refers to something that is not a storage", [("file", where)])
+        dtype = BY_STORAGE.get(kind.name)
+        found[key] = numel * (dtype.itemsize if dtype else 1)
+        return _Storage(where, key, dtype, 0, found[key])
+
+    loads(data, allowed=_ALLOWED, where=where, persistent_load=count)
+    return sum(found.values())
+
+
+def _find_storage(archive: Archive, extents: dict[str, tuple[int, int]], pid: object) -> _Storage:
+    match pid:
+        case ("storage", Ref(_, kind), str(key), _, int(numel)):
+            pass
+        case _:
+            raise FormatError(
+                "pickle refers to something that is not a storage",
+                [("file", archive.where), ("found", repr(pid)[:200])],
+            )
+    dtype = BY_STORAGE.get(kind)
+    if key not in extents:
+        extents[key] = archive.extent(f"data/{key}")
+    offset, available = extents[key]
+    nbytes = numel * (dtype.itemsize if dtype else 1)
+    if not 0 <= nbytes <= available:
+        raise FormatError(
+            "storage does not fit its record",
+            [
+                ("file", archive.where),
+                ("record", f"data/{key}"),
+                ("expected", f"{nbytes} bytes"),
+                ("found", f"{available} bytes"),
+            ],
+            hint="the file was cut short or altered; fetch or save it again",
+        )
+    return _Storage(archive.where, key, dtype, offset, nbytes)
+
+
+def _rebuild(
+    storage: object,
+    dtype: DType | None,
+    offset: object,
+    shape: object,
+    strides: object,
+    requires_grad: object = False,  # noqa: FBT002 (torch's recipes pass it by position)
+    metadata: object = None,
+) -> StoredTensor | UnreadableTensor:
+    if not isinstance(storage, _Storage) or dtype is None:
+        raise FormatError("tensor has no storage of a known element type")
+    facts = [
+        ("file", storage.where),
+        ("record", f"data/{storage.key}"),
+        ("tensor", f"{dtype} {shape} at element {offset}, strides {strides}"),
+    ]
+    shape, strides = _whole_numbers(shape), _whole_numbers(strides)
+    if shape is None or strides is None or len(shape) != len(strides):
+        raise FormatError("tensor has no sensible shape", facts)
+    if type(offset) is not int or offset < 0 or math.prod(shape) * dtype.itemsize >= 1 << 63:
+        raise FormatError("tensor has no sensible size", facts)
+    if metadata:  # conjugate or negative bit: the bytes are not the values
+        return UnreadableTensor(f"lazily negated or conjugated ({metadata})")
+    nbytes = 0
+    if math.prod(shape):
+        last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        nbytes = (last + 1) * dtype.itemsize
+    if offset * dtype.itemsize + nbytes > storage.nbytes:
+        needed = offset * dtype.itemsize + nbytes
+        facts += [("expected", f"at least {needed} bytes"), ("found", f"{storage.nbytes} bytes")]
+        raise FormatError("tensor reaches beyond its storage", facts)
+    return StoredTensor(
+        storage_key=storage.key,
+        dtype=dtype,
+        offset_elements=offset,
+        shape=shape,
+        strides=strides,
+        offset=storage.offset + offset * dtype.itemsize,
+        nbytes=nbytes,
+        requires_grad=bool(requires_grad),
+    )
+
+
+def _whole_numbers(value: object) -> tuple[int, ...] | None:
+    """``value`` as a shape, or ``None`` where it is not one."""
+    if isinstance(value, Call) and value.func == Ref("torch", "Size") and len(value.args) == 1:
+        value = value.args[0]
+    if not isinstance(value, (tuple, list)):
+        return None
+    return tuple(value) if all(type(item) is int and item >= 0 for item in value) else None
+
+
+def _rebuild_v2(storage: object, *args: object) -> StoredTensor | UnreadableTensor:
+    offset, shape, strides, requires_grad, _hooks, *metadata = args
+    dtype = storage.dtype if isinstance(storage, _Storage) else None
+    return _rebuild(storage, dtype, offset, shape, strides, requires_grad, *metadata)
+
+
+def _rebuild_v1(storage: object, *args: object) -> StoredTensor | UnreadableTensor:
+    return _rebuild_v2(storage, *args, False, None)
+
+
+def _rebuild_v3(storage: object, *args: object) -> StoredTensor | UnreadableTensor:
+    offset, shape, strides, requires_grad, _hooks, ref, *metadata = args
+    dtype = BY_NAME.get(ref.name) if isinstance(ref, Ref) else None
+    return _rebuild(storage, dtype, offset, shape, strides, requires_grad, *metadata)
+
+
+def _rebuild_parameter(data: object, requires_grad: object, *_hooks_and_state: object) -> object:
+    if not isinstance(data, StoredTensor):
+        return data
+    return replace(data, requires_grad=bool(requires_grad), is_parameter=True)
+
+
+def _rebuild_from_type(func: object, kind: object, args: object, _state: object) -> object:
+    """A plain tensor or parameter with Python attributes (a buffer has some); these are dropped."""
+    if not (isinstance(kind, Ref) and callable(func) and isinstance(args, tuple)):
+        raise FormatError("tensor has no recipe")
+    return func(*args)
+
+
+def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
+    return lambda *_args: UnreadableTensor(kind)
+
+
+_ALLOWED: Final[Allowed] = {
+    **HARMLESS,
+    **{
+        (module, name): Ref
+        for module in ("torch", "torch.cuda")
+        for name in (*BY_STORAGE, "QInt8Storage", "QUInt8Storage", "QInt32Storage")
+    },
+    ("torch.storage", "UntypedStorage"): Ref,
+    ("torch.storage", "_UntypedStorage"): Ref,
+    ("torch", "UntypedStorage"): Ref,
+    ("torch", "Tensor"): Ref,
+    ("torch._tensor", "Tensor"): Ref,
+    ("torch.nn.parameter", "Parameter"): Ref,
+    ("torch.nn.parameter", "Buffer"): Ref,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_v1,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+    ("torch._utils", "_rebuild_sparse_tensor"): _unreadable("sparse"),
+    ("torch.serialization", "_get_layout"): calls("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_qtensor"): _unreadable("quantized"),
+    **{
+        ("torch", f"per_{scheme}"): Ref
+        for scheme in (
+            "tensor_affine",
+            "tensor_symmetric",
+            "channel_affine",
+            "channel_symmetric",
+            "channel_affine_float_qparams",
+        )
+    },
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable("meta, without data"),
+    ("torch._utils", "_rebuild_nested_tensor"): _unreadable("nested"),
+}
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What surrounds a tensor's bytes: ``head + payload + tail`` is one whole archive."""
+
+    head: bytes
+    tail: bytes
+    payload_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the whole archive."""
+        return len(self.head) + self.payload_nbytes + len(self.tail)
+
+
+def tensor_call(
+    dtype: DType, shape: Sequence[int], *, storage_key: str, requires_grad: bool = False
+) -> Call:
+    """The recipe of a contiguous tensor that has a storage of its own."""
+    numel = math.prod(shape)
+    strides = tuple(
+        math.prod(max(1, size) for size in shape[dim + 1 :]) for dim in range(len(shape))
+    )
+    place: tuple[object, ...] = (0, tuple(shape), strides, requires_grad, OrderedDict())
+    if dtype.storage:
+        kind, counted = Ref("torch", dtype.storage), numel
+    else:
+        kind, counted = Ref("torch.storage", "UntypedStorage"), numel * dtype.itemsize
+    storage = Persistent(("storage", kind, storage_key, "cpu", counted))
+    if dtype.storage:
+        return Call(Ref("torch._utils", "_rebuild_tensor_v2"), (storage, *place))
+    element = Ref("torch", dtype.name)
+    return Call(Ref("torch._utils", "_rebuild_tensor_v3"), (storage, *place, element))
+
+
+def add_frame_records(layout: ArchiveLayout, value: object) -> None:
+    """Place what every archive starts with: the pickle of ``value``, byte order and version.
+
+    torch writes ``.format_version``, ``.storage_alignment`` and ``.data/serialization_id`` too; no
+    reader needs them, and the first would promise torch's own spacing of payloads
+    (``torch/serialization.py``, ``_get_offset``).
+    """
+    layout.add("data.pkl", dumps(value))
+    layout.add("byteorder", b"little")
+    layout.add("version", b"3\n")
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_frame(dtype: DType, shape: tuple[int, ...], *, requires_grad: bool = False) -> Frame:
+    """The archive around one contiguous tensor, as ``torch.save(tensor)`` makes it.
+
+    Readable by ``torch.load`` of torch 2.6 and later, with ``weights_only`` and ``mmap`` or
+    without.  The payload itself is its elements in C order.
+    """
+    layout = ArchiveLayout()
+    value = tensor_call(dtype, shape, storage_key="0", requires_grad=requires_grad)
+    add_frame_records(layout, value)
+    nbytes = math.prod(shape) * dtype.itemsize
+    payload = layout.add_payload("data/0", nbytes, modulus=1, residue=0)
+    layout.finish()
+    head = b"".join(data for offset, data in layout.literals if offset < payload)
+    tail = b"".join(data for offset, data in layout.literals if offset >= payload)
+    return Frame(head, tail, nbytes)
+
+
+def object_frame(value: object) -> bytes:
+    """The whole archive of a value that holds no tensor, as ``torch.save(value)`` makes it."""
+    layout = ArchiveLayout()
+    add_frame_records(layout, value)
+    layout.finish()
+    return b"".join(data for _, data in layout.literals)

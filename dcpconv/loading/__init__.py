@@ -1,0 +1,1 @@
+"""Fills live, possibly sharded models from a checkpoint; the only room that knows torch models."""

@@ -1,0 +1,199 @@
+"""What a model wants against what a checkpoint offers: every tensor on both sides accounted for."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dcpconv.core.dtypes import DType
+from dcpconv.loading.model import Place
+from dcpconv.loading.reading import dtype_of
+from dcpconv.plan.account import Supply
+from dcpconv.plan.block_scales import FACTORS
+from dcpconv.plan.coverage import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTensor:
+    """A tensor that can be had, without where its bytes are.
+
+    Attributes:
+        shape: Its shape, in elements.
+        dtype: As it is read: the source's own, or fp32 where it is multiplied out.
+        kind: How the source stores its elements: ``bf16``, ``f8e4m3 in scaled blocks``.
+        sources: Stored keys that it is made of.
+        factors: Stored keys of factors without which its elements mean nothing.
+        tied_to: The key it repeats.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    kind: str
+    sources: tuple[str, ...]
+    factors: tuple[str, ...]
+    tied_to: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a checkpoint has for a model: small enough to send to ranks that cannot see it.
+
+    Attributes:
+        source: What the user named.
+        form: How its bytes are stored.
+        family: Naming of the source.
+        target: Naming of the model.
+        tensors: By FQN.
+        missing: FQNs that the naming has and the source cannot supply, with the reason.
+        unknown: Source keys that no rule covers.
+        misshapen: Keys whose shape or dtype contradicts the config or another tensor.
+        ignored: Source keys that are dropped, with the reason.
+        left: Entries beside the weights.
+        notes: What a user should know.
+    """
+
+    source: str
+    form: str
+    family: str
+    target: str
+    tensors: dict[str, OfferedTensor]
+    missing: tuple[Fault, ...]
+    unknown: tuple[Fault, ...]
+    misshapen: tuple[Fault, ...]
+    ignored: tuple[Fault, ...]
+    left: int
+    notes: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Equal on two ranks that see the same checkpoint."""
+        hasher = hashlib.sha256()
+        for key, one in sorted(self.tensors.items()):
+            hasher.update(f"{key} {one.kind} {one.shape}\n".encode())
+        return hasher.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """How a model on this rank and an offer fit.
+
+    Attributes:
+        chosen: ``(place, FQN it is loaded under)``.
+        missing: FQNs that nothing supplies, with the reason.
+        unexpected: Stored keys that nothing in this rank's model wants, with the reason.
+        misshapen: FQNs and keys whose shape differs from what is stored.
+        ignored: Names on either side that the caller said to pass over, or the table drops.
+        scaled: FQNs that would get elements of another dtype than the model's without the factors
+            that belong to them.
+    """
+
+    chosen: tuple[tuple[Place, str], ...]
+    missing: tuple[Fault, ...]
+    unexpected: tuple[Fault, ...]
+    misshapen: tuple[Fault, ...]
+    ignored: tuple[Fault, ...]
+    scaled: tuple[Fault, ...]
+
+
+def offer_of(supply: Supply, source: str) -> Offer:
+    """What can be said about a supply without its bytes."""
+    coverage = supply.coverage
+    root = supply.root
+    return Offer(
+        source=source,
+        form=supply.catalog.form,
+        family=coverage.source,
+        target=coverage.target,
+        tensors={
+            key: OfferedTensor(
+                target.shape,
+                target.dtype,
+                target.pieces[0].kind if target.pieces else target.dtype.label,
+                tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
+                supply.factors_of(target),
+                root + target.tied_to if target.tied_to else None,
+            )
+            for key, target in supply.targets().items()
+        },
+        missing=tuple(Fault(root + fault.key, fault.why) for fault in coverage.missing),
+        unknown=coverage.unknown,
+        misshapen=coverage.misshapen,
+        ignored=coverage.ignored,
+        left=len(coverage.left),
+        notes=supply.notes,
+    )
+
+
+def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) -> Account:
+    """Account for every tensor of a model and of an offer.
+
+    Args:
+        wanted: Parameters and persistent buffers of the model.
+        offer: What the checkpoint has.
+        ignore: Shell patterns of FQNs to leave alone, and of stored keys to pass over.
+    """
+    chosen: list[tuple[Place, str]] = []
+    missing: list[Fault] = []
+    misshapen = list(offer.misshapen)
+    scaled: list[Fault] = []
+    ignored = list(offer.ignored)
+    reasons = {fault.key: fault.why for fault in offer.missing}
+    used: set[str] = set()
+    names = {fqn for place in wanted for fqn in place.fqns}
+    for place in wanted:
+        if _is_ignored(place.fqns, ignore):
+            ignored.append(Fault(place.fqn, "left as it is: the caller said so"))
+            used.update(
+                key
+                for fqn in place.fqns
+                if fqn in offer.tensors
+                for key in offer.tensors[fqn].sources
+            )
+            continue
+        had = [fqn for fqn in place.fqns if fqn in offer.tensors]
+        if not had:
+            why = next((reasons[fqn] for fqn in place.fqns if fqn in reasons), "")
+            missing.append(Fault(place.fqn, "" if why == f"needs {place.fqn}" else why))
+            continue
+        # The owner first: a second name may have been stored before they were tied.
+        fqn = min(had, key=lambda name: offer.tensors[name].tied_to is not None)
+        used.update(key for name in had for key in offer.tensors[name].sources)
+        one = offer.tensors[fqn]
+        if one.shape != place.shape:
+            shapes = f"{list(place.shape)} in the model, {list(one.shape)} in the source"
+            misshapen.append(Fault(place.fqn, shapes))
+        elif (
+            one.factors
+            and one.dtype is not dtype_of(place.tensor)
+            and not any(name + suffix in names for name in had for suffix in FACTORS)
+        ):
+            scaled.append(Fault(place.fqn, f"needs {', '.join(one.factors)}"))
+            used.update(one.factors)
+        else:
+            chosen.append((place, fqn))
+    unexpected: dict[str, str] = {}
+    for fault in offer.unknown:
+        if fault.key not in used:
+            unexpected[fault.key] = fault.why
+    for fqn, one in offer.tensors.items():
+        if fqn in names or (one.tied_to is not None and one.tied_to in names):
+            continue
+        for key in one.sources:
+            if key not in used:
+                unexpected[key] = "" if key == fqn else f"would be {fqn}"
+    for key in [key for key in unexpected if _is_ignored((key,), ignore)]:
+        del unexpected[key]
+        ignored.append(Fault(key, "passed over: the caller said so"))
+    return Account(
+        tuple(chosen),
+        tuple(missing),
+        tuple(Fault(key, why) for key, why in unexpected.items()),
+        tuple(misshapen),
+        tuple(ignored),
+        tuple(scaled),
+    )
+
+
+def _is_ignored(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)

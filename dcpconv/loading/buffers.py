@@ -1,0 +1,137 @@
+"""Buffers that no checkpoint has: RoPE tables and the like, which their module computes.
+
+A model that was built on the meta device, or went through ``to_empty``, has garbage in them.
+Modules that offer a way to compute them again are asked to; what cannot be shown to have been
+written is reported, because it would surface as a NaN many steps later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcpconv.loading.model import walk
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of the non-persistent buffers.
+
+    Attributes:
+        computed: FQNs of buffers that their module computed again.
+        uninitialised: FQNs of buffers that were on the meta device and that nothing wrote.
+    """
+
+    computed: tuple[str, ...] = ()
+    uninitialised: tuple[str, ...] = ()
+
+
+def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
+    """Give every non-persistent buffer memory and have its module compute it.
+
+    A module without parameters of its own is asked whether or not its buffers were on the meta
+    device: ``to_empty`` leaves no trace, and computing a table twice does no harm.
+
+    Args:
+        model: Any model.
+        device: Where buffers belong that are on the meta device.
+
+    Source:
+        Lingua calls ``rope_embeddings.reset_parameters()`` after loading
+        (``apps/main/train.py`` at facebookresearch/lingua@437d680).  transformers 5.23 computes
+        ``inv_freq`` in ``PreTrainedModel._init_weights``, 4.57 in the constructor, by
+        ``rope_init_fn(config, device)``.
+    """
+    computed: list[str] = []
+    left: list[str] = []
+    seen: set[int] = set()
+    for prefix, module, initialise in _owners(model):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        names = _own(module)
+        meta = [name for name in names if _buffer(module, name).is_meta]
+        has_weights = any(not tensor.is_meta for tensor in module.parameters())
+        if (not meta and any(True for _ in module.parameters())) or (meta and has_weights):
+            left.extend(prefix + name for name in meta)
+            continue
+        for name in meta:
+            _materialise(module, name, device)
+        before = {name: (id(t := _buffer(module, name)), t._version) for name in names}  # noqa: SLF001
+        for way in _ways(module, initialise):
+            with torch.no_grad():
+                way()
+            written = [name for name in names if _is_written(module, name, before[name])]
+            if len(written) == len(names):
+                break
+        else:
+            written = [name for name in names if _is_written(module, name, before[name])]
+        computed.extend(prefix + name for name in written)
+        left.extend(prefix + name for name in meta if name not in written)
+    return Restored(tuple(computed), tuple(left))
+
+
+def _owners(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], object] | None]]:
+    """Modules with non-persistent buffers, and the ``_init_weights`` of the model around them."""
+    hooks: dict[str, Callable[[nn.Module], object]] = {}
+    for prefix, module in walk(model):
+        hook = getattr(module, "_init_weights", None)
+        if callable(hook):
+            hooks[prefix] = hook
+        if _own(module):
+            around = [at for at in hooks if prefix.startswith(at)]
+            yield prefix, module, hooks[max(around, key=len)] if around else None
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, buffer in module._buffers.items()  # noqa: SLF001
+        if buffer is not None and name in module._non_persistent_buffers_set  # noqa: SLF001
+    ]
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor:
+    found: Tensor = getattr(module, name)
+    return found
+
+
+def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
+    empty = torch.empty_like(_buffer(module, name), device=device)
+    if empty.is_floating_point() or empty.is_complex():
+        empty.fill_(float("nan"))  # what is still there afterwards was never computed
+    module._buffers[name] = empty  # noqa: SLF001
+
+
+def _is_written(module: nn.Module, name: str, before: tuple[int, int]) -> bool:
+    buffer = _buffer(module, name)
+    if buffer.is_meta or (id(buffer), buffer._version) == before:  # noqa: SLF001
+        return False
+    return not bool(buffer.isnan().any())
+
+
+def _ways(
+    module: nn.Module, initialise: Callable[[nn.Module], object] | None
+) -> Iterator[Callable[[], object]]:
+    """Ways to compute a module's buffers, the most specific first."""
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        yield reset
+    if initialise is not None:
+        hook = initialise
+        yield lambda: hook(module)
+    if callable(getattr(module, "rope_init_fn", None)) and hasattr(module, "inv_freq"):
+        yield lambda: _rope(module)
+
+
+def _rope(module: Any) -> None:
+    table, module.attention_scaling = module.rope_init_fn(module.config, module.inv_freq.device)
+    module.inv_freq.copy_(table)
+    if isinstance(getattr(module, "original_inv_freq", None), Tensor):
+        module.original_inv_freq = module.inv_freq

@@ -1,0 +1,332 @@
+"""Before anything moves: every rank looks at its model and at the checkpoint, and all agree."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from dcpconv.core.dtypes import DType
+from dcpconv.core.errors import CoverageError, DcpconvError, FormatError
+from dcpconv.core.outline import Fill
+from dcpconv.loading.account import Account, Offer, match, offer_of
+from dcpconv.loading.buffers import Restored, restore_buffers
+from dcpconv.loading.model import Place, device_of, places, reshard
+from dcpconv.loading.reading import dtype_of
+from dcpconv.loading.regions import Need, Wish, needs_of
+from dcpconv.loading.world import World, hostname, portable, raise_first
+from dcpconv.plan.account import Options, prepare
+from dcpconv.plan.coverage import Fault, Target
+from dcpconv.plan.fills import fill_of
+from dcpconv.stores.hub import locate
+
+Read = Literal["auto", "all", "once", "rank0"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller wants.
+
+    Attributes:
+        source: The checkpoint.
+        options: How to understand it.
+        strict: Whether what is missing, unexpected or uninitialised is an error.
+        keeps_dtype: Whether parameters keep their dtype.
+        ignore: Shell patterns of names to pass over.
+        initialises: Whether the caller fills what is missing.
+        read: Which ranks read.
+        device: Where tensors on the meta device go that are no DTensors.
+    """
+
+    source: str | os.PathLike[str]
+    options: Options
+    strict: bool
+    keeps_dtype: bool
+    ignore: tuple[str, ...]
+    initialises: bool
+    read: Read
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """Where the bytes are, on ranks that read.
+
+    Attributes:
+        directory: What parts' files are relative to.
+        targets: Every tensor by FQN.
+        fills: Fills made so far.
+    """
+
+    directory: Path = field(default_factory=Path)
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    fills: dict[Wish, Fill] = field(default_factory=dict)
+
+    def fill(self, wish: Wish) -> Fill:
+        """How a wish is read.
+
+        Raises:
+            FormatError: The stored chunks do not cover it.
+        """
+        if wish not in self.fills:
+            self.fills[wish] = fill_of(self.targets[wish.key], wish.offsets, wish.sizes)
+        return self.fills[wish]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What this rank will do, all ranks agreeing.
+
+    Attributes:
+        places: Parameters and persistent buffers of the model.
+        restored: What became of the other buffers.
+        offer: What the checkpoint has.
+        account: How both fit.
+        needs: Every region that this rank holds.
+        casts: Tensors by ``(how the source stores them, model dtype)``, where these differ.
+        unexpected: Stored keys that no rank has a place for.
+        supplied: Where the bytes are.
+        read: Which ranks read: ``all``, ``once`` or ``rank0``.
+    """
+
+    places: tuple[Place, ...]
+    restored: Restored
+    offer: Offer
+    account: Account
+    needs: tuple[Need, ...]
+    casts: Counter[tuple[str, str]]
+    unexpected: tuple[Fault, ...]
+    supplied: Supplied
+    read: Read
+
+    def dtype_of_key(self, key: str) -> DType:
+        """Dtype of a tensor as it is read from the source."""
+        return self.offer.tensors[key].dtype
+
+    def nbytes(self, wish: Wish) -> int:
+        """Bytes of a wish, as they are read from the source."""
+        return (wish.stop - wish.start) * self.dtype_of_key(wish.key).itemsize
+
+    def missing(self) -> list[Place]:
+        """What the checkpoint cannot supply."""
+        lost = {fault.key for fault in self.account.missing}
+        return [place for place in self.places if place.fqn in lost]
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What one rank tells the others."""
+
+    failure: DcpconvError | None
+    source: str = ""
+    model: str = ""
+    host: str = ""
+    digest: str = ""
+    loaded: int = 0
+    missing: tuple[Fault, ...] = ()
+    unexpected: tuple[Fault, ...] = ()
+    misshapen: tuple[Fault, ...] = ()
+    scaled: tuple[Fault, ...] = ()
+    lost: tuple[Fault, ...] = ()
+    garbage: tuple[Fault, ...] = ()
+
+
+def decide(model: nn.Module, request: Request, world: World) -> Decision:
+    """Look at model and checkpoint and agree with the other ranks on whether they fit.
+
+    Non-persistent buffers are computed on the way; no parameter and no other buffer is touched.
+
+    Raises:
+        CoverageError: They do not fit; the same on every rank.
+        DcpconvError: A rank could not tell; what it found is raised on every rank.
+    """
+    failure: Exception | None = None
+    found: tuple[Place, ...] = ()
+    restored, offer, supplied = Restored(), list[Offer](), Supplied()
+    decision: Decision | None = None
+    try:
+        found, restored = _look_at_model(model, request)
+        if request.read != "rank0" or world.rank == 0:
+            offer[:], supplied = _look_at_source(request, found)
+    except Exception as error:  # noqa: BLE001 - all ranks hear of it below
+        failure = error
+    if request.read == "rank0":
+        offer = world.from_first(offer)
+    if failure is None and offer:
+        try:
+            decision = _account(model, request, found, restored, offer[0], supplied)
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it below
+            failure = error
+    heard = world.gather(_tell(decision, request, failure))
+    raise_first([one.failure for one in heard], cause=failure)
+    if decision is None:
+        raise AssertionError("no rank failed, yet this one has nothing to go by")
+    unexpected = _judge(heard, request)
+    read = decision.read
+    if read == "auto":
+        read = "once" if len({one.host for one in heard}) > 1 else "all"
+    return replace(decision, unexpected=unexpected, read=read)
+
+
+def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...], Restored]:
+    reshard(model)
+    found = [place for place in places(model) if place.is_parameter or place.is_persistent]
+    fallback = next((device_of(p, request.device) for p in found if p.is_parameter), None)
+    device = request.device or fallback or torch.device("cpu")
+    return tuple(found), restore_buffers(model, device)
+
+
+def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offer], Supplied]:
+    path = locate(request.source)
+    wanted = {fqn: place.shape for place in found for fqn in place.fqns}
+    supply = prepare(path, request.options, wanted=wanted)
+    offer = offer_of(supply, os.fspath(request.source))
+    for target in supply.coverage.targets:
+        nothing = (0,) * len(target.shape)
+        if any(piece.scale for piece in target.pieces):
+            fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
+    return [offer], Supplied(supply.catalog.path, supply.targets())
+
+
+def _account(
+    model: nn.Module,
+    request: Request,
+    found: tuple[Place, ...],
+    restored: Restored,
+    offer: Offer,
+    supplied: Supplied,
+) -> Decision:
+    account = match(found, offer, ignore=request.ignore)
+    needs: list[Need] = []
+    casts: Counter[tuple[str, str]] = Counter()
+    for place, key in account.chosen:
+        needs.extend(needs_of(place, key))
+        had, now = offer.tensors[key], dtype_of(place.tensor)
+        if had.dtype is not now and not request.keeps_dtype:
+            _require_renewable(model, place)
+            now = had.dtype
+        if had.kind != now.label:
+            casts[had.kind, now.label] += 1
+    if request.read in {"auto", "all"}:
+        for need in needs:
+            supplied.fill(need.wish)
+    return Decision(
+        places=found,
+        restored=restored,
+        offer=offer,
+        account=account,
+        needs=tuple(needs),
+        casts=casts,
+        unexpected=(),
+        supplied=supplied,
+        read=request.read,
+    )
+
+
+def _require_renewable(model: nn.Module, place: Place) -> None:
+    """FSDP1 and DDP have laid out buffers for one dtype when they wrapped the model."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
+            raise DcpconvError(
+                "dtype='source' would change parameters that are already wrapped",
+                [("wrapper", type(module).__name__), ("fqn", place.fqn)],
+                hint="build the model in that dtype, or cast: dtype='model'",
+            )
+
+
+def _tell(decision: Decision | None, request: Request, failure: Exception | None) -> _Heard:
+    if failure is not None or decision is None:
+        return _Heard(portable(failure))
+    account, offer = decision.account, decision.offer
+    lost = [] if request.strict or request.initialises else decision.missing()
+    return _Heard(
+        None,
+        f"{offer.source}  {offer.form}  {offer.family}",
+        f"{offer.target}  {len(account.chosen)} tensors match",
+        hostname(),
+        offer.digest(),
+        len(account.chosen),
+        account.missing,
+        account.unexpected,
+        account.misshapen,
+        account.scaled,
+        tuple(Fault(p.fqn, "on the meta device; pass init_missing") for p in lost if p.is_meta),
+        tuple(
+            Fault(name, "buffer that is in no checkpoint and that its module does not compute")
+            for name in decision.restored.uninitialised
+        ),
+    )
+
+
+def _judge(heard: Sequence[_Heard], request: Request) -> tuple[Fault, ...]:
+    """Raise what all ranks raise, or return what is unexpected on all of them.
+
+    Only what all have heard may be told: a rank's own path may be another.
+    """
+    if len({one.digest for one in heard}) > 1:
+        raise FormatError(
+            "ranks see different checkpoints; nothing was loaded",
+            [
+                ("source", heard[0].source),
+                *((f"rank {rank}", f"{one.host} {one.digest}") for rank, one in enumerate(heard)),
+            ],
+            hint="fetch the same files on every host, or read='rank0'",
+        )
+    # With pipeline parallelism ranks hold different layers: a stored key is unexpected only where
+    # nobody has a place for it.
+    shared = set.intersection(*({fault.key for fault in one.unexpected} for one in heard))
+    unexpected = tuple(fault for fault in heard[0].unexpected if fault.key in shared)
+    rows = {
+        "misshapen": _merged(one.misshapen for one in heard),
+        "scaled": _merged(one.scaled for one in heard),
+    }
+    if request.strict:
+        rows = {
+            "missing": _merged(one.missing for one in heard),
+            "unexpected": unexpected,
+            **rows,
+            "garbage": _merged(one.garbage for one in heard),
+        }
+    else:
+        rows["missing"] = _merged(one.lost for one in heard)
+    counts = [f"{len(faults)} {label}" for label, faults in rows.items() if faults]
+    if counts:
+        raise CoverageError(
+            f"the checkpoint does not fit the model: {', '.join(counts)}; nothing was loaded",
+            [
+                ("source", heard[0].source),
+                ("model", heard[0].model),
+                *(
+                    (label, f"{fault.key}  {fault.why}".rstrip())
+                    for label, faults in rows.items()
+                    for fault in faults
+                ),
+            ],
+            hint=request.options.advice
+            if rows["scaled"]
+            else _hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
+        )
+    return unexpected
+
+
+def _merged(faults: Iterable[tuple[Fault, ...]]) -> tuple[Fault, ...]:
+    """Every fault once, by rank."""
+    return tuple({fault.key: fault for some in faults for fault in some}.values())
+
+
+def _hint(labels: set[str], loaded: int) -> str | None:
+    if not loaded:
+        return "is this a checkpoint of the same model? to=NAME says how the model spells its keys"
+    if "misshapen" in labels:
+        return "is this a checkpoint of the same size of model?"
+    if labels == {"garbage"}:
+        return "give the module a reset_parameters() that computes them"
+    return "strict=False loads the rest, ignore=PATTERN passes single keys over"

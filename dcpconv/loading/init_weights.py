@@ -1,0 +1,166 @@
+"""Load the weights a training run starts from into a live model, sharded in any way.
+
+``load_init_weights`` is called on every rank once the model is parallelised.  It does not go
+through ``get_model_state_dict`` and ``set_model_state_dict``: the tensors of a sharded state dict
+alias the parameters anyway, so bytes are read into the parameters' own memory, and FSDP1, whose
+state dict gathers whole units, needs no exception.  State dict hooks of modules are therefore not
+run.  What remains of the stock path is its naming: FQNs are those of ``get_model_state_dict``.
+``CheckpointReader`` is the same reading as a storage reader for ``dcp.load``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dcpconv.engine.execute import LossyCast
+from dcpconv.loading.decision import Decision, Read, Request, decide
+from dcpconv.loading.moving import Arrived, move
+from dcpconv.loading.report import LoadReport
+from dcpconv.loading.world import World
+from dcpconv.plan.account import Options
+from dcpconv.plan.refusals import parse_allowed
+
+__all__ = ["LoadReport", "load_init_weights"]
+
+
+@torch.no_grad()
+def load_init_weights(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    from_: str | None = None,
+    keymap: str | os.PathLike[str] | None = None,
+    assets: str | os.PathLike[str] | None = None,
+    spec: str | Sequence[str] = (),
+    allow: Sequence[str] = (),
+    dequantize: bool = False,
+    strict: bool = True,
+    dtype: Literal["model", "source"] = "model",
+    ignore: Sequence[str] = (),
+    init_missing: Callable[[str, Tensor], object] | None = None,
+    process_group: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+    read: Read = "auto",
+    device: torch.device | str | None = None,
+    jobs: int | None = None,
+) -> LoadReport:
+    """Loads weights from a checkpoint of any form and naming into a live model.
+
+    Call it on every rank, after the model is wrapped, sharded or parallelised, before the
+    optimizer is built.  Each rank reads the bytes of its own shards and nothing else; beside them
+    it needs a constant: 12 MiB of buffers per thread at most, 16 MiB where ranks send to each
+    other.
+
+    All ranks decide together before any tensor changes: either all load, or all raise the same
+    error with the same text.  Parameters and buffers on the meta device get memory, tied ones stay
+    tied and frozen ones frozen.  Non-persistent buffers are computed by their modules
+    (``reset_parameters()``, or ``_init_weights`` of the Hugging Face model around them).
+
+    Args:
+        model: Plain, or under DDP, FSDP1, FSDP2, tensor parallelism, ``torch.compile``, activation
+            checkpointing, in any combination.
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub
+            id.
+        to: Naming of the model.  By default that of the source if it spells the model's FQNs,
+            else the one whose table does; where no table knows them, keys must be equal.
+        from_: Naming of the source, where its keys leave a choice.
+        keymap: File with a table of your own.
+        assets: Directory with the config, where the source has none.
+        spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
+        allow: Features to leave out although the model's naming cannot express them, by name.
+        dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
+            fp32, and round once to the parameter's dtype: the bits of ``convert`` with the same
+            option.
+        strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
+            buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors, and
+            one-byte weights that a model of another dtype would get without their factors
+            (``X.weight_scale_inv``, ``X.weight_scale``), are an error in any case.
+        dtype: ``model`` casts to each parameter's dtype, ``source`` gives parameters the dtype
+            they are stored in, or fp32 where they are multiplied out.
+        ignore: Shell patterns of FQNs to leave alone and of stored keys to pass over.
+        init_missing: With ``strict=False``, called as ``init_missing(fqn, parameter)`` for every
+            missing parameter, on all ranks in the same order; without it they keep their values.
+        process_group: The ranks that load together; all by default.
+        progress: Called with ``(bytes done, bytes in all)`` of this rank, from worker threads.
+        read: ``all``: every rank reads its shards.  ``once``: ranks that hold the same bytes (DDP,
+            HSDP) have one of them read and send.  ``rank0``: rank 0 reads everything, for sources
+            that other nodes cannot see.  ``auto``: ``once`` if the ranks are on several hosts,
+            where storage is the slowest link; ``all`` on one host, whose page cache is faster than
+            any process group.
+        device: Where tensors on the meta device go that are no DTensors; the CPU by default.
+        jobs: Threads; as many as there are CPUs, 4 at most, by default.
+
+    Raises:
+        CoverageError: The model and the checkpoint do not fit; lists everything, the same on
+            every rank.
+        FormatError: A file is truncated, malformed or unsafe, on this rank or another.
+        NotExpressibleError: The naming cannot hold this model; all reasons are listed.
+    """
+    started = time.perf_counter()
+    options = Options(
+        to=to,
+        from_=from_,
+        keymap=Path(keymap) if keymap else None,
+        assets=Path(assets) if assets else None,
+        spec=(spec,) if isinstance(spec, str) else tuple(spec),
+        allow=parse_allowed(allow),
+        dequantize=dequantize,
+    )
+    if dtype not in {"model", "source"} or read not in {"auto", "all", "once", "rank0"}:
+        raise ValueError(f"dtype={dtype!r}, read={read!r}: see load_init_weights.__doc__")
+    request = Request(
+        source=source,
+        options=options,
+        strict=strict,
+        keeps_dtype=dtype == "model",
+        ignore=tuple(ignore),
+        initialises=init_missing is not None and not strict,
+        read=read,
+        device=torch.device(device) if device is not None else None,
+    )
+    world = World.of(process_group)
+    decision = decide(model, request, world)
+    arrived = move(model, decision, request, world, jobs=jobs, progress=progress)
+    initialised: list[str] = []
+    if init_missing is not None and request.initialises:
+        for place in decision.missing():
+            init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
+            initialised.append(place.fqn)
+    return _report(decision, arrived, tuple(initialised), time.perf_counter() - started)
+
+
+def _report(
+    decision: Decision, arrived: Arrived, initialised: tuple[str, ...], seconds: float
+) -> LoadReport:
+    offer, account = decision.offer, decision.account
+    left = f"{offer.left} entries beside the weights stay behind"
+    return LoadReport(
+        source=offer.source,
+        form=offer.form,
+        family=offer.family,
+        target=offer.target,
+        loaded=tuple(place.fqn for place, _ in account.chosen),
+        nbytes=sum(decision.nbytes(need.wish) for need in decision.needs),
+        nbytes_read=arrived.read,
+        nbytes_received=arrived.received,
+        missing=tuple((fault.key, fault.why) for fault in account.missing),
+        unexpected=tuple((fault.key, fault.why) for fault in decision.unexpected),
+        ignored=tuple((fault.key, fault.why) for fault in account.ignored),
+        tied=tuple(place.fqns for place in decision.places if len(place.fqns) > 1),
+        casts=tuple((old, new, count) for (old, new), count in decision.casts.items()),
+        lossy=tuple(LossyCast(key, *lost) for key, lost in sorted(arrived.losses.items())),
+        computed_buffers=decision.restored.computed,
+        uninitialised_buffers=decision.restored.uninitialised,
+        initialised=initialised,
+        on_meta=tuple(place.fqn for place in decision.places if place.is_meta),
+        notes=(*offer.notes, *((left,) if offer.left else ())),
+        seconds=seconds,
+    )

@@ -1,0 +1,145 @@
+"""After the decision: give the model memory, fill it, and agree on how that went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dcpconv.loading.decision import Decision, Request
+from dcpconv.loading.exchange import Exchange, share_out
+from dcpconv.loading.materialise import materialise
+from dcpconv.loading.reading import Landing, read_landings, torch_dtype
+from dcpconv.loading.regions import Need, Wish
+from dcpconv.loading.world import World, portable
+from dcpconv.stores.local import Sources
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What came to this rank.
+
+    Attributes:
+        read: Bytes that it read from files.
+        received: Bytes that other ranks sent.
+        losses: ``(overflowed, underflowed)`` values by FQN, for casts that lost some.
+        failure: What went wrong although the process group still works.
+    """
+
+    read: int = 0
+    received: int = 0
+    losses: dict[str, tuple[int, int]] = field(default_factory=dict)
+    failure: BaseException | None = None
+
+
+def move(
+    model: nn.Module,
+    decision: Decision,
+    request: Request,
+    world: World,
+    *,
+    jobs: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Arrived:
+    """Carry out a decision.
+
+    Raises:
+        FormatError: A file could not be read, on this rank or another; the same on every rank.
+            Weights are undefined then.
+    """
+    failure: BaseException | None = None
+    try:
+        _materialise(model, decision, request)
+    except Exception as error:  # noqa: BLE001 - all ranks hear of it below
+        failure = error
+    if decision.read != "all":
+        world.agree(failure)
+    arrived = Arrived(failure=failure)
+    if failure is None:
+        tell = _teller(decision, progress)
+        try:
+            if decision.read == "all":
+                arrived = _read(decision, jobs, tell)
+            else:
+                arrived = _exchange(decision, world, tell)
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it below
+            arrived = Arrived(failure=error)
+    told = portable(arrived.failure)
+    if told is not None:
+        facts = [*told.facts, ("model", "its weights are undefined now")]
+        told = type(told)(told.headline, facts, hint=told.hint)
+    world.agree(told)
+    return arrived
+
+
+def _materialise(model: nn.Module, decision: Decision, request: Request) -> None:
+    chosen = decision.account.chosen
+    wanted = [place for place, _ in chosen]
+    if request.initialises:
+        wanted += decision.missing()
+    dtypes = {
+        place.fqn: torch_dtype(decision.dtype_of_key(key))
+        for place, key in chosen
+        if not request.keeps_dtype
+    }
+    materialise(model, wanted, device=request.device, dtypes=dtypes)
+
+
+def _read(decision: Decision, jobs: int | None, tell: Callable[[int], None]) -> Arrived:
+    supplied = decision.supplied
+    landings = [
+        Landing(need.place.fqn, supplied.fill(need.wish), need.wish.start, need.into)
+        for need in decision.needs
+    ]
+    with Sources(supplied.directory) as sources:
+        losses = read_landings(landings, sources=sources, jobs=jobs, progress=tell)
+    return Arrived(sum(landing.nbytes for landing in landings), 0, losses)
+
+
+def _exchange(decision: Decision, world: World, tell: Callable[[int], None]) -> Arrived:
+    wishes = world.gather([need.wish for need in decision.needs])
+    reader = 0 if decision.read == "rank0" else None
+    transfers = share_out(wishes, decision.nbytes, reader=reader)
+    needs: dict[Wish, list[Need]] = {}
+    for need in decision.needs:
+        needs.setdefault(need.wish, []).append(need)
+    with Sources(decision.supplied.directory) as sources:
+        exchange = Exchange(
+            world=world,
+            fill_of=decision.supplied.fill,
+            dtype_of_key=decision.dtype_of_key,
+            sources=sources,
+            device=_travel_device(world),
+            progress=tell,
+        )
+        exchange.run(transfers, needs)
+    return Arrived(exchange.read, exchange.received, exchange.losses, exchange.failure)
+
+
+def _travel_device(world: World) -> torch.device:
+    """Where a tensor must be for the process group to send it."""
+    if world.size == 1:
+        return torch.device("cpu")
+    backend = str(torch.distributed.get_backend(world.group))
+    if "nccl" in backend and "gloo" not in backend:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _teller(
+    decision: Decision, progress: Callable[[int, int], None] | None
+) -> Callable[[int], None]:
+    """Counts bytes for the caller; approximate by a tile where threads meet."""
+    if progress is None:
+        return lambda _nbytes: None
+    total = sum(decision.nbytes(need.wish) for need in decision.needs)
+    tell, done = progress, 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tell(done, total)
+
+    return advance

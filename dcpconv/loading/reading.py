@@ -1,0 +1,292 @@
+"""Read source bytes straight into the memory of live tensors, with several threads.
+
+Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
+Everything else goes through tiles: a cast, a strided tensor, or a CUDA device, for which the tiles
+are pinned and double-buffered so that reading and copying overlap.  Weights in scaled blocks are
+read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * TILE`` per
+thread, plus one row where a strided tensor has longer rows than that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dcpconv.core.dtypes import BY_NAME, DType
+from dcpconv.core.outline import Fill
+from dcpconv.engine.boxes import Box
+from dcpconv.engine.cast import cast
+from dcpconv.engine.dequantise import Scaled
+from dcpconv.stores.local import Sources
+
+TILE = 4 << 20
+"""Bytes of a staging buffer."""
+
+_DIRECT = 32 << 20
+"""Bytes that a thread reads at a time where no buffer is needed: enough to keep it busy, few enough
+that threads finish together."""
+
+
+@dataclass(frozen=True)
+class Landing:
+    """An interval of a box, and the memory it belongs in.
+
+    Attributes:
+        key: Whose it is.
+        fill: The box; its target dtype is what is read.
+        start: First element of the box that is wanted, in C order.
+        into: Memory of ``into.numel()`` elements from there on; any device, dtype and strides.
+    """
+
+    key: str
+    fill: Fill
+    start: int
+    into: Tensor
+
+    @cached_property
+    def box(self) -> Readable:
+        """The box, prepared for reading."""
+        return box_of(self.fill)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read; the factors of scaled blocks are not counted."""
+        return self.into.numel() * self.fill.source_dtype.itemsize
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the memory has another dtype than what is read."""
+        return dtype_of(self.into) is not self.fill.target_dtype
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether bytes can be read into the memory as they are."""
+        into = self.into
+        return into.device.type == "cpu" and into.is_contiguous() and not self.is_cast
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Elements ``start`` to ``stop`` of a landing and where they go."""
+
+    landing: Landing
+    start: int
+    stop: int
+    into: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A box whose bytes follow from the config: it is read like any other, but from memory."""
+
+    data: bytes
+    itemsize: int
+    is_relabelled: bool = False
+
+    def tile(self, nbytes: int) -> int:
+        """Elements per tile of at most ``nbytes``."""
+        return max(1, nbytes // self.itemsize)
+
+    def read(self, start: int, stop: int, *, into: memoryview, **_unused: object) -> None:
+        """Put elements ``start`` to ``stop`` into ``into``."""
+        into[:] = self.data[start * self.itemsize : stop * self.itemsize]
+
+
+Readable = Box | Derived | Scaled
+"""A box that can be read interval by interval."""
+
+
+def box_of(fill: Fill) -> Readable:
+    """A fill, prepared for reading."""
+    if fill.data is not None:
+        return Derived(fill.data, fill.source_dtype.itemsize)
+    return Scaled(fill) if fill.scales else Box(fill)
+
+
+def dtype_of(tensor: Tensor) -> DType:
+    """Our name for a tensor's dtype."""
+    return BY_NAME[str(tensor.dtype).removeprefix("torch.")]
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The dtype as torch has it."""
+    found: torch.dtype = getattr(torch, dtype.name)
+    return found
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable; the tensor must outlive them."""
+    nbytes = tensor.numel() * tensor.element_size()
+    if not nbytes:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_landings(
+    landings: Sequence[Landing],
+    *,
+    sources: Sources,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Fill all landings.
+
+    Args:
+        landings: What to read; memory must not overlap.
+        sources: Where the parts' files are open.
+        jobs: Threads; by default as many as there are CPUs, 4 at most.
+        progress: Called from the threads with bytes read since its last call.
+
+    Returns:
+        ``(overflowed, underflowed)`` values of every key that a cast changed by more than rounding.
+
+    Raises:
+        FormatError: A source file is missing, unreadable or too short.
+    """
+    work = iter([unit for landing in landings for unit in _units(landing)])
+    lock, errors = threading.Lock(), list[BaseException]()
+    losses: dict[str, tuple[int, int]] = {}
+
+    device = next((one.into.device for one in landings if one.into.device.type == "cuda"), None)
+    if device is not None:
+        # Kernels queued before us may still use the memory that the destinations now have.
+        torch.cuda.synchronize(device)
+
+    def loop() -> None:
+        desk = _Desk()
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread would pin memory for device 0
+            while not errors:
+                with lock:
+                    unit = next(work, None)
+                if unit is None:
+                    break
+                lost = desk.perform(unit, sources)
+                if any(lost):
+                    with lock:
+                        over, under = losses.get(unit.landing.key, (0, 0))
+                        losses[unit.landing.key] = (over + lost[0], under + lost[1])
+                if progress is not None:
+                    progress((unit.stop - unit.start) * unit.landing.box.itemsize)
+            desk.finish()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+
+    count = jobs or min(4, os.cpu_count() or 1)
+    threads = [threading.Thread(target=loop, name=f"read-{n}") for n in range(count - 1)]
+    for thread in threads:
+        thread.start()
+    loop()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return losses
+
+
+def _units(landing: Landing) -> Iterator[_Unit]:
+    into, numel = landing.into, landing.into.numel()
+    if not numel:
+        return
+    box = landing.box
+    if landing.is_direct or into.is_contiguous():
+        nbytes = _DIRECT if landing.is_direct and not box.is_relabelled else TILE
+        step, flat = box.tile(nbytes), into.view(-1)
+        for at in range(0, numel, step):
+            stop = min(at + step, numel)
+            yield _Unit(landing, landing.start + at, landing.start + stop, flat[at:stop])
+        return
+    row = math.prod(into.shape[1:])
+    rows = max(1, TILE // (row * box.itemsize))
+    for at in range(0, into.shape[0], rows):
+        part = into[at : at + rows]
+        start = landing.start + at * row
+        yield _Unit(landing, start, start + part.numel(), part)
+
+
+@dataclass
+class _Desk:
+    """What one thread works with.
+
+    Attributes:
+        tiles: Staging buffers by device, dtype-free; two for CUDA, so that one can be read into
+            while the other is on its way.
+        events: What the last copy out of a tile has to reach before the tile is free.
+        streams: Stream per CUDA device.
+    """
+
+    tiles: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    events: dict[tuple[str, int], torch.cuda.Event] = field(default_factory=dict)
+    streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
+    turn: int = 0
+    _scratch: memoryview | None = None
+
+    def scratch(self) -> memoryview:
+        """Room for short runs."""
+        self._scratch = self._scratch or memoryview(bytearray(1 << 20))
+        return self._scratch
+
+    def perform(self, unit: _Unit, sources: Sources) -> tuple[int, int]:
+        """Read one unit; returns ``(overflowed, underflowed)``."""
+        box, landing = unit.landing.box, unit.landing
+        if landing.is_direct:
+            view = memory(unit.into)
+            box.read(unit.start, unit.stop, sources=sources, into=view, scratch=self.scratch)
+            return 0, 0
+        numel, source = unit.stop - unit.start, landing.fill.target_dtype
+        is_cuda = unit.into.device.type == "cuda"
+        self.turn = (self.turn + 1) % 2 if is_cuda else 0
+        read = self._tile("read", numel * source.itemsize, is_pinned=is_cuda)
+        box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=self.scratch)
+        lost = (0, 0)
+        if landing.is_cast:
+            target = dtype_of(unit.into)
+            is_plain = unit.into.device.type == "cpu" and unit.into.is_contiguous()
+            done = (
+                memory(unit.into)
+                if is_plain
+                else memory(made := self._tile("cast", numel * target.itemsize, is_pinned=is_cuda))
+            )
+            lost = cast(memory(read), done, source_dtype=source, target_dtype=target)
+            if is_plain:
+                return lost
+            read = made
+        self._copy(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
+        return lost
+
+    def finish(self) -> None:
+        """Wait for copies that are still under way."""
+        for stream in self.streams.values():
+            stream.synchronize()
+
+    def _tile(self, use: str, nbytes: int, *, is_pinned: bool) -> Tensor:
+        key = (use, self.turn)
+        if key in self.events:
+            self.events.pop(key).synchronize()
+        tile = self.tiles.get(key)
+        if tile is None or tile.numel() < nbytes:
+            tile = torch.empty(max(nbytes, TILE), dtype=torch.uint8, pin_memory=is_pinned)
+            self.tiles[key] = tile
+        return tile[:nbytes]
+
+    def _copy(self, source: Tensor, into: Tensor) -> None:
+        if into.device.type != "cuda":
+            into.copy_(source)
+            return
+        stream = self.streams.get(into.device)
+        if stream is None:
+            stream = self.streams[into.device] = torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            into.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        self.events["read", self.turn] = self.events["cast", self.turn] = event

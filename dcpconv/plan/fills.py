@@ -1,0 +1,227 @@
+"""Which source bytes become which target bytes: coverage in, copies out, still nothing read."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+
+from dcpconv.core.catalog import KeyPath, c_strides
+from dcpconv.core.dtypes import DType
+from dcpconv.core.errors import FormatError
+from dcpconv.core.layout import Box, anonymous, nest, overlap
+from dcpconv.core.outline import BlockScale, Fill, OutChunk, OutTensor, Part
+from dcpconv.plan.coverage import Coverage, Piece, Target
+from dcpconv.plan.derived import encode
+
+Region = tuple[tuple[int, ...], tuple[int, ...]]
+"""``(offsets, sizes)`` of a box inside a tensor, in elements."""
+
+
+def fill_of(
+    target: Target,
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+    *,
+    dtype: DType | None = None,
+) -> Fill:
+    """How a region of a target tensor gets its elements.
+
+    The region may be a whole tensor on its way to a file, or the shard of one rank.
+
+    Args:
+        target: The tensor, with its pieces.
+        offsets: First element of the region in every dim.
+        sizes: Length of the region in every dim.
+        dtype: Element type to store; the source's own by default.
+
+    Raises:
+        FormatError: The stored chunks do not cover the region exactly once.
+    """
+    numel = _prod(sizes)
+    if target.values is not None:
+        stored = dtype or target.dtype
+        box = _box(target.values, target.shape, offsets, sizes)
+        return Fill(stored, stored, numel, (), encode(box, stored))
+    parts: list[Part] = []
+    if numel:
+        for piece in target.pieces:
+            parts.extend(_parts(piece, target.shape, offsets, sizes))
+        if len(parts) > 1:
+            parts.sort(key=lambda part: part.target)
+        covered = sum(part.numel for part in parts)
+        if covered != numel:
+            raise FormatError(
+                "the stored chunks do not cover the tensor exactly once",
+                [
+                    ("key", target.key),
+                    ("region", f"offsets {list(offsets)} sizes {list(sizes)}"),
+                    ("expected", f"{numel} elements, found {covered}"),
+                ],
+                hint="a rank file is missing, or two runs were saved into one directory",
+            )
+    scales = tuple(_scale(piece) for piece in target.pieces if piece.scale is not None)
+    source = target.pieces[0].entry.dtype if scales else target.dtype
+    return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales)
+
+
+def whole(shape: tuple[int, ...]) -> tuple[Region, ...]:
+    """One chunk: the whole tensor."""
+    return (((0,) * len(shape), shape),)
+
+
+def row_chunks(shape: tuple[int, ...], n: int) -> tuple[Region, ...]:
+    """Rows split over ``n`` ranks as FSDP2 does: ceil(rows / n) each, the last ones fewer or none.
+
+    Source:
+        torch 2.13 ``Shard._split_tensor`` in ``torch/distributed/tensor/placement_types.py``,
+        which follows ``torch.chunk``.
+
+    >>> row_chunks((5, 2), 3)
+    (((0, 0), (2, 2)), ((2, 0), (2, 2)), ((4, 0), (1, 2)))
+    """
+    if n <= 1 or not shape or shape[0] == 0:
+        return whole(shape)
+    rows = -(-shape[0] // n)
+    return tuple(
+        ((start, *(0,) * (len(shape) - 1)), (min(rows, shape[0] - start), *shape[1:]))
+        for start in range(0, shape[0], rows)
+    )
+
+
+def make_plan(
+    coverage: Coverage,
+    *,
+    path_of: Callable[[str], KeyPath],
+    regions: Callable[[tuple[int, ...]], Sequence[Region]] = whole,
+    dtype_of: Callable[[Target], DType] | None = None,
+) -> tuple[OutTensor, ...]:
+    """The tensors of a result and how each of their chunks is filled.
+
+    Args:
+        coverage: A coverage without faults.
+        path_of: Where a bare target key nests in the result.
+        regions: Boxes that a tensor of some shape is stored as.
+        dtype_of: Element type to store a tensor as; its own by default.
+    """
+    made: list[OutTensor] = []
+    for target in coverage.targets:
+        path = path_of(target.key)
+        dtype = dtype_of(target) if dtype_of else target.dtype
+        made.append(
+            OutTensor(
+                key=".".join(map(str, path)),
+                path=path,
+                dtype=dtype,
+                shape=target.shape,
+                chunks=tuple(
+                    OutChunk(offsets, sizes, fill_of(target, offsets, sizes, dtype=dtype))
+                    for offsets, sizes in regions(target.shape)
+                ),
+                tied_to=".".join(map(str, path_of(target.tied_to))) if target.tied_to else None,
+            )
+        )
+    return tuple(made)
+
+
+def _parts(
+    piece: Piece, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> Iterable[Part]:
+    entry = piece.entry
+    chunks = entry.chunks
+    if (
+        piece.wanted is None
+        and len(chunks) == 1
+        and chunks[0].strides is None
+        and sizes == entry.shape == chunks[0].sizes
+    ):
+        numel = entry.numel
+        loops = ((numel, 1, 1),) if numel > 1 else ()
+        extent = chunks[0].extent
+        return (Part(extent.file, extent.offset, 0, loops),)
+    return _general_parts(piece, shape, offsets, sizes)
+
+
+def _general_parts(
+    piece: Piece, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> Iterable[Part]:
+    wanted = piece.wanted or anonymous(shape)
+    placed = piece.placed or anonymous(piece.entry.shape)
+    target_base, target_steps = wanted.affine(c_strides(sizes), offsets)
+    itemsize = piece.entry.dtype.itemsize
+    boxes = [
+        box
+        for wanted_box in wanted.boxes(offsets, sizes)
+        if (box := overlap(wanted_box, piece.limit)) is not None
+    ]
+    for chunk in piece.entry.chunks:
+        if 0 in chunk.sizes:
+            continue
+        strides = chunk.strides or c_strides(chunk.sizes)
+        source_base, source_steps = placed.affine(strides, chunk.offsets)
+        stored = list(placed.boxes(chunk.offsets, chunk.sizes))
+        for box in boxes:
+            for stored_box in stored:
+                both = overlap(box, stored_box)
+                if both is None:
+                    continue
+                yield Part(
+                    chunk.extent.file,
+                    chunk.extent.offset + itemsize * _address(source_base, source_steps, both),
+                    _address(target_base, target_steps, both),
+                    nest(both, _Steps(source_steps), _Steps(target_steps)),
+                )
+
+
+def _scale(piece: Piece) -> BlockScale:
+    entry, factors = piece.entry, piece.scale
+    chunks = [*entry.chunks, *(factors.chunks if factors else ())]
+    if factors is None or len(chunks) != 2 or any(chunk.strides for chunk in chunks):
+        raise FormatError(
+            "a tensor in scaled blocks is not stored in one piece",
+            [("key", entry.key), ("chunks", len(entry.chunks))],
+            hint="convert it as it is into an hf directory first, then dequantize that",
+        )
+    matrix, scale = (chunk.extent for chunk in chunks)
+    down, across = factors.shape
+    return BlockScale(
+        file=matrix.file,
+        offset=matrix.offset,
+        numel=entry.numel,
+        columns=entry.shape[1],
+        block=piece.block,
+        factors_file=scale.file,
+        factors_offset=scale.offset,
+        factors_dtype=factors.dtype,
+        factors_shape=(down, across),
+    )
+
+
+def _box(
+    values: Sequence[float],
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> list[float]:
+    strides = c_strides(shape)
+    ranges = (range(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    places = (sum(map(operator.mul, at, strides)) for at in product(*ranges))
+    return [values[place] for place in places]
+
+
+class _Steps(dict[str, int]):
+    """Steps where an axis that one side keeps in its keys does not move within a tensor."""
+
+    def __missing__(self, axis: str) -> int:
+        return 0
+
+
+def _address(base: int, steps: Mapping[str, int], box: Box) -> int:
+    return base + sum(box[axis][0] * step for axis, step in steps.items() if axis in box)
+
+
+def _prod(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

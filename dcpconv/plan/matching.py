@@ -1,0 +1,398 @@
+"""Matches the keys of a source against the table of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+
+from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.dtypes import DType
+from dcpconv.core.errors import LayoutError
+from dcpconv.core.layout import Placement
+from dcpconv.core.spec import ModelSpec
+from dcpconv.families.keymaps import Keymap, Row
+from dcpconv.plan.block_scales import SCALE, block_of, factors_along, scales_of, with_scale
+from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
+from dcpconv.plan.derived import derive
+from dcpconv.sources.numbers import solve
+from dcpconv.sources.recognition import Weights
+
+_INDEX_AXES = ("L", "E", "S")
+
+
+def cover(
+    weights: Weights,
+    target: Keymap,
+    *,
+    spec: ModelSpec | None = None,
+    omit_ties: bool = False,
+    refused: tuple[Fault, ...] = (),
+    dequantize: DType | None = None,
+) -> Coverage:
+    """The account of a conversion into another naming.
+
+    Args:
+        weights: The source, its naming known.
+        target: The naming to reach.
+        spec: The model's numbers; without it sizes come from the shapes where they can.
+        omit_ties: Leave out second names that the target's files do not carry.
+        refused: Features that the target cannot express, found by its config module.
+        dequantize: Type to multiply weights in scaled blocks out into; ``None`` keeps blocks.
+
+    Raises:
+        AmbiguousFamilyError: The source's naming is not known.
+        LayoutError: A layout needs a size that neither config nor shapes reveal.
+    """
+    account = _Account(weights, target, spec, omit_ties=omit_ties)
+    account.dequantize = dequantize
+    return account.run(refused)
+
+
+class _Account:
+    """One run of ``cover``: what has been seen so far."""
+
+    def __init__(
+        self, weights: Weights, target: Keymap, spec: ModelSpec | None, *, omit_ties: bool
+    ) -> None:
+        self.weights = weights
+        source = weights.require_keymap()
+        # Where one side fuses axes of equal size, both sides have to call them the same.
+        same = {**source.same_sizes, **target.same_sizes}
+        self.source, self.target = source.with_axes(same), target.with_axes(same)
+        self.spec = spec
+        self.omit_ties = omit_ties
+        self.unknown: list[Fault] = []
+        self.misshapen: list[Fault] = []
+        self.missing: list[Fault] = []
+        self.ignored: list[Fault] = []
+        self.aside: list[Target] = []
+        self.kept: list[Target] = []
+        self.present: dict[str, tuple[Row, dict[str, int]]] = {}
+        self.second: dict[str, str] = {}
+        self.stand_in: dict[str, str] = {}
+        self.consumed: set[str] = set()
+        self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
+        self.placements: dict[tuple[Row, int], Placement] = {}
+        self.shapes: dict[Row, tuple[int, ...]] = {}
+        self.dequantize: DType | None = None
+        self.scales: dict[str, TensorEntry] = {}
+        self.derivable = {
+            row.pattern.text: row
+            for row in self.target.rows
+            if row.pattern.text in self.target.derived
+        }
+
+    def run(self, refused: tuple[Fault, ...]) -> Coverage:
+        self._read_source()
+        is_tied = self._settle_ties()
+        self._check_shapes()
+        made = {target.key: target for target in self._targets(is_tied=is_tied)}
+        made.update(self._derived(made))
+        made.update((target.key, target) for target in self.kept)
+        if self.scales and self.dequantize is None:
+            along, faults = factors_along(made, self.scales, self.weights.root, self.target.name)
+            made.update(along)
+            self.unknown.extend(faults)
+        for tie in self.target.ties if is_tied else ():
+            owner = made.get(tie.owner)
+            if owner is None or tie.key in made or (tie.omitted and self.omit_ties):
+                continue
+            made[tie.key] = Target(
+                tie.key, owner.shape, owner.dtype, owner.pieces, tie.owner, owner.relabelled
+            )
+        for key, (row, indices) in self.present.items():
+            if key not in self.consumed and key not in self.second:
+                self.unknown.append(Fault(key, self._why_unused(row, indices), row.slots))
+        return Coverage(
+            source=self.source.name,
+            target=self.target.name,
+            targets=self._in_source_order(made.values()),
+            missing=tuple(self.missing),
+            unknown=tuple(self.unknown),
+            misshapen=tuple(self.misshapen),
+            refused=refused,
+            ignored=tuple(self.ignored),
+            aside=tuple(self.aside),
+            tied=tuple(self.second.items()),
+            left=self.weights.rest,
+            is_tied=is_tied,
+        )
+
+    def _in_source_order(self, targets: Iterable[Target]) -> tuple[Target, ...]:
+        """Targets in the order of their first source tensor, so that a disk is read forwards."""
+        place = {entry.key: n for n, entry in enumerate(self.weights.entries.values())}
+        return tuple(
+            sorted(
+                targets,
+                key=lambda target: place[target.pieces[0].entry.key] if target.pieces else -1,
+            )
+        )
+
+    def _read_source(self) -> None:
+        self.scales = scales_of(self.weights.entries)
+        factors = {key + SCALE for key in self.scales}
+        for key in self.weights.entries:
+            if key in factors:
+                continue
+            match = self.source.match(key)
+            if match is None and self.target.keeps_aside(key):
+                self.kept.append(as_stored(key, self.weights.entries[key]))
+            elif match is None:
+                self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
+            elif match.kind == "aside":
+                self._set_aside(key, match.reason)
+            elif match.row is None or key in self.weights.idle:
+                self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
+            elif reason := self._beyond(match.indices):
+                self.ignored.append(Fault(key, reason))
+            elif match.kind == "tied":
+                self.second[key] = match.row.pattern.key(match.indices)
+            else:
+                self.present[key] = (match.row, match.indices)
+        dropped = {fault.key: fault.why for fault in self.ignored} if factors else {}
+        self.ignored += [Fault(k + SCALE, dropped[k]) for k in self.scales if k in dropped]
+        for name in _INDEX_AXES:
+            seen = [at[name] for _, at in self.present.values() if name in at]
+            if seen and name not in self.sizes:
+                self.sizes[name] = max(seen) + 1
+
+    def _set_aside(self, key: str, reason: str) -> None:
+        """Keeps a tensor as it is: in its place where the target has one, else beside the rest."""
+        target = as_stored(key, self.weights.entries[key])
+        if self.target.keeps_aside(key):
+            self.kept.append(target)
+        else:
+            self.aside.append(target)
+            self.ignored.append(Fault(key, reason))
+
+    def _beyond(self, indices: dict[str, int]) -> str | None:
+        """Why a key is dropped whose index the config does not count, where the table says so."""
+        return next(
+            (
+                reason
+                for name, reason in self.source.beyond.items()
+                if indices.get(name, -1) >= self.sizes.get(name, 2**31)
+            ),
+            None,
+        )
+
+    def _settle_ties(self) -> bool:
+        """Decides whether embedding and head are one tensor, and which key is the second name.
+
+        The config decides where there is one; else a shared storage, a key that only tied models
+        have, or a head that is absent.
+        """
+        entries, shared = self.weights.entries, self.weights.tied
+        is_tied = self.spec.tied if self.spec else None
+        for second, owner in self.source.tie_pairs().items():
+            here, owner_here = second in entries, owner in entries
+            if is_tied is None:
+                if here and owner_here and self._is_row(second):
+                    is_tied = shared.get(second, second) == shared.get(owner, owner)
+                elif here or self._is_row(second):
+                    is_tied = True
+            if is_tied and here and owner_here:
+                self.second[second] = owner
+            elif is_tied and here:
+                # Only the second name was kept (safetensors drops either): it stands for both.
+                self.second.pop(second, None)
+                self.present[second] = (self._row(owner), {})
+                self.stand_in[owner] = second
+        return bool(is_tied)
+
+    def _is_row(self, key: str) -> bool:
+        return any(row.pattern.text == key for row in self.source.rows)
+
+    def _row(self, key: str) -> Row:
+        return next(row for row in self.source.rows if row.pattern.text == key)
+
+    def _check_shapes(self) -> None:
+        """Compares every stored shape with its layout, after solving for sizes no config gave."""
+        if self.spec is None:
+            self.sizes["two"] = 2
+            for key, (row, _) in self.present.items():
+                solve(row, self.weights.entries[key].shape, self.sizes)
+        for key, (row, _) in self.present.items():
+            if row not in self.shapes:
+                try:
+                    self.shapes[row] = row.layout.shape(self.sizes)
+                except LayoutError:
+                    continue  # needed only where elements change places; said there
+            found = self.weights.entries[key].shape
+            if found != self.shapes[row]:
+                expected = list(self.shapes[row])
+                self.misshapen.append(Fault.unlike(key, expected, list(found), row.slots))
+
+    def _targets(self, *, is_tied: bool) -> Iterator[Target]:
+        for row in self.target.rows:
+            ranges = [range(self.sizes.get(name, 0)) for name in row.pattern.names]
+            for values in product(*ranges):
+                indices = dict(zip(row.pattern.names, values, strict=True))
+                if not self._is_expected(row, indices, is_tied=is_tied):
+                    continue
+                if row.pattern.text in self.derivable and not self._has_all(row):
+                    continue
+                target = self._target(row, indices)
+                if target is not None:
+                    yield target
+
+    def _derived(self, made: Mapping[str, Target]) -> dict[str, Target]:
+        """Keys of the target that no tensor supplies and that follow from the config."""
+        found = {}
+        dtype = next((target.dtype for target in made.values()), None)
+        for key, rule in self.target.derived.items():
+            row = self.derivable.get(key)
+            names = row.pattern.names if row else ()
+            for values in product(*(range(self.sizes.get(name, 0)) for name in names)):
+                indices = dict(zip(names, values, strict=True))
+                name = row.pattern.key(indices) if row else key
+                if name in made or (row and not self._is_needed(row, indices)):
+                    continue
+                shape = row.layout.shape(self.sizes) if row else None
+                derived = derive(rule, name, spec=self.spec, shape=shape, dtype=dtype)
+                found[name] = derived
+        return found
+
+    def _is_needed(self, row: Row, indices: dict[str, int]) -> bool:
+        if self.spec is not None:
+            return self.spec.has(row.when, indices.get("L", 0))
+        alike = (r for r in self.target.rows if r.when == row.when and r is not row)
+        return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
+
+    def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
+        if self.spec is not None:
+            return self.spec.has(row.when, indices.get("L", 0))
+        if ("untied" if is_tied else "tied") in row.conditions:
+            return False
+        if row.conditions <= {"tied", "untied"}:
+            return True
+        return any(self._supplies(slot, indices) for slot in row.slots)
+
+    def _has_all(self, row: Row) -> bool:
+        return all(self.source.holders(slot) for slot in row.slots)
+
+    def _supplies(self, slot: str, indices: dict[str, int]) -> bool:
+        return any(
+            srow.pattern.key({"L": 0, "E": 0, "S": 0, **indices}) in self.weights.entries
+            for srow, _ in self.source.holders(slot)
+        )
+
+    def _target(self, row: Row, indices: dict[str, int]) -> Target | None:
+        key = row.pattern.key(indices)
+        pieces: list[Piece] = []
+        lacking: list[str] = []
+        relabelled: tuple[str, str] | None = None
+        for term, slot in enumerate(row.slots):
+            holders = self.source.holders(slot)
+            if not holders:
+                lacking.append(f"family {self.source.name} has no {slot}")
+                continue
+            srow, sterm = self._holder(holders, indices)
+            if srow.same_storage(row):
+                entry = self._entry(srow.pattern.key(indices), lacking)
+                if entry is not None:
+                    pieces.append(self._piece(Piece(entry)))
+                break
+            if srow.axes(sterm) != row.axes(term):
+                lacking.append(f"{slot} has other axes in {self.source.name}: {srow.layout.text}")
+                continue
+            if srow.layout.axes(sterm) != row.layout.axes(term):
+                relabelled = relabelled or (srow.layout.text, row.layout.text)
+            pieces.extend(self._pieces(row, term, srow, sterm, indices, lacking))
+        if lacking:
+            self.missing.append(Fault(key, "; ".join(lacking), row.slots))
+            return None
+        if not pieces:
+            return None  # what would supply it is misshapen
+        kinds = {piece.kind for piece in pieces}
+        if len(kinds) > 1:
+            why = f"made of tensors of different types: {', '.join(sorted(kinds))}"
+            self.misshapen.append(Fault(key, why, row.slots))
+            return None
+        whole = pieces[0].wanted is None
+        shape = pieces[0].entry.shape if whole else row.layout.shape(self.sizes)
+        return Target(
+            key,
+            shape,
+            (pieces[0].scale and self.dequantize) or pieces[0].entry.dtype,
+            tuple(pieces),
+            relabelled=relabelled,
+            slots=row.slots,
+            indices=tuple(indices.values()),
+        )
+
+    def _holder(self, holders: list[tuple[Row, int]], indices: dict[str, int]) -> tuple[Row, int]:
+        """The source row that is really there, of those that could hold the slot."""
+        for srow, sterm in holders:
+            if srow.pattern.key({"E": 0, "S": 0, **indices}) in self.weights.entries:
+                return srow, sterm
+        return holders[0]
+
+    def _pieces(
+        self,
+        row: Row,
+        term: int,
+        srow: Row,
+        sterm: int,
+        indices: dict[str, int],
+        lacking: list[str],
+    ) -> Iterator[Piece]:
+        wanted = self._place(row, term)
+        placed = self._place(srow, sterm)
+        free = [name for name in srow.pattern.names if name not in indices]
+        fixed = {
+            name: (value, value + 1)
+            for name, value in indices.items()
+            if name not in srow.pattern.names
+        }
+        for values in product(*(range(self.sizes[name]) for name in free)):
+            more = dict(zip(free, values, strict=True))
+            entry = self._entry(srow.pattern.key({**indices, **more}), lacking)
+            if entry is not None and entry.shape == placed.shape:
+                limit = {**fixed, **{name: (v, v + 1) for name, v in more.items()}}
+                yield self._piece(Piece(entry, placed, wanted, limit))
+
+    def _piece(self, piece: Piece) -> Piece:
+        if self.dequantize is None or not self.scales:
+            return piece
+        scaled, fault = with_scale(piece, self.scales, self.weights.root, block_of(self.spec))
+        if fault is not None:
+            self.misshapen.append(fault)
+        return scaled
+
+    def _place(self, row: Row, term: int) -> Placement:
+        found = self.placements.get((row, term))
+        if found is None:
+            try:
+                found = self.placements[row, term] = row.layout.place(self.sizes, term)
+            except LayoutError as error:
+                raise LayoutError(
+                    error.headline,
+                    [("key", row.pattern.text), *error.facts],
+                    hint="--assets DIR names a config; --spec heads=N,kv_heads=M says it",
+                ) from None
+        return found
+
+    def _entry(self, key: str, lacking: list[str]) -> TensorEntry | None:
+        key = self.stand_in.get(key, key)
+        entry = self.weights.entries.get(key)
+        if entry is None:
+            lacking.append(f"needs {key}")
+        else:
+            self.consumed.add(key)
+        return entry
+
+    def _why_unused(self, row: Row, indices: dict[str, int]) -> str:
+        without = [slot for slot in row.slots if slot not in self.target.slots]
+        if without:
+            return f"family {self.target.name} has no {', '.join(without)}"
+        for name, value in indices.items():
+            if value >= self.sizes.get(name, value + 1):
+                what = {"L": "layers", "E": "experts", "S": "shared experts"}.get(name, name)
+                return f"the config has only {self.sizes[name]} {what}"
+        if self.spec is not None:
+            layer, has = indices.get("L", 0), self.spec.has
+            lacking = sorted(word for word in row.conditions if not has(word, layer))
+            if lacking:
+                return f"the config says that the model has no {' and no '.join(lacking)}"
+        return f"nothing in {self.target.name} uses it"

@@ -1,0 +1,94 @@
+"""What a target naming cannot express of a model, and what the user lets go all the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from dcpconv.core.errors import DcpconvError, NotExpressibleError
+from dcpconv.core.spec import FEATURES, ModelSpec
+from dcpconv.families import configs
+from dcpconv.families.keymaps import Keymap
+from dcpconv.plan.coverage import Fault
+
+SELECTION_BIAS = "selection_bias"
+"""What ``--allow`` calls the load-balancing bias of experts."""
+
+_CHOICES = FEATURES | {SELECTION_BIAS, "rope_theta", "overflow"}
+"""What ``--allow`` takes: features, and what else may be lost without another shape coming out."""
+
+
+_SHAPES = frozenset({"n_heads", "n_kv_heads", "head_dim", "untied", "architecture"})
+"""Refusals that cannot be overruled: the tensors themselves would not fit the target's code."""
+
+
+def parse_allowed(names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names in ``allow``, several of which may stand in one text, after commas.
+
+    Raises:
+        DcpconvError: A name is of nothing that can be left out; lists them all.
+
+    >>> parse_allowed(["rope_scaling,qkv_bias"])
+    ('rope_scaling', 'qkv_bias')
+    """
+    texts = [names] if isinstance(names, str) else names
+    found = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+    fixed = [name for name in found if name in _SHAPES]
+    unknown = [name for name in found if name not in _CHOICES | _SHAPES]
+    if fixed or unknown:
+        raise DcpconvError(
+            "not everything can be left out",
+            [
+                *(
+                    ("fixed", f"{name}: the tensors would not fit the target's code")
+                    for name in fixed
+                ),
+                *(("unknown", name) for name in unknown),
+                ("expected", ", ".join(sorted(_CHOICES))),
+            ],
+        )
+    return found
+
+
+def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
+    """What the target's config file cannot say about the model, ``key`` being the feature."""
+    refusals = configs.refusals(target.parameter_family, spec)
+    return tuple(Fault(item.name, item.reason) for item in refusals)
+
+
+def without(faults: Sequence[Fault], allowed: Sequence[str]) -> tuple[Fault, ...]:
+    """The faults that the user did not allow by name."""
+    return tuple(fault for fault in faults if fault.key not in allowed)
+
+
+def require_expressible(
+    target: Keymap,
+    features: Sequence[Fault],
+    allowed: Sequence[str],
+    *,
+    source: str | os.PathLike[str],
+    undone: str,
+    allow_by: str | None = None,
+) -> None:
+    """Raises unless the user allowed every feature by name.
+
+    Args:
+        target: The naming to reach.
+        features: From ``refused_features``.
+        allowed: Names of those that may be left out.
+        source: What errors call the model.
+        undone: What did not happen, ``nothing was written``.
+        allow_by: Where the user can allow a feature, how, ``--allow NAME``.
+
+    Raises:
+        NotExpressibleError: All reasons are listed.
+    """
+    refused = without(features, allowed)
+    if refused:
+        raise NotExpressibleError(
+            f"{target.name} cannot express this model; {undone}",
+            [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
+            hint=f"{allow_by} leaves a feature out; the logits will then differ"
+            if allow_by and any(fault.key in _CHOICES for fault in refused)
+            else None,
+        )

@@ -1,0 +1,133 @@
+"""Optimizer state relabelled exactly like its parameters, by the very pieces that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from dcpconv.core.catalog import TensorEntry
+from dcpconv.plan.coverage import Coverage, Target
+from dcpconv.runs.carrying.state import Group, OptimizerError, TrainingState, read_scalar
+
+
+def moment_targets(state: TrainingState, coverage: Coverage) -> Iterator[tuple[str, str, Target]]:
+    """``(parameter's key, name, tensor)`` for all optimizer state of the result.
+
+    A tensor of the parameter's shape goes through the parameter's pieces; one of a single element,
+    such as ``step``, must be the same in all of them.  Nothing is cast.
+
+    Raises:
+        OptimizerError: State is lacking for a part of a target, is of another shape than its
+            parameter, or differs between parts that become one tensor; all are listed.
+    """
+    sources = sources_of(state, coverage)
+    refused: list[tuple[str, object]] = []
+    made: list[tuple[str, str, Target]] = []
+    for target in coverage.targets:
+        names = sources.get(target.key, ())
+        found = [_moments_of(state, coverage, name) for name in names]
+        if not any(found):
+            continue
+        kinds = list(dict.fromkeys(kind for moments in found for kind in moments))
+        for kind in kinds:
+            entries = [moments[kind] for moments in found if kind in moments]
+            if len(entries) < len(names):
+                refused.append(("lacking", f"{kind} of a part of {target.key}"))
+                continue
+            made_target, why = _target(state, target, entries)
+            if made_target is None:
+                refused.append(("refused", f"{kind} of {target.key}: {why}"))
+            else:
+                made.append((target.key, kind, made_target))
+    if refused:
+        raise OptimizerError("optimizer state cannot follow its parameters", refused)
+    yield from made
+
+
+def sources_of(state: TrainingState, coverage: Coverage) -> dict[str, tuple[str, ...]]:
+    """The source's bare keys behind every target that is a parameter: neither a second name nor
+    computed, and one name per piece."""
+    bare = {entry.key: key for key, entry in state.weights.entries.items()}
+    return {
+        target.key: tuple(bare[piece.entry.key] for piece in target.pieces)
+        for target in coverage.targets
+        if target.tied_to is None and target.values is None
+    }
+
+
+def regrouped(state: TrainingState, coverage: Coverage) -> tuple[Group, ...]:
+    """The source's parameter groups with the target's keys in them, in the source's order.
+
+    Raises:
+        OptimizerError: Parts of one target are in groups with different numbers.
+    """
+    group_of = {name: n for n, group in enumerate(state.groups) for name in group.params}
+    place_of = {name: n for group in state.groups for n, name in enumerate(group.params)}
+    members: list[list[tuple[int, str]]] = [[] for _ in state.groups]
+    refused: list[tuple[str, object]] = []
+    for key, names in sources_of(state, coverage).items():
+        owners = [_owner(state, coverage, name, group_of) for name in names]
+        known = [owner for owner in owners if owner is not None]
+        if not known:
+            continue
+        values = [state.groups[group_of[owner]].values for owner in known]
+        if len(known) < len(owners) or any(value != values[0] for value in values):
+            refused.append(("group", f"parts of {key} are trained differently"))
+        members[group_of[known[0]]].append((place_of[known[0]], key))
+    if refused:
+        raise OptimizerError("parameters of different groups would become one", refused)
+    return tuple(
+        Group(group.values, tuple(key for _, key in sorted(found, key=lambda item: item[0])))
+        for group, found in zip(state.groups, members, strict=True)
+    )
+
+
+def _owner(
+    state: TrainingState, coverage: Coverage, name: str, known: Mapping[str, object]
+) -> str | None:
+    """The name under which the optimizer knows a parameter: a tied one may have another."""
+    if name in known:
+        return name
+    for one, other in (*coverage.tied, *state.weights.tied.items(), *_ties(state)):
+        if name in {one, other}:
+            second = other if name == one else one
+            # A second name that is there as well has no state of its own.
+            if second in known and second not in state.weights.entries:
+                return second
+    return None
+
+
+def _ties(state: TrainingState) -> Iterator[tuple[str, str]]:
+    keymap = state.weights.keymap
+    for tie in keymap.ties if keymap else ():
+        yield tie.key, tie.owner
+
+
+def _moments_of(state: TrainingState, coverage: Coverage, name: str) -> Mapping[str, TensorEntry]:
+    owner = _owner(state, coverage, name, state.moments)
+    return state.moments[owner] if owner is not None else {}
+
+
+def _target(
+    state: TrainingState, target: Target, entries: list[TensorEntry]
+) -> tuple[Target | None, str]:
+    dtypes = {entry.dtype for entry in entries}
+    if len(dtypes) > 1:
+        return None, "made of tensors of different types"
+    shapes = [piece.entry.shape for piece in target.pieces]
+    if [entry.shape for entry in entries] == shapes:
+        pieces = tuple(
+            replace(piece, entry=entry) for piece, entry in zip(target.pieces, entries, strict=True)
+        )
+        return replace(target, dtype=entries[0].dtype, pieces=pieces), ""
+    if all(entry.shape == () for entry in entries):
+        values = {read_scalar(state.root, entry) for entry in entries}
+        if len(values) > 1:
+            return None, f"its parts have different values: {sorted(map(str, values))}"
+        piece = replace(target.pieces[0], entry=entries[0], placed=None, wanted=None, limit={})
+        return (
+            Target(target.key, (), entries[0].dtype, (piece,), slots=target.slots),
+            "",
+        )
+    found = next(e.shape for e, shape in zip(entries, shapes, strict=True) if e.shape != shape)
+    return None, f"shape {list(found)} is not the parameter's"

@@ -1,0 +1,255 @@
+"""Which parameter an integer in an optimizer's state means.
+
+torch numbers parameters as the trainer handed them over: MiniMind passes ``model.parameters()``,
+Hugging Face Trainer passes those that decay first.  ``parameters()`` follows the order in which
+modules were registered, which no file tells; the tables here do, as a rank per component of a key.
+
+Source: jingyaogong/minimind@d65ef2c ``trainer/``, ``model/``; transformers 5.23 ``trainer.py``
+(``create_optimizer``, ``get_decay_parameter_names``) and ``models/*/modeling_*.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from dcpconv.core.catalog import TensorEntry
+from dcpconv.families.keymaps import Keymap
+from dcpconv.runs.carrying.state import Group, Moments, OptimizerError
+from dcpconv.sources.recognition import Weights, bare
+
+_HF: Final = (
+    "model lm_head embed_tokens layers norm self_attn mlp input_layernorm post_attention_layernorm"
+    " pre_feedforward_layernorm post_feedforward_layernorm q_proj k_proj v_proj o_proj qkv_proj"
+    " q_norm k_norm gate_up_proj gate_proj up_proj down_proj weight bias"
+)
+_META: Final = (
+    "tok_embeddings layers norm output attention attention_norm ffn_norm feed_forward"
+    " wq wk wv wo experts gate shared_experts w1 w2 w3 weight"
+)
+_MINIMIND: Final = (
+    "model lm_head embed_tokens layers norm self_attn input_layernorm post_attention_layernorm mlp"
+    " q_proj k_proj v_proj o_proj q_norm k_norm {experts} gate_proj down_proj up_proj weight"
+)
+_ORDERS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("hf-llama", "hf-qwen2", "hf-qwen3", "hf-phi3", "hf-gemma2", "hf-olmo2", "hf-glm"), _HF
+    ),
+    "minimind1": _META,
+    "minimind2": _META,
+    "minimind3": _MINIMIND.format(experts="experts gate shared_experts"),
+    "minimind4": _MINIMIND.format(experts="gate experts"),
+}
+"""Components of a module's children in the order they are registered, by naming."""
+
+_UNDECAYED: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+"""Of a lower-case key.  Source: transformers 5.23 ``Trainer.get_decay_parameter_names``."""
+
+
+def parameters_in_order(keymap: Keymap, keys: Iterable[str]) -> list[str]:
+    """``keys`` in the order of the model's ``parameters()``.
+
+    Raises:
+        OptimizerError: The order is not known for this naming, or not for some keys.
+    """
+    order = _ORDERS.get(keymap.name)
+    if order is None:
+        raise OptimizerError(
+            f"the order of the parameters of {keymap.name} is not known",
+            [("known", name) for name in _ORDERS],
+            hint="a DCP names parameters instead of counting them: --to dcp",
+        )
+    rank = {part: place for place, part in enumerate(order.split())}
+    keys = list(keys)
+    strange = [
+        key for key in keys if any(p not in rank and not p.isdigit() for p in key.split("."))
+    ]
+    if strange:
+        raise OptimizerError(
+            f"the order of the parameters of {keymap.name} is not known for some keys",
+            [("key", key) for key in strange],
+        )
+    return sorted(
+        keys, key=lambda key: [int(p) if p.isdigit() else rank[p] for p in key.split(".")]
+    )
+
+
+def trainable(weights: Weights) -> list[str]:
+    """Keys in the order of the file, without buffers and without the second names of tied tensors
+    that share a storage."""
+    return [
+        key
+        for key in weights.entries
+        if not _is_buffer(weights.keymap, key) and key not in weights.tied
+    ]
+
+
+def without_second_names(weights: Weights, keys: Sequence[str]) -> list[str]:
+    """Keys without those that a tie of the naming makes a second name of another one there."""
+    ties = weights.keymap.ties if weights.keymap else ()
+    second = {tie.key for tie in ties if tie.owner in weights.entries}
+    return [key for key in keys if key not in second]
+
+
+def _is_buffer(keymap: Keymap | None, key: str) -> bool:
+    match = keymap.match(key) if keymap else None
+    return match is not None and match.row is None
+
+
+def by_decay(keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parameters as Hugging Face Trainer groups them: with and without weight decay."""
+    undecayed = [key for key in keys if _UNDECAYED.search(key.lower())]
+    return [key for key in keys if key not in set(undecayed)], undecayed
+
+
+def trainer_orders(weights: Weights) -> list[list[list[str]]]:
+    """How Trainer may have grouped the parameters, by release: norms decayed in some."""
+    stored = parameters_in_order(weights.require_keymap(), trainable(weights))
+    orders: list[list[list[str]]] = []
+    for keys in (stored, without_second_names(weights, stored)):
+        biases = [key for key in keys if "bias" in key]
+        orders += [
+            [*by_decay(keys)],
+            [[key for key in keys if key not in set(biases)], biases],
+            [keys],
+        ]
+    return orders
+
+
+def minimind_orders(weights: Weights) -> list[list[list[str]]]:
+    """How MiniMind numbers the parameters: as the file lists them, a tied head left out."""
+    keys = trainable(weights)
+    tied = without_second_names(weights, keys)
+    return [[tied]] if tied == keys else [[tied], [keys]]
+
+
+def by_fqn(
+    state: Mapping[object, object],
+    param_groups: Sequence[Mapping[str, object]],
+    orders: Sequence[Sequence[Sequence[str]]],
+    weights: Weights,
+) -> tuple[Moments, tuple[Group, ...]]:
+    """Names the parameters of an optimizer state that counts them.
+
+    Args:
+        state: Id -> name -> tensor.
+        param_groups: Each with ``params``: ids, or FQNs already.
+        orders: Candidates: the parameters of every group, in order.
+        weights: The parameters, for their shapes.
+
+    Raises:
+        OptimizerError: No candidate fits the shapes of the moments, or several do and differ.
+    """
+    groups = [list(_list(group.get("params"))) for group in param_groups]
+    named = _names(param_groups, groups, state)
+    if named is None:
+        fitting = [
+            order
+            for order in orders
+            if [len(group) for group in order] == [len(group) for group in groups]
+            and not _unlike(groups, order, state, weights)
+        ]
+        distinct = [order for n, order in enumerate(fitting) if order not in fitting[:n]]
+        if len(distinct) != 1:
+            raise _mismatch(groups, orders, distinct, state, weights)
+        named = [list(group) for group in distinct[0]]
+    moments: dict[str, Mapping[str, TensorEntry]] = {}
+    refused: list[tuple[str, object]] = []
+    for ids, names in zip(groups, named, strict=True):
+        for number, name in zip(ids, names, strict=True):
+            found = state.get(number)
+            if isinstance(found, Mapping):
+                moments[name] = {
+                    str(kind): entry
+                    for kind, entry in found.items()
+                    if isinstance(entry, TensorEntry)
+                }
+                refused += [
+                    ("value", f"{kind} of {name} is a {type(value).__name__}")
+                    for kind, value in found.items()
+                    if not isinstance(value, TensorEntry) and value is not None
+                ]
+    if refused:
+        raise OptimizerError("optimizer state holds what is no tensor", refused)
+    return moments, tuple(
+        Group(_values(group), tuple(names))
+        for group, names in zip(param_groups, named, strict=True)
+    )
+
+
+def _values(group: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in group.items() if key not in {"params", "param_names"}}
+
+
+def _list(value: object) -> list[object]:
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _names(
+    param_groups: Sequence[Mapping[str, object]],
+    groups: Sequence[Sequence[object]],
+    state: Mapping[object, object],
+) -> list[list[str]] | None:
+    """FQNs where the optimizer was given names, or was saved by FQN."""
+    if all(isinstance(param, str) for group in groups for param in group) and any(groups):
+        return [[bare(str(param)) for param in group] for group in groups]
+    del state
+    if all("param_names" in group for group in param_groups) and param_groups:
+        return [[bare(str(name)) for name in _list(group["param_names"])] for group in param_groups]
+    return None
+
+
+def _unlike(
+    groups: Sequence[Sequence[object]],
+    order: Sequence[Sequence[str]],
+    state: Mapping[object, object],
+    weights: Weights,
+) -> list[str]:
+    """Parameters whose moments have another shape."""
+    found = []
+    for ids, names in zip(groups, order, strict=True):
+        for number, name in zip(ids, names, strict=True):
+            moments = state.get(number)
+            expected = weights.entries[name].shape
+            for kind, entry in moments.items() if isinstance(moments, Mapping) else ():
+                if isinstance(entry, TensorEntry) and entry.shape not in {(), expected}:
+                    found.append(
+                        f"{name}: {kind} {list(entry.shape)}, the parameter {list(expected)}"
+                    )
+    return found
+
+
+def _mismatch(
+    groups: Sequence[Sequence[object]],
+    orders: Sequence[Sequence[Sequence[str]]],
+    fitting: Sequence[Sequence[Sequence[str]]],
+    state: Mapping[object, object],
+    weights: Weights,
+) -> OptimizerError:
+    source = ("source", weights.catalog.source)
+    if fitting:
+        differ = [
+            f"{one} or {other}"
+            for ones, others in zip(fitting[0], fitting[1], strict=True)
+            for one, other in zip(ones, others, strict=True)
+            if one != other
+        ]
+        return OptimizerError(
+            "several parameters may be meant by a number in the optimizer state",
+            [source, *(("ambiguous", line) for line in differ[:8])],
+        )
+    facts: list[tuple[str, object]] = [("expected", _counts(order)) for order in orders]
+    same = [o for o in orders if [len(g) for g in o] == [len(g) for g in groups]]
+    facts += [
+        ("unlike", line) for order in same[:1] for line in _unlike(groups, order, state, weights)
+    ]
+    return OptimizerError(
+        "the optimizer state is not of these parameters",
+        [source, *facts, ("found", _counts(groups))],
+        hint="were some parameters frozen, or is this the optimizer of another model?",
+    )
+
+
+def _counts(groups: Sequence[Sequence[object]]) -> str:
+    return " and ".join(str(len(group)) for group in groups) + " parameters"

@@ -1,0 +1,200 @@
+"""A user's own table: drafted from a checkpoint's keys, and checked against ours."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.errors import KeymapError
+from dcpconv.core.layout import Layout
+from dcpconv.families.keymaps import Keymap, keymaps, read_keymap, split_key
+from dcpconv.families.keymaps.reading import line_of
+from dcpconv.sources.recognition import recognise
+
+_INDEX_AFTER = {"shared_experts": "S", "experts": "E", "layers": "L", "layer": "L", "blocks": "L"}
+"""Component of a key -> index that the number behind it counts; ``h`` and ``block`` are guessed
+from being the first number."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """One row of a draft.
+
+    Attributes:
+        key: Pattern with named indices.
+        slot: Best guess, or empty.
+        layout: Best guess, or empty.
+        shape: What the checkpoint has.
+        remark: Why a person should look.
+    """
+
+    key: str
+    slot: str
+    layout: str
+    shape: tuple[int, ...]
+    remark: str
+
+
+def checked_keymap(path: Path) -> Keymap:
+    """A user's table that also agrees with the tables that come with the package.
+
+    Raises:
+        KeymapError: The file breaks a rule, holds a slot with other axes than ours, or names a
+            class or parameter file that no table of ours is for; every problem points to its line.
+    """
+    table = read_keymap(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    ours = _axes_by_slot()
+    problems = []
+    for row in table.with_axes(table.same_sizes).rows:
+        line = line_of(lines, (row.pattern.text,))
+        for term, slot in enumerate(row.slots):
+            known = ours.get(slot)
+            axes = row.axes(term)
+            if known is not None and axes not in known:
+                wanted = " ".join(min(sorted(axes) for axes in known))
+                what = f"{slot} has the axes {wanted}, here {' '.join(sorted(axes))}"
+                problems.append((f"{path.name}:{line}", f"{row.pattern.text}: {what}"))
+    for field, named in (("architectures", table.architectures), ("config", (table.config,))):
+        known_here = _named(field)
+        line = line_of(lines, (field,))
+        problems += [
+            (f"{path.name}:{line}", f"{field}: {word} is none of {', '.join(sorted(known_here))}")
+            for word in named
+            if word and word not in known_here
+        ]
+    if table.name in keymaps():
+        problems.append((f"{path.name}:1", f"the name {table.name} is taken by one of ours"))
+    if problems:
+        raise KeymapError("the keymap does not agree with the other tables", problems)
+    return table
+
+
+def _named(field: str) -> set[str]:
+    """What our tables say in one field of their heads."""
+    tables = keymaps().values()
+    if field == "config":
+        return {table.config for table in tables}
+    return {word for table in tables for word in table.architectures}
+
+
+def foreign_slots(table: Keymap) -> list[str]:
+    """Slots that none of our tables has: only this table can hold them."""
+    ours = _axes_by_slot()
+    return sorted(slot for slot in table.slots if slot not in ours)
+
+
+def draft(catalog: Catalog, *, name: str = "my-family") -> str:
+    """The text of a table for a checkpoint whose naming no table knows.
+
+    Slots and layouts are guessed from the ends of keys and from shapes; every guess that needs a
+    person's eye says so.
+
+    Args:
+        catalog: The checkpoint.
+        name: What the table shall be called.
+    """
+    weights = recognise(catalog)
+    guesses = list(_guesses(weights.entries))
+    keys = [guess for guess in guesses if guess.slot]
+    unknown = [guess for guess in guesses if not guess.slot]
+    width = max((len(guess.key) + 2 for guess in keys), default=0)
+    slots = max((len(guess.slot) + 3 for guess in keys), default=0)
+    layouts = max((len(guess.layout) + 3 for guess in keys), default=0)
+    lines = [
+        f"# Drafted from {catalog.source.name}; look at every line, then run",
+        "# `dcpconv families check` on this file.",
+        f'name          = "{name}"',
+        'title         = ""',
+        'architectures = ["llama"]   # model_type in transformers of the models it is for',
+        'source        = ""          # where the facts come from',
+        "",
+        "[keys]",
+    ]
+    for guess in keys:
+        key, slot, layout = f'"{guess.key}"', f'"{guess.slot}",', f'"{guess.layout}"]'
+        shape = f"# {list(guess.shape)}{f'  {guess.remark}' if guess.remark else ''}"
+        lines.append(f"{key:<{width}} = [{slot:<{slots}} {layout:<{layouts}}   {shape}")
+    if unknown:
+        lines += ["", "# Not guessed: move each to [keys], or to [ignore] with a reason."]
+        lines += [f'# "{guess.key}" = ["", ""]   # {list(guess.shape)}' for guess in unknown]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _axes_by_slot() -> dict[str, set[frozenset[str]]]:
+    found: dict[str, set[frozenset[str]]] = {}
+    for table in keymaps().values():
+        for row in table.rows:
+            for term, slot in enumerate(row.slots):
+                found.setdefault(slot, set()).add(row.axes(term))
+    return found
+
+
+def _guesses(entries: Mapping[str, TensorEntry]) -> Iterator[_Guess]:
+    patterns = _patterns(entries)
+    endings = _endings(patterns)
+    taken: Counter[str] = Counter()
+    for key, shape in patterns.items():
+        parts = key.split(".")
+        found = ("", "", "")
+        # One component, `weight`, says nothing.
+        for count in range(min(5, len(parts)), 1, -1):
+            fitting = [
+                (times, slots, layout)
+                for (slots, layout), times in endings.get(tuple(parts[-count:]), {}).items()
+                if len(Layout(layout).nodes) == len(shape)
+            ]
+            if not fitting:
+                continue
+            _, slots, layout = max(fitting)
+            others = sorted({other for _, _, other in fitting} - {layout})
+            remark = f"or {' or '.join(others)}" if others else ""
+            found = (slots, layout, remark or ("a guess" if count < 3 else ""))
+            break
+        if found[0] and taken[found[0]]:
+            found = ("", "", "")
+        taken[found[0]] += bool(found[0])
+        yield _Guess(key, found[0], found[1], shape, found[2])
+
+
+def _endings(
+    patterns: Mapping[str, tuple[int, ...]],
+) -> dict[tuple[str, ...], dict[tuple[str, str], tuple[int, int]]]:
+    """What our tables say about the last components of keys, with the most of the checkpoint's keys
+    that a table which says so spells the same way, and how many tables say so."""
+    found: dict[tuple[str, ...], dict[tuple[str, str], tuple[int, int]]] = {}
+    for table in keymaps().values():
+        weight = sum(row.pattern.text in patterns for row in table.rows)
+        for row in table.rows:
+            parts = row.pattern.text.split(".")
+            said = (" | ".join(row.slots), row.layout.text)
+            for count in range(2, min(5, len(parts)) + 1):
+                tally = found.setdefault(tuple(parts[-count:]), {})
+                most, times = tally.get(said, (0, 0))
+                tally[said] = (max(most, weight), times + 1)
+    return found
+
+
+def _patterns(entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+    """Keys with their numbers named, and the shape of the first of each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, entry in entries.items():
+        template, numbers = split_key(key)
+        parts = template.split(".")
+        at = 0
+        used: set[str] = set()
+        for position, part in enumerate(parts):
+            if part != "{}":
+                continue
+            before = parts[position - 1] if position else ""
+            index = _INDEX_AFTER.get(before, "L" if at == 0 else "")
+            if index in used:
+                index = ""
+            used.add(index)
+            parts[position] = f"{{{index}}}" if index else str(numbers[at])
+            at += 1
+        shapes.setdefault(".".join(parts), entry.shape)
+    return shapes
