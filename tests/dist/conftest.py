@@ -9,10 +9,10 @@ import torch
 
 from dcpconv import convert
 from dcpconv.core.catalog import KeyPath
-from support import wild_worlds
-from support.dcp_directories import write
-from support.dcp_worlds import launch, weights
-from support.hf_models import save_hf, tiny
+from support.checkpoints.dcp_directories import write
+from support.models.hf_models import save_hf, tiny
+from support.worlds import wild_worlds
+from support.worlds.dcp_worlds import launch, weights
 
 
 @pytest.fixture(scope="session")

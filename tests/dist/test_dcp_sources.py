@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dcpconv.formats.dcp.directory import inspect_chunks, read_catalog
-from support.dcp_directories import raw, read_tensor
-from support.dcp_worlds import weights
+from support.checkpoints.dcp_directories import raw, read_tensor
+from support.worlds.dcp_worlds import weights
 
 
 def check(path: Path, expected: dict[str, torch.Tensor]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from support import fp8_scenes
-from support.dist_worlds import Outcome, launch
-from support.fp8_scenes import SCENES, prepare
+from support.worlds import fp8_scenes
+from support.worlds.dist_worlds import Outcome, launch
+from support.worlds.fp8_scenes import SCENES, prepare
 
 
 @pytest.fixture(scope="module")

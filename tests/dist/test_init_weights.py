@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from support import load_scenes
-from support.dist_worlds import Outcome, launch
-from support.load_scenes import SCENES, prepare
+from support.worlds import load_scenes
+from support.worlds.dist_worlds import Outcome, launch
+from support.worlds.load_scenes import SCENES, prepare
 
 Worlds = dict[int, list[dict[str, Outcome]]]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcpconv.families import configs
-from support.hf_models import save_hf, tiny
+from support.models.hf_models import save_hf, tiny
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -18,9 +18,9 @@ from torch.nn import functional
 from dcpconv import find_checkpoints
 from dcpconv.runs.carrying import convert_run
 from lingua_model import LinguaModel
+from support.checkpoints.stock import nested_of_dcp
 from support.models.minimind import GenerationName
-from support.stock import nested_of_dcp
-from support.training import SEQ, MiniMindRun, batch, launch
+from support.runs.training import SEQ, MiniMindRun, batch, launch
 
 MODELS: list[tuple[GenerationName, str]] = [("gen2", "layers"), ("gen4", "model.layers")]
 
@@ -146,7 +146,7 @@ def trainer_losses(
     """Losses of a stock Trainer on a tiny Llama, with warmup, weight decay and shuffled data."""
     from transformers import Trainer, TrainingArguments
 
-    from support.hf_models import tiny
+    from support.models.hf_models import tiny
 
     model = tiny("llama", seed=0)
     generator = torch.Generator().manual_seed(3)

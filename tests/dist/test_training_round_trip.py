@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from dcpconv import convert
 from lingua_model import LinguaModel
-from support.stock import assert_same_bits, flat, nested_of_dcp
+from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
 
 RIGHT = 1e-4
 """Largest |logit difference| in fp32."""

@@ -17,8 +17,8 @@ from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.recognition import recognise
-from support.stock import assert_same_bits, flat, nested_of_dcp, stock_load
-from support.wild_worlds import OBJECTS, kinds, plain
+from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp, stock_load
+from support.worlds.wild_worlds import OBJECTS, kinds, plain
 
 WEIGHTS = {**kinds(), **plain()}
 TWO_RANKS = ["rows", "columns", "replicated"]

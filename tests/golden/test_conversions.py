@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dcpconv import convert
-from support.hf_models import save_hf, tiny
+from support.models.hf_models import save_hf, tiny
 
 GOLDEN = Path(__file__).with_name("conversions.json")
 

@@ -19,7 +19,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import OutTensor
 from dcpconv.formats.dcp.directory import outline, read_catalog
 from dcpconv.formats.torchfile.stand_ins import Call, Ref
-from support.dcp_directories import (
+from support.checkpoints.dcp_directories import (
     out_tensor,
     raw,
     read_tensor,

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import OutFile
 from dcpconv.formats.torchfile.files import is_torch_file, outline, read_catalog
-from support.torch_files import (
+from support.checkpoints.torch_files import (
     DTYPES,
     assemble,
     make_tensor,

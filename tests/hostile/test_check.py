@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import check
 from dcpconv.checking.reports import KINDS
-from support.check_cases import CONFIG, MISFITS, llama_shapes, write_file, write_hf
+from support.checkpoints.check_cases import CONFIG, MISFITS, llama_shapes, write_file, write_hf
 
 
 def dcpconv(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

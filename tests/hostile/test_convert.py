@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dcpconv.cli.app import app
-from support.hf_models import save_hf, tiny
+from support.models.hf_models import save_hf, tiny
 
 LLAMA3_SCALING = {
     "rope_theta": 500000.0,

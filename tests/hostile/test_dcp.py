@@ -27,7 +27,7 @@ from dcpconv.core.catalog import KeyPath
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.dcp.directory import OpaqueObject, explain, is_dcp, read_catalog
 from dcpconv.formats.dcp.metadata import read_metadata
-from support.dcp_directories import read_tensor, write
+from support.checkpoints.dcp_directories import read_tensor, write
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from dcpconv import find_checkpoints, resolve_checkpoint
 from dcpconv.core.errors import DcpconvError
 from dcpconv.runs import Best, Retention, prune, verify_checkpoints
-from support import run_dirs
-from support.run_dirs import hf_trainer, write
+from support.runs import run_dirs
+from support.runs.run_dirs import hf_trainer, write
 
 DEEP = "[" * 100_000
 

@@ -31,7 +31,14 @@ from dcpconv.formats.torchfile.unpickling import (
     dumps,
     loads,
 )
-from support.torch_files import archive_of, make_tensor, payload_of, saved, torch_file, zip_of
+from support.checkpoints.torch_files import (
+    archive_of,
+    make_tensor,
+    payload_of,
+    saved,
+    torch_file,
+    zip_of,
+)
 
 
 def read_file(directory: Path, data: bytes) -> Any:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dcpconv import check
 from dcpconv.testing import assert_covers
-from support.hf_models import MODEL_TYPES, save_hf, tiny
+from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 
 
 @pytest.fixture(scope="module", params=sorted(set(MODEL_TYPES) - {"mistral"}))

@@ -17,7 +17,7 @@ from dcpconv.engine.boxes import Box, restrict
 from dcpconv.engine.copying import shares_blocks
 from dcpconv.engine.execute import Moved, execute, fill
 from dcpconv.stores.local import SYSTEM, Sources, System
-from support.engine_cases import (
+from support.checkpoints.engine_cases import (
     INTEGERS,
     contiguous,
     elements,
@@ -26,7 +26,7 @@ from support.engine_cases import (
     slow_fill,
     store,
 )
-from support.mounts import tmpfs, xfs
+from support.machine.mounts import tmpfs, xfs
 
 KIB, MIB = 1 << 10, 1 << 20
 U8 = BY_NAME["uint8"]

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING
 from dcpconv.checking.against import expected
 from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import resolve_family
-from support.families import hf_tensors
-from support.hf_models import MODEL_TYPES, save_hf, tiny
+from support.checkpoints.families import hf_tensors
+from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 
 STRUCTURES: Mapping[str, list[dict[str, Any]]] = {
     "qwen3_moe": [

@@ -14,9 +14,9 @@ from dcpconv import convert
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import AmbiguousFamilyError, NotExpressibleError
 from dcpconv.families.configs import read_spec, to_text, write_config
-from support.families import RIGHT, assert_same, difference, load_hf, torch_tensors
-from support.hf_models import save_hf, tiny
+from support.checkpoints.families import RIGHT, assert_same, difference, load_hf, torch_tensors
 from support.models.chatglm import ChatGLM, ChatGLMConfig
+from support.models.hf_models import save_hf, tiny
 from support.models.layers import randomise
 
 CASES = [

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from dcpconv import convert
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.families.configs import read_spec, refusals, to_text, write_config
-from support.families import (
+from support.checkpoints.families import (
     RIGHT,
     assert_same,
     difference,
@@ -20,7 +20,7 @@ from support.families import (
     load_hf,
     torch_tensors,
 )
-from support.hf_models import MODEL_TYPES, save_hf, tiny
+from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 
 CASES = [
     *(pytest.param(name, {}, id=name) for name in MODEL_TYPES),

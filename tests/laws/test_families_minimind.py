@@ -15,7 +15,7 @@ from dcpconv import convert
 from dcpconv.core.errors import CoverageError, LayoutError, NotExpressibleError
 from dcpconv.families.configs import read_spec, to_text, write_config
 from lingua_model import LinguaModel
-from support.families import (
+from support.checkpoints.families import (
     RIGHT,
     assert_same,
     difference,

@@ -12,8 +12,8 @@ from dcpconv import convert
 from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import keymaps
 from lingua_model import LinguaModel
-from support.families import RIGHT, assert_same, difference, hf_tensors, torch_tensors
-from support.hf_models import save_hf, tiny
+from support.checkpoints.families import RIGHT, assert_same, difference, hf_tensors, torch_tensors
+from support.models.hf_models import save_hf, tiny
 
 
 @pytest.mark.parametrize("tied", [False, True])

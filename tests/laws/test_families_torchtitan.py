@@ -11,8 +11,15 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import CoverageError, NotExpressibleError
-from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
-from support.hf_models import save_hf, tiny
+from support.checkpoints.families import (
+    RIGHT,
+    assert_same,
+    difference,
+    hf_tensors,
+    load_hf,
+    torch_tensors,
+)
+from support.models.hf_models import save_hf, tiny
 from support.models.layers import randomise
 from support.models.torchtitan import Release, Titan, TitanConfig
 

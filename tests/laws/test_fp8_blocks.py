@@ -13,9 +13,16 @@ from torch import Tensor
 from dcpconv import convert
 from dcpconv.core.errors import CoverageError, FormatError, LossyCastError
 from lingua_model import LinguaModel
-from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf, torch_tensors
-from support.scaled_blocks import multiplied_out, published, rewrite
-from support.stock import assert_same_bits, flat, nested_of_dcp, stock_load
+from support.checkpoints.families import (
+    RIGHT,
+    assert_same,
+    difference,
+    hf_tensors,
+    load_hf,
+    torch_tensors,
+)
+from support.checkpoints.scaled_blocks import multiplied_out, published, rewrite
+from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp, stock_load
 
 WAYS = [
     pytest.param("llama", {"to": "lingua"}, id="rows of a head change places"),

@@ -18,11 +18,11 @@ from dcpconv.core.errors import CoverageError, FormatError
 from dcpconv.loading import reading
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
-from support import tiles
-from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf
-from support.hf_models import tiny
-from support.scaled_blocks import multiplied_out, published, quantised, rewrite
-from support.sharded_models import build, lingua_weights
+from support.checkpoints import tiles
+from support.checkpoints.families import RIGHT, assert_same, difference, hf_tensors, load_hf
+from support.checkpoints.scaled_blocks import multiplied_out, published, quantised, rewrite
+from support.models.hf_models import tiny
+from support.worlds.sharded_models import build, lingua_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -10,8 +10,8 @@ import pytest
 
 from dcpconv import check, convert
 from dcpconv.core.errors import NotExpressibleError
-from support.families import RIGHT, assert_same, difference, hf_tensors, load_hf
-from support.hf_models import save_hf, tiny
+from support.checkpoints.families import RIGHT, assert_same, difference, hf_tensors, load_hf
+from support.models.hf_models import save_hf, tiny
 
 TRAINED: dict[str, Any] = {"original_max_position_embeddings": 16}
 """Shorter than the tokens of ``difference``, so that stretching is seen."""

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from dcpconv import convert
 from dcpconv.core.catalog import Form
-from support.hf_models import save_hf, tiny
+from support.checkpoints.stock import assert_same_bits, stock_load
+from support.models.hf_models import save_hf, tiny
 from support.models.layers import random_tokens
-from support.stock import assert_same_bits, stock_load
 
 WAYS: list[Any] = [
     pytest.param("hf", "hf", id="hf"),

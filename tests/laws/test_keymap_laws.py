@@ -16,7 +16,7 @@ from dcpconv.families.configs import config_name
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.plan.matching import cover
 from dcpconv.sources.recognition import recognise
-from support.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
+from support.checkpoints.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
 
 TABLES = list(keymaps().values())
 EACH = [pytest.param(table, id=table.name) for table in TABLES]

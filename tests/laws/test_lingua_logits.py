@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from dcpconv import convert
 from lingua_model import LinguaModel
-from support.hf_models import save_hf, tiny
+from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
+from support.models.hf_models import save_hf, tiny
 from support.models.layers import random_tokens
-from support.stock import assert_same_bits, flat, nested_of_dcp
 
 RIGHT = 1e-4
 """Largest |logit difference| in fp32."""

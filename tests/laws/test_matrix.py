@@ -10,8 +10,8 @@ import torch
 
 from dcpconv import convert
 from dcpconv.core.catalog import Form
-from support.hf_models import save_hf, tiny
-from support.stock import assert_same_bits, stock_load
+from support.checkpoints.stock import assert_same_bits, stock_load
+from support.models.hf_models import save_hf, tiny
 
 FORMS: tuple[Form, ...] = ("hf", "torch", "dcp")
 FAMILIES = [

@@ -19,7 +19,7 @@ from dcpconv import convert, dcp_to_torch_save, torch_save_to_dcp
 from dcpconv.cli import app
 from dcpconv.conversion.convert import Engine
 from dcpconv.core.errors import DcpconvError, FormatError
-from support.stock import nested_of_dcp
+from support.checkpoints.stock import nested_of_dcp
 
 State = dict[str, Any]
 ENGINES: tuple[Engine, ...] = ("stream", "torch")

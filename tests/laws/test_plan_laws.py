@@ -14,7 +14,7 @@ from dcpconv.core.layout import Layout
 from dcpconv.core.outline import Fill
 from dcpconv.plan.coverage import Piece, Target
 from dcpconv.plan.fills import fill_of, row_chunks
-from support.layouts import as_stored, stored_layout
+from support.checkpoints.layouts import as_stored, stored_layout
 
 INT32 = BY_NAME["int32"]
 ITEMSIZE = 4

@@ -20,8 +20,8 @@ from dcpconv.loading.reading import memory
 from dcpconv.plan.coverage import Piece, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.local import Sources
-from support.layouts import as_stored, matrix_layout, stored_layout
-from support.scaled_blocks import multiplied_out
+from support.checkpoints.layouts import as_stored, matrix_layout, stored_layout
+from support.checkpoints.scaled_blocks import multiplied_out
 
 AXES = ["a", "b", "c", "k"]
 FACTORS = ("float32", "bfloat16")

@@ -1,0 +1,183 @@
+"""Hub ids against a server that speaks the hub's protocol: headers travel, weights do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dcpconv import check, convert
+from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.sources.hub_headers import read_catalog
+from dcpconv.stores.hub import HubError, is_hub_id, locate
+from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
+from support.machine.hub_server import COMMIT, Hub, serving
+
+BIG = {"vocab_size": 40_000}
+SHAPES = {
+    key: (40_000, shape[1]) if shape[0] == 131 else shape for key, shape in llama_shapes().items()
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def point_to(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does for a process that starts with it."""
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    source = write_hf(tmp_path / "repo", SHAPES, files=3, config={**CONFIG, **BIG})
+    with serving(source) as hub:
+        point_to(hub, monkeypatch)
+        yield hub
+
+
+@pytest.mark.parametrize(
+    "name", ["org/tiny", "hf://org/tiny", f"org/tiny@{COMMIT}", "org/tiny@main"]
+)
+def test_only_headers_travel(name: str, hub: Hub) -> None:
+    coverage = check(name, to="lingua")
+    assert coverage
+    assert coverage.read.path == name
+    assert coverage.read.files == 3
+    shard_files = [file for file in hub.directory.iterdir() if file.suffix == ".safetensors"]
+    weights = sum(file.stat().st_size for file in shard_files)
+    travelled = sum(hub.served.get(file.name, 0) for file in shard_files)
+    assert weights > 10_000_000
+    assert 0 < travelled <= 3 * 64 * 1024
+
+
+def test_the_catalog_is_that_of_the_same_files_here(hub: Hub) -> None:
+    remote, _ = read_catalog("org/tiny")
+    local = open_checkpoint(hub.directory)
+    assert remote.tensors == local.tensors
+    assert remote.files == local.files
+
+
+def test_a_header_longer_than_the_first_read_is_fetched_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"layers.{n}.some_long_name_of_a_module.weight": (2, 3) for n in range(3000)}
+    with serving(write_hf(tmp_path / "repo", shapes, config=None)) as hub:
+        point_to(hub, monkeypatch)
+        remote, _ = read_catalog("org/tiny")
+        assert remote.tensors == open_checkpoint(hub.directory).tensors
+        assert hub.served["model.safetensors"] > 64 * 1024
+
+
+def test_a_hub_id_is_a_target_too(hub: Hub) -> None:
+    assert check(hub.directory, against="org/tiny")
+    changed = write_hf(hub.directory.parent / "changed", llama_shapes())
+    assert {f.key for f in check(changed, against="org/tiny").misshapen} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+
+
+def test_a_truncated_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_hf(tmp_path / "repo", llama_shapes(), files=3)
+    name = "model-00002-of-00003.safetensors"
+    size = (source / name).stat().st_size
+    with serving(source, reported={name: size - 1000}) as hub:
+        point_to(hub, monkeypatch)
+        coverage = check("org/tiny")
+        assert [name in problem for problem in coverage.problems] == [True]
+        with pytest.raises(FormatError):
+            read_catalog("org/tiny")
+
+
+def test_a_conversion_downloads_weights_and_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_hf(tmp_path / "repo", {}, config=CONFIG)
+    tensors = {key: torch.randn(shape).bfloat16() for key, shape in llama_shapes().items()}
+    save_file(tensors, source / "model.safetensors")
+    (source / "notes.pdf").write_bytes(b"x" * 5000)
+    (source / "consolidated.safetensors").write_bytes(b"x" * 5000)
+    with serving(source) as hub:
+        point_to(hub, monkeypatch)
+        convert("org/tiny", tmp_path / "out.pth", to="lingua")
+        assert "notes.pdf" not in hub.served
+        assert "consolidated.safetensors" not in hub.served
+    stored = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    key = "layers.4.attention.wo.weight"
+    assert torch.equal(stored[key], tensors["model.layers.4.self_attn.o_proj.weight"])
+
+
+@pytest.mark.parametrize("name", ["org/absent", "org/tiny@no-such-revision"])
+def test_what_is_not_there_is_one_clear_error(name: str, hub: Hub) -> None:
+    del hub
+    with pytest.raises(HubError) as error:
+        check(name)
+    assert ("name", name) in error.value.facts
+    assert error.value.hint
+
+
+def test_a_repository_without_safetensors_is_declined_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "pytorch_model.bin").write_bytes(b"PK")
+    with serving(tmp_path / "repo") as hub:
+        point_to(hub, monkeypatch)
+        with pytest.raises(NotACheckpointError) as error:
+            check("org/tiny")
+        assert "pytorch_model.bin" in str(error.value)
+        with pytest.raises(NotACheckpointError):
+            locate("org/tiny")
+
+
+def test_a_server_that_is_not_there_is_could_not_tell(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "dcpconv", "check", "org/tiny"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "HF_ENDPOINT" in run.stderr
+
+
+def test_the_command_line_honours_hf_endpoint(tmp_path: Path, hub: Hub) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "dcpconv", "check", "org/tiny", "--report", "json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["source"]["keys"] == len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/name", True),
+        ("org/name@v1.0", True),
+        ("hf://org/name", True),
+        ("org/name/more", False),
+        ("./name", False),
+        ("/org/name", False),
+        ("name", False),
+        ("../name", False),
+    ],
+)
+def test_what_counts_as_a_hub_id(name: str, expected: bool) -> None:  # noqa: FBT001
+    assert is_hub_id(name) == expected
+
+
+def test_a_path_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not is_hub_id("org/name")
+    assert locate("org/name") == Path("org/name")
