@@ -14,7 +14,7 @@ DEMO_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fmt lint type bench docs check install clean
+.PHONY: help demo test fmt lint type bench docs check interop install clean
 
 help:  ## show this table
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -45,6 +45,8 @@ docs: $(VENV)/.installed  ## write the generated pages of docs/ anew
 check:  ## everything CI runs: lint, type, test
 	@.ci/run
 
+interop: $(VENV)/.interop  ## add the tools that some tests compare with: deepspeed, peft, ...
+
 install: $(VENV)/.installed  ## make .venv with the package and its test dependencies
 
 clean:  ## remove .venv, caches and results
@@ -62,6 +64,14 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing torch and the test dependencies (minutes, once)" >&2
 	@$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@$(PIP) --editable '.[test]'
+	@touch $@
+
+# deepspeed looks at the installed torch while it is built, so its build may not be isolated.
+$(VENV)/.interop: $(VENV)/.installed
+	@echo "installing deepspeed, peft, lightning and others that tests compare with" >&2
+	@$(PIP) setuptools wheel ninja py-cpuinfo
+	@DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	@$(PIP) --editable '.[test,interop]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
