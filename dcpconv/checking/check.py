@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from dcpconv.checking.against import (
     compare_keys,
@@ -22,15 +21,14 @@ from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import DcpconvError, KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.configs.patching import parse_pairs
-from dcpconv.families.keymaps import Keymap, keymaps, read_keymap, resolve_family
+from dcpconv.families.keymaps import Keymap
+from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import MISFITS, Coverage, Fault, cover_as_stored
-from dcpconv.plan.left_out import without_idle
-from dcpconv.plan.matching import cover
-from dcpconv.plan.refusals import parse_allowed, refused_features, without
-from dcpconv.sources.opening import Named, Side, open_side, open_target
-from dcpconv.sources.recognition import Weights, recognise
-from dcpconv.sources.settling import named_keymap, settle, target_keymap
+from dcpconv.plan.kept import explains_more
+from dcpconv.sources.opening import Openable
+from dcpconv.sources.recognition import Weights
+from dcpconv.sources.said import Said
+from dcpconv.sources.understanding import Source, understand, understand_described
 
 _NO_CONFIG = (
     "no config beside the source: its layers and experts are those its keys count; --assets DIR"
@@ -39,10 +37,10 @@ _NO_CONFIG = (
 
 
 def check(
-    source: Named,
+    source: Openable,
     *,
     to: str | None = None,
-    against: Named | None = None,
+    against: Openable | None = None,
     from_: str | None = None,
     keymap: str | os.PathLike[str] | None = None,
     assets: str | os.PathLike[str] | None = None,
@@ -76,39 +74,30 @@ def check(
         KeymapError: No such family.
         LayoutError: A size is needed that neither config nor shapes reveal.
     """
-    problems: list[str] = []
-    allow = parse_allowed(allow)
-    directory = os.fspath(assets) if assets is not None else None
-    own = read_keymap(Path(keymap)) if keymap is not None else None
-    side = open_side(source, assets=directory, problems=problems)
-    if not side.catalog.tensors and not problems:
-        problems.append("there are no tensors in it")
-    named = from_ if from_ is not None else _known(side.family)
-    weights, settled, remarks = settle(
-        side.catalog, side.spec, from_=named, own=own, sizes=parse_pairs(spec)
-    )
-    notes = [*side.notes, *remarks]
-    if side.spec is None and weights.keymap is not None:
+    said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow)
+    found = understand(source, said, collects=True)
+    notes = list(found.notes)
+    if found.parameters is None and found.keymap is not None:
         notes.append(_NO_CONFIG)
-    if to is not None and settled is not None and settled.unsaid:
-        names = ", ".join(settled.unsaid)
+    if to is not None and found.spec is not None and found.spec.unsaid:
+        names = ", ".join(found.spec.unsaid)
         notes.append(f"no file says {names}: a conversion that writes a parameter file asks")
-    side = replace(side, spec=settled)
+    target: Source | None = None
+    wanted: Mapping[str, TensorEntry] = {}
     try:
         if against is not None:
-            target = open_target(against)
-            coverage, wanted = _against(
-                side, weights, target, own=own, to=to, from_=from_, allow=allow
-            )
+            target = understand_described(against, Said(from_=to, keymap=said.keymap))
+            coverage, wanted = _against(found, target, is_said=from_ is not None or to is not None)
             notes.extend(target.notes)
         else:
-            target, wanted = side, {}
-            coverage = _by_table(side, weights, own=own, to=to, allow=allow)
+            coverage = _by_table(found, to)
     except LayoutError as error:
         hint = "--assets DIR names the model's config.json or params.json"
         raise LayoutError(error.headline, error.facts, hint=hint) from None
+    weights = found.weights
     made = ((t.key, t, wanted[t.key]) for t in coverage.targets if t.key in wanted)
-    unlike = tuple(dtype_faults(made) if wanted else _unlike_config(weights, target.spec))
+    numbers = target.spec if target is not None else found.spec
+    unlike = tuple(dtype_faults(made) if wanted else _unlike_config(weights, numbers))
     if unlike and not dtypes:
         notes.append(_mixed(unlike))
     if weights.alternatives:
@@ -116,81 +105,79 @@ def check(
         notes.append(f"the keys also fit {names}; --from NAME chooses")
     coverage = replace(
         coverage,
-        problems=tuple(problems),
+        problems=found.problems,
         misshapen=(*coverage.misshapen, *(unlike if dtypes else ())),
-        read=side.end,
-        asked=target.end if against is not None else coverage.asked,
+        read=found.end,
+        asked=target.end if target is not None else coverage.asked,
         evidence=weights.evidence,
         notes=tuple(dict.fromkeys((*coverage.notes, *notes))),
     )
     return coverage or replace(coverage, suggestions=suggest(coverage, weights))
 
 
-def _by_table(
-    side: Side, weights: Weights, *, own: Keymap | None, to: str | None, allow: Sequence[str]
-) -> Coverage:
+def _by_table(source: Source, to: str | None) -> Coverage:
     """The account against a naming: the one asked for, or the source's own."""
-    if to is not None:
-        wanted = target_keymap(to, own, weights.keymap, side.spec)
-        return _into(wanted, weights, side.spec, allow=allow)
-    if weights.keymap is None:
-        coverage = cover_as_stored(weights)
-        why = "no naming table knows these keys: only the files were checked"
-        return replace(coverage, notes=(why,))
-    settled = replace(weights, alternatives=())  # whichever it is, its keys are complete or not
-    return cover(settled, weights.keymap, spec=side.spec, omit_ties=weights.keymap.family == "hf")
+    if to is not None and to != STORED:
+        return _into(source, source.target_table(to))
+    if source.keymap is None:
+        coverage = cover_as_stored(source.weights)
+        return replace(coverage, notes=("no table is for this model: only the files were checked",))
+    settled = replace(source.weights, alternatives=())  # whichever it is, its keys are complete
+    return _into(replace(source, weights=settled), source.keymap)
 
 
-def _into(
-    wanted: Keymap, weights: Weights, spec: ModelSpec | None, *, allow: Sequence[str]
-) -> Coverage:
-    if weights.keymap is None:
-        return nothing_known(weights, wanted, spec)
-    is_renamed = wanted.name != weights.keymap.name
-    weights, spec = without_idle(weights, spec, wanted, allow=allow)
-    refused = refused_features(wanted, spec) if spec is not None and is_renamed else ()
-    return cover(
-        weights,
-        wanted,
-        spec=spec,
-        omit_ties=wanted.family == "hf",
-        refused=without(refused, allow),
-    )
+def _into(source: Source, table: Keymap, *, numbers: ModelSpec | None = None) -> Coverage:
+    """The account of a source in a naming.
+
+    Args:
+        source: What there is.
+        table: The naming.
+        numbers: Of the model that the target describes, where it has some of its own.
+    """
+    spec = numbers if numbers is not None else source.spec
+    if source.keymap is None:
+        return nothing_known(source.weights, table, spec)
+    coverage = aim_at(replace(source, spec=spec), table).cover()
+    if explains_more(source.parameters):
+        return coverage
+    return replace(coverage, unknown=(*coverage.unknown, *coverage.kept))
 
 
 def _against(
-    side: Side,
-    weights: Weights,
-    target: Side,
-    *,
-    own: Keymap | None,
-    to: str | None,
-    from_: str | None,
-    allow: Sequence[str],
+    source: Source, target: Source, *, is_said: bool
 ) -> tuple[Coverage, Mapping[str, TensorEntry]]:
-    """The account against given keys, whatever says them; and what they are."""
-    if target.is_config and target.spec is not None:
-        name = to or target.family
-        wanted = named_keymap(name, own, None) if to else _of_config(name, target.spec)
-        assert wanted is not None  # noqa: S101  a name was given
-        return _into(wanted, weights, target.spec, allow=allow), {}
-    stated = to if to is not None else _known(target.family)
-    wanted_keys = recognise(
-        target.catalog, spec=target.spec, keymap=named_keymap(stated, own, target.spec)
-    )
-    is_tied = any(one.spec is not None and one.spec.tied for one in (side, target))
+    """The account against given keys, whatever says them; and what they are.
+
+    Args:
+        source: What there is.
+        target: What there should be.
+        is_said: Whether the user has named a naming on either side.
+    """
+    if target.end.form == "config":
+        table = target.keymap
+        if table is None:
+            named = target.architecture or "the model of its parameter file"
+            raise KeymapError(
+                f"there is no table for {named}",
+                [("target", target.end.path)],
+                hint="check against a live model or a key list: `dcpconv keys SRC -o FILE`",
+            )
+        return _into(source, table, numbers=target.spec), {}
+    weights, wanted_keys = source.weights, target.weights
+    is_tied = any(one.spec is not None and one.spec.tied for one in (source, target))
     alike = compare_keys(weights, wanted_keys, is_tied=is_tied)
     table = wanted_keys.keymap
     if weights.keymap is None or table is None or _same(weights, wanted_keys):
         return alike, wanted_keys.entries
     # Tables of one group differ in a few rows only, and then keys do not say which one was meant:
     # the account that needs fewer excuses does.
-    may_be_alike = to is None and from_ is None and share_keys(weights, wanted_keys)
+    may_be_alike = not is_said and share_keys(weights, wanted_keys)
     if may_be_alike and alike:
         return alike, wanted_keys.entries
     try:
-        source, spec = without_idle(weights, side.spec or target.spec, table, allow=allow)
-        converted = compare_results(cover(source, table, spec=spec), source, wanted_keys)
+        going = aim_at(replace(source, spec=source.spec or target.spec), table, form="torch")
+        made = replace(going, refused=()).cover()
+        converted = compare_results(made, going.weights, wanted_keys)
     except DcpconvError:
         if may_be_alike:
             return alike, wanted_keys.entries
@@ -207,22 +194,6 @@ def _same(weights: Weights, wanted: Weights) -> bool:
     """Whether the source's naming is one that the target may be in."""
     tables = (wanted.keymap, *wanted.alternatives)
     return weights.keymap is not None and weights.keymap.name in {t.name for t in tables if t}
-
-
-def _of_config(family: str, spec: ModelSpec) -> Keymap:
-    """The table of the model that a parameter file describes."""
-    try:
-        return resolve_family(family, spec.architecture)
-    except KeymapError:
-        for table in keymaps().values():
-            if spec.architecture in table.architectures:
-                return table
-        raise
-
-
-def _known(family: str) -> str | None:
-    """A family that a key list states, unless its table is not among ours: then keys decide."""
-    return family if family in keymaps() else None
 
 
 def _unlike_config(weights: Weights, spec: ModelSpec | None) -> Iterator[Fault]:

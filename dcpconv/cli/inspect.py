@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,28 +40,21 @@ def inspect(
 
     Reads headers only; no tensor is loaded and nothing in the files is executed.
     """
-    from dcpconv.families.configs.patching import parse_pairs
-    from dcpconv.families.keymaps import read_keymap
-    from dcpconv.sources.opening import open_side
-    from dcpconv.sources.selection import select
-    from dcpconv.sources.settling import settle
+    from dcpconv.sources.said import Said
+    from dcpconv.sources.understanding import understand
 
-    side = open_side(source, assets=assets)
-    own = read_keymap(Path(keymap)) if keymap is not None else None
-    catalog = select(side.catalog, only)
-    weights, model, notes = settle(
-        catalog, side.spec, from_=from_, own=own, sizes=parse_pairs(spec or ())
-    )
+    said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec or ())
+    found = understand(source, said, only=only)
     if as_json:
-        say_json(_as_json(catalog, weights, model))
+        say_json(_as_json(found.catalog, found.weights, found.spec))
         return
-    for line in summary(catalog, weights, model):
+    for line in summary(found.catalog, found.weights, found.spec):
         say(line)
     if not quiet:
         say("")
-        for line in listing(catalog):
+        for line in listing(found.catalog):
             say(line)
-    for text in dict.fromkeys((*catalog.notes, *side.notes, *notes)):
+    for text in dict.fromkeys(found.notes):
         note(text)
 
 
@@ -74,7 +66,7 @@ def summary(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> Iter
     chunks = sum(len(entry.chunks) for entry in catalog.tensors.values())
     yield f"path      {catalog.source}"
     yield f"form      {catalog.form}, {count(len(catalog.files), 'file')}"
-    family = weights.keymap.name if weights.keymap else "not recognised"
+    family = weights.keymap.name if weights.keymap else "as stored"
     yield f"family    {family}  ({'; '.join(weights.evidence)})"
     if weights.alternatives:
         yield f"or        {', '.join(table.name for table in weights.alternatives)}"

@@ -27,16 +27,12 @@ def keys(
 
     dcpconv check out/other --against expected.json
     """
-    from dcpconv.families.keymaps import read_keymap
     from dcpconv.sources.key_lists import to_text
-    from dcpconv.sources.opening import open_side
-    from dcpconv.sources.recognition import recognise
-    from dcpconv.sources.settling import named_keymap
+    from dcpconv.sources.said import Said
+    from dcpconv.sources.understanding import understand
 
-    side = open_side(source)
-    own = read_keymap(Path(keymap)) if keymap is not None else None
-    named = named_keymap(from_ or None, own, side.spec)
-    text = to_text(recognise(side.catalog, spec=side.spec, keymap=named))
+    said = Said.parse(from_=from_ or None, keymap=keymap)
+    text = to_text(understand(source, said).weights)
     if output is None:
         sys.stdout.write(text)
     else:

@@ -7,39 +7,13 @@ there and puts it in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.outline import Outline
 from dcpconv.families.keymaps import Keymap
 from dcpconv.formats import safetensors
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan
-from dcpconv.sources.recognition import Weights
-
-
-def taken_up(weights: Weights, wanted: Keymap | None) -> tuple[Weights, tuple[str, ...]]:
-    """The weights with what was kept aside when they were made, where the target wants it.
-
-    Raises:
-        FormatError: The file is damaged.
-    """
-    if wanted is None or not wanted.aside or wanted is weights.keymap:
-        return weights, ()
-    file = weights.catalog.path / wanted.aside_file
-    is_part_of_it = file.name in weights.catalog.files
-    if is_part_of_it or not file.is_file():
-        return weights, ()
-    kept = safetensors.read_catalog(file).tensors
-    entries: Mapping[str, TensorEntry] = {
-        key: entry
-        for key, entry in kept.items()
-        if key not in weights.entries and wanted.keeps_aside(key)
-    }
-    note = f"{len(entries)} tensors of {file.name} beside the source go back to their place"
-    more = replace(weights, entries={**weights.entries, **entries})
-    return more, (note,) if entries else ()
 
 
 def with_aside(

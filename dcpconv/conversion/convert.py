@@ -12,7 +12,7 @@ from typing import Literal
 
 from dcpconv.conversion.deciding import Decided, decide
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request
+from dcpconv.conversion.request import Request, Wanted
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.dtypes import BY_LABEL, BY_NAME, DType
@@ -20,10 +20,9 @@ from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.engine.execute import Moved, execute
 from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import spared
-from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.refusals import parse_allowed
+from dcpconv.sources.said import Said
 from dcpconv.stores.hub import locate
 
 Engine = Literal["stream", "torch"]
@@ -105,27 +104,22 @@ def convert(
         NoSpaceError: The disk cannot hold the result.
     """
     started = time.perf_counter()
-    request = Request(
-        source=locate(source),
-        target=Path(target),
+    said = Said.parse(
+        from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow, dequantize=dequantize
+    )
+    wanted = Wanted(
+        path=Path(target),
         form=form,
         to=to,
-        from_=from_,
-        keymap=Path(keymap) if keymap else None,
         root=root,
-        only=only,
         dtype=_dtype(dtype),
         cast_all=cast_all,
-        dequantize=dequantize,
-        allow=parse_allowed(allow),
-        assets=Path(assets) if assets else None,
-        sizes=parse_pairs(spec),
         chunks=chunks,
         model_parallel=model_parallel,
         max_file_size=max_file_size,
         overwrite=overwrite,
-        trust=trust,
     )
+    request = Request(locate(source), said, only, wanted, trust)
     is_by_torch = _is_by_torch(engine, trust=trust)
     if not dry_run:
         request.check_target()
@@ -133,7 +127,7 @@ def convert(
             from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
             return torch_engine.convert_plain(
-                request.source, request.target, form=form, overwrite=overwrite, trust=trust
+                request.source, wanted.path, form=form, overwrite=overwrite, trust=trust
             )
     with _opened(request, by_torch=is_by_torch, dry_run=dry_run) as everything:
         decided = decide(everything, request)
@@ -160,9 +154,7 @@ def _opened(request: Request, *, by_torch: bool, dry_run: bool) -> AbstractConte
     if by_torch:
         from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
-        return torch_engine.rewritten(
-            request.source, request.target, overwrite=request.overwrite, trust=request.trust
-        )
+        return torch_engine.rewritten(request.source, request.wanted.path, trust=request.trust)
     return nullcontext(open_checkpoint(request.source))
 
 
@@ -222,7 +214,7 @@ def _write(
                 jobs=jobs,
                 progress=advance,
                 labels=labels(decided.planned, outline),
-                allow_overflow="overflow" in job.allow,
+                allow_overflow="overflow" in job.aim.source.said.allow,
             )
         except LossyCastError as error:
             raise LossyCastError(

@@ -8,27 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from dcpconv.conversion import model_parallel as splitting
-from dcpconv.conversion.aside import taken_up, with_aside
+from dcpconv.conversion import model_parallel
+from dcpconv.conversion.aside import with_aside
 from dcpconv.conversion.job import Job, most_used
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request, default_form
+from dcpconv.conversion.request import Request
 from dcpconv.conversion.summary import summarise
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.outline import Outline, OutTensor
-from dcpconv.core.spec import ModelSpec
 from dcpconv.engine.space import block_size
-from dcpconv.families.configs import read_spec
-from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.families.side_files import SideFiles, dequantized
-from dcpconv.formats.torchfile import meta_ranks as metashards
+from dcpconv.formats.torchfile import meta_ranks
+from dcpconv.plan.account import aim
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
-from dcpconv.plan.left_out import without_idle
-from dcpconv.plan.refusals import SELECTION_BIAS
-from dcpconv.sources.recognition import Weights
-from dcpconv.sources.selection import select
-from dcpconv.sources.settling import find_spec, settle, target_keymap
+from dcpconv.plan.taking_up import take_up
+from dcpconv.sources.said import SELECTION_BIAS
+from dcpconv.sources.understanding import understand
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,98 +50,61 @@ class Decided:
 
 def decide(everything: Catalog, request: Request) -> Decided:
     """Accounts for every key and plans every byte; only headers are read."""
-    catalog = select(everything, request.only)
-    form = request.form or default_form(catalog.form, request.target, request.to)
-    own = read_keymap(request.keymap) if request.keymap else None
-    config, config_notes = find_spec(catalog, request.assets)
-    weights, spec, settled = settle(
-        catalog,
-        config,
-        from_=request.from_,
-        own=own,
-        sizes=request.sizes,
-        root=_source_root(request.root, form, catalog),
+    wanted = request.wanted
+    form = wanted.form_from(everything.form)
+    source = understand(
+        request.source,
+        request.said,
+        only=request.only,
+        root=_source_root(wanted.root, form, everything),
+        catalog=everything,
     )
-    wanted = _target_keymap(request.to, own, weights, spec, form)
-    weights, spec = without_idle(weights, spec, wanted, allow=request.allow)
-    weights, kept_notes = taken_up(weights, wanted)
-    if request.dequantize:
-        wanted = wanted or weights.require_keymap()
-    job = Job(
-        catalog=catalog,
-        weights=weights,
-        wanted=wanted,
-        spec=spec,
-        form=form,
-        target=request.target,
-        assets=request.assets,
-        root=request.root,
-        dtype=request.dtype,
-        cast_all=request.cast_all,
-        allow=request.allow,
-        ranks=request.model_parallel if form == "torch" and request.to == "meta" else 1,
-        dequantize=request.dequantize,
-    )
-    if job.renames and spec is None and config_notes:
-        read_spec(request.source)  # raises: another naming needs what the config says
+    going, kept_notes = take_up(aim(source, to=wanted.to, form=form))
+    job = Job(going, wanted, form)
     coverage, notes = job.cover()
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
-    tensors = make_plan(
-        coverage,
-        path_of=job.path_of,
-        regions=(lambda shape: row_chunks(shape, request.chunks)) if form == "dcp" else whole,
-        dtype_of=job.dtype_of,
-    )
-    planned = tensors
-    if job.ranks > 1:
-        shares = splitting.shares(
-            coverage, job.ranks, spec=spec, path_of=job.path_of, dtype_of=job.dtype_of
-        )
-        planned = tuple(chain.from_iterable(shares))
-        outline = splitting.outline(shares, modulus=block_size(request.target))
-    else:
-        outline = job.outline(tensors, max_file_size=request.max_file_size)
+    tensors, planned, outline = _laid_out(job, coverage)
     outline, aside_notes = with_aside(
         outline,
         coverage,
-        weights.keymap,
-        modulus=block_size(request.target),
+        going.weights.keymap,
+        modulus=block_size(wanted.path),
         is_one_file=job.is_one_file,
     )
     side = job.side_files(coverage, tensors)
-    if request.dequantize:
+    if request.said.dequantize:
         side = dequantized(side, most_used(tensors))
     all_notes = (
-        *catalog.notes,
-        *config_notes,
-        *settled,
+        *source.notes,
         *kept_notes,
         *notes,
         *aside_notes,
         *side.notes,
         *job.notes(coverage),
     )
-    report = summarise(job, coverage, tensors, outline, side, all_notes)
+    report = summarise(job, coverage, tensors, outline, side, tuple(dict.fromkeys(all_notes)))
     return Decided(job, tensors, planned, outline, side, report)
 
 
-def _target_keymap(
-    to: str | None,
-    own: Keymap | None,
-    weights: Weights,
-    spec: ModelSpec | None,
-    form: Form,
-) -> Keymap | None:
-    """The table of the result, or ``None`` to keep keys as they are stored."""
-    if to is not None:
-        return target_keymap(to, own, weights.keymap, spec)
-    if own is not None and weights.keymap is not own:
-        return own
-    if form == "hf" and weights.keymap is not None:
-        if weights.keymap.family == "hf":
-            return weights.keymap
-        return target_keymap("hf", None, weights.keymap, spec)
-    return None
+def _laid_out(
+    job: Job, coverage: Coverage
+) -> tuple[tuple[OutTensor, ...], tuple[OutTensor, ...], Outline]:
+    """Every tensor of the result, the same as they are written, and where every byte will be."""
+    chunks = job.wanted.chunks
+    tensors = make_plan(
+        coverage,
+        path_of=job.path_of,
+        regions=(lambda shape: row_chunks(shape, chunks)) if job.form == "dcp" else whole,
+        dtype_of=job.dtype_of,
+    )
+    ranks = job.wanted.ranks(job.form)
+    if ranks == 1:
+        return tensors, tensors, job.outline(tensors)
+    shares = model_parallel.shares(
+        coverage, ranks, spec=job.aim.spec, path_of=job.path_of, dtype_of=job.dtype_of
+    )
+    outline = model_parallel.outline(shares, modulus=block_size(job.target))
+    return tensors, tuple(chain.from_iterable(shares)), outline
 
 
 def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
@@ -155,12 +114,12 @@ def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
 
 
 def _coverage_hint(coverage: Coverage, job: Job) -> str | None:
-    if metashards.is_part(job.catalog.source):
+    if meta_ranks.is_part(job.catalog.source):
         return "this is one rank's share of a model-parallel release; give its directory"
-    if coverage.misshapen and job.spec is not None:
+    if coverage.misshapen and job.aim.spec is not None:
         return "the config does not describe these tensors; is it the right one?"
     if any("layer.router_bias" in fault.slots for fault in coverage.unknown):
         return f"--allow {SELECTION_BIAS} leaves the bias out; experts are then chosen without it"
-    if coverage.unknown and job.spec is None and job.assets is None:
+    if coverage.unknown and job.aim.spec is None and job.aim.source.said.assets is None:
         return "--assets DIR names a config; --keymap FILE adds keys to a table"
     return None

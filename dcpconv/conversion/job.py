@@ -7,113 +7,63 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dcpconv.conversion.request import Wanted
 from dcpconv.core.catalog import Catalog, Form, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Outline, OutTensor
-from dcpconv.core.spec import ModelSpec
 from dcpconv.engine.space import block_size
 from dcpconv.families import configs
-from dcpconv.families.keymaps import Keymap
 from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.torchfile.nesting import key_of
-from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
-from dcpconv.plan.matching import cover
-from dcpconv.plan.refusals import refused_features, require_expressible
-from dcpconv.plan.ties import differing
+from dcpconv.plan.account import Aim
+from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
 from dcpconv.sources.numbers import require_said
-from dcpconv.sources.recognition import Weights
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One conversion, everything about it decided."""
+    """One conversion, everything about it decided.
 
-    catalog: Catalog
-    weights: Weights
-    wanted: Keymap | None
-    spec: ModelSpec | None
+    Attributes:
+        aim: The source and the naming to reach.
+        wanted: What the result should be.
+        form: How its bytes are stored.
+    """
+
+    aim: Aim
+    wanted: Wanted
     form: Form
-    target: Path
-    assets: Path | None
-    root: str | None
-    dtype: DType | None
-    cast_all: bool
-    allow: tuple[str, ...]
-    ranks: int = 1
-    dequantize: bool = False
+
+    @property
+    def catalog(self) -> Catalog:
+        """Everything the source holds."""
+        return self.aim.source.catalog
+
+    @property
+    def target(self) -> Path:
+        """Where the result goes."""
+        return self.wanted.path
 
     @property
     def is_one_file(self) -> bool:
         """Whether the result is a file and not a directory."""
-        return self.form == "torch" and self.ranks == 1
+        return self.wanted.is_one_file(self.form)
 
     @property
     def keeps_nesting(self) -> bool:
         """Whether keys go over with their containers, optimizer and all."""
-        return self.wanted is None and self.form != "hf" and self.root is None
-
-    @property
-    def renames(self) -> bool:
-        """Whether the naming changes."""
-        return self.wanted is not None and self.wanted is not self.weights.keymap
+        return self.aim.table is None and self.form != "hf" and self.wanted.root is None
 
     def cover(self) -> tuple[Coverage, tuple[str, ...]]:
         """The account of the conversion, and what to say about it."""
         if self.keeps_nesting:
-            whole = replace(
-                self.weights, entries=self.catalog.tensors, tied=self.catalog.tied, rest=()
-            )
+            weights = self.aim.weights
+            whole = replace(weights, entries=self.catalog.tensors, tied=self.catalog.tied, rest=())
             return cover_as_stored(whole), ()
-        if self.wanted is None:
-            return cover_as_stored(self.weights), ()
-        require_expressible(
-            self.wanted,
-            self._refusals(),
-            self.allow,
-            source=self.catalog.source,
-            undone="nothing was written",
-            allow_by="--allow NAME",
-        )
-        coverage = self._cover(self.spec)
-        pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
-        if coverage and (unequal := differing(self.weights, pairs)):
-            key, owner = unequal[0]
-            if self.spec is None or self.weights.require_keymap().rows_like(key) == []:
-                raise FormatError(
-                    "two names of one tensor hold different values",
-                    [("source", self.catalog.source), ("key", key), ("owner", owner)],
-                    hint="load and save the model once, so that it is clear which one counts",
-                )
-            note = f"{key} and {owner} differ, so they are converted as two tensors"
-            return self._cover(self.spec.model_copy(update={"tied": False})), (note,)
-        return coverage, ()
-
-    def _cover(self, spec: ModelSpec | None) -> Coverage:
-        if self.wanted is None:
-            return cover_as_stored(self.weights)
-        return cover(
-            self.weights,
-            self.wanted,
-            spec=spec,
-            omit_ties=self.form == "hf",
-            dequantize=BY_NAME["bfloat16"] if self.dequantize else None,
-        )
-
-    def _is_stored_twice(self, key: str, owner: str) -> bool:
-        tied, entries = self.weights.tied, self.weights.entries
-        return owner in entries and tied.get(key, key) != tied.get(owner, owner)
-
-    def _refusals(self) -> tuple[Fault, ...]:
-        if self.spec is None or self.wanted is None or not self.renames:
-            return ()
-        return refused_features(self.wanted, self.spec)
-
-    @property
-    def allowed(self) -> tuple[tuple[str, str], ...]:
-        """What the target leaves out because the user said so."""
-        return tuple((f.key, f.why) for f in self._refusals() if f.key in self.allow)
+        self.aim.require_expressible(undone="nothing was written", allow_by="--allow NAME")
+        return self.aim.cover_by_data(product=BY_NAME["bfloat16"])
 
     def path_of(self, key: str) -> KeyPath:
         """Where a target key nests in the result."""
@@ -121,19 +71,21 @@ class Job:
             return (key,)
         if self.keeps_nesting:
             return self.catalog.path_of(key)
-        root = self.root
+        root = self.wanted.root
         if root is None:
-            root = self.wanted.root if self.wanted else ""
+            root = self.aim.table.root if self.aim.table else ""
         return (*(part for part in root.split(".") if part), key)
 
     def dtype_of(self, target: Target) -> DType:
         """Element type of a target tensor: ``--dtype`` leaves vectors and integers alone."""
-        if self.dtype is None or not target.dtype.is_floating_point:
+        dtype = self.wanted.dtype
+        if dtype is None or not target.dtype.is_floating_point:
             return target.dtype
-        return self.dtype if self.cast_all or len(target.shape) >= 2 else target.dtype
+        return dtype if self.wanted.cast_all or len(target.shape) >= 2 else target.dtype
 
-    def outline(self, tensors: tuple[OutTensor, ...], *, max_file_size: int | None) -> Outline:
+    def outline(self, tensors: tuple[OutTensor, ...]) -> Outline:
         """Where every byte of the result will be."""
+        max_file_size = self.wanted.max_file_size
         modulus = block_size(self.target)
         objects: Mapping[KeyPath, object] = (
             {self.catalog.path_of(key): value for key, value in self.catalog.objects.items()}
@@ -173,60 +125,66 @@ class Job:
         """Config and tokenizer to stand beside the weights."""
         if self.is_one_file:
             return self._nothing_beside()
-        source = self.catalog.source
+        going, source = self.aim, self.catalog.source
+        table, spec, assets = going.table, going.spec, going.source.said.assets
         directory = source if source.is_dir() else source.parent
         is_own = source.is_dir() or self.catalog.form == "hf"
         has_config = is_own and configs.find_config(directory) is not None
-        is_untied = self.spec is not None and self.spec.tied and not coverage.is_tied
-        tied = False if self.wanted is not None and is_untied else None
-        if self.assets is not None and self._is_described_by(self.assets):
-            return carried(self.assets, dtype=most_used(tensors), tied=tied)
-        if self.wanted is not None and (self.renames or not has_config):
-            if self.spec is not None and self.wanted.config:
-                require_said(self.spec, self.weights)
+        is_untied = spec is not None and spec.tied and not coverage.is_tied
+        tied = False if table is not None and is_untied else None
+        if assets is not None and self._is_described_by(assets):
+            return carried(assets, dtype=most_used(tensors), tied=tied)
+        if table is not None and (going.renames or not has_config):
+            if spec is not None and table.config:
+                require_said(spec, going.weights)
             return generated(
-                self.wanted,
-                self.spec.model_copy(update={"tied": False})
-                if self.spec is not None and is_untied
-                else self.spec,
+                table,
+                spec.model_copy(update={"tied": False}) if spec is not None and is_untied else spec,
                 form=self.form,
                 target=self.target,
                 source=directory,
-                assets=self.assets or (directory if is_own else None),
+                assets=assets or (directory if is_own else None),
                 dtype=most_used(tensors),
-                left_out=dict(self.allowed),
+                left_out=dict(going.allowed),
             )
-        if not is_own:
+        if not is_own and assets is None:
             return SideFiles()
-        return carried(self.assets or directory, dtype=self.dtype, tied=tied)
+        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied)
 
     def _nothing_beside(self) -> SideFiles:
         """A file has no place for another beside it, yet the code that reads it wants its sizes."""
-        family = self.wanted.config if self.wanted is not None else ""
-        if self.wanted is None or self.spec is None or not self.renames or not family:
+        table, spec = self.aim.table, self.aim.spec
+        if table is None or spec is None or not self.aim.renames or not table.config:
             return SideFiles()
-        name = configs.config_name(family)
+        name = configs.config_name(table.config)
         if name is None:
-            return SideFiles(notes=(untold(self.wanted, self.spec),))
-        command = f"dcpconv params {self.catalog.source} --to {self.wanted.name}"
+            return SideFiles(notes=(untold(table, spec),))
+        command = f"dcpconv params {self.catalog.source} --to {table.name}"
         return SideFiles(notes=(f"one file is written, and no {name}; `{command}` prints it",))
 
     def _is_described_by(self, assets: Path) -> bool:
         """Whether the config of ``assets`` says of the result what we would: no size of it was
         stated otherwise, and no feature left out."""
-        if self.form != "hf" or self.wanted is None or self.wanted.family != "hf":
+        if self.form != "hf" or self.aim.table is None or self.aim.table.family != "hf":
             return False
         config = configs.find_config(assets)
         is_hf = config is not None and config.name == "config.json"
-        return is_hf and configs.read_spec(assets) == self.spec
+        return is_hf and configs.read_spec(assets) == self.aim.spec
 
     def notes(self, coverage: Coverage) -> tuple[str, ...]:
         """What else to say."""
         notes = [
             f"{name} is not expressible in {coverage.target} and was left out ({why})"
-            for name, why in self.allowed
+            for name, why in self.aim.allowed
         ]
-        dropped = [] if self.keeps_nesting else [*self.weights.rest]
+        if coverage.kept:
+            names = [fault.key for fault in coverage.kept]
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            notes.append(
+                f"{len(coverage.kept)} keys that {coverage.source} does not list are kept as"
+                f" stored: {some}"
+            )
+        dropped = [] if self.keeps_nesting else [*self.aim.weights.rest]
         if dropped:
             tops = sorted({str(self.catalog.path_of(key)[0]) for key in dropped})
             notes.append(

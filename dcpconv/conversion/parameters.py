@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,10 @@ from pathlib import Path
 from dcpconv.core.errors import SpecError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
-from dcpconv.families.configs.patching import parse_pairs, patched_spec
-from dcpconv.families.keymaps import resolve_family
-from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.refusals import parse_allowed, refused_features, require_expressible
+from dcpconv.plan.account import aim_at
 from dcpconv.sources.numbers import require_said
-from dcpconv.sources.settling import settle
+from dcpconv.sources.said import Said
+from dcpconv.sources.understanding import Source, understand_described
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,44 +53,37 @@ def parameters(
         SpecError: There is no config and shapes do not say enough, or it cannot be read.
         NotExpressibleError: The family cannot hold the model; all reasons are listed.
     """
-    model, notes = _model(source, from_, parse_pairs(spec))
-    keymap = resolve_family(to, model.architecture)
-    family = keymap.parameter_family
-    features = refused_features(keymap, model)
-    require_expressible(
-        keymap,
-        features,
-        parse_allowed(allow),
-        source=source,
-        undone="nothing was written",
-        allow_by="--allow NAME",
-    )
+    described = understand_described(source, Said.parse(from_=from_, spec=spec, allow=allow))
+    model = _numbers(described)
+    table = described.target_table(to)
+    going = aim_at(described, table)
+    going.require_expressible(undone="nothing was written", allow_by="--allow NAME")
+    family = table.parameter_family
     left_out = (
-        f"{item.key} is not expressible in {keymap.name} and was left out ({item.why})"
-        for item in features
+        f"{name} is not expressible in {table.name} and was left out ({why})"
+        for name, why in going.allowed
     )
     text = configs.to_text(configs.write_config(family, model))
-    return Parameters(configs.config_name(family) or "", text, (*notes, *left_out))
+    return Parameters(configs.config_name(family) or "", text, (*described.notes, *left_out))
 
 
-def _model(
-    source: Path, from_: str | None, sizes: dict[str, str]
-) -> tuple[ModelSpec, tuple[str, ...]]:
-    is_file = source.is_file() and source.suffix == ".json"
-    if is_file or configs.find_config(source) is not None:
-        spec = configs.read_spec(source)
-        return (patched_spec(spec, sizes) if sizes else spec), ()
-    catalog = open_checkpoint(source)
-    weights, model, notes = settle(catalog, None, from_=from_, sizes=sizes)
-    table = weights.require_keymap()
-    if model is None:
+def _numbers(source: Source) -> ModelSpec:
+    """The model's numbers, all of them.
+
+    Raises:
+        SpecError: Some are not known; says how to state them.
+    """
+    if source.parameters is not None and source.spec is not None:
+        return source.spec
+    table = source.weights.require_keymap()
+    if source.spec is None:
         raise SpecError(
             "no parameter file, and shapes do not say how many heads there are",
-            [("source", source), ("family", table.name)],
+            [("source", source.end.path), ("family", table.name)],
             hint="--spec heads=N,kv_heads=M says it",
         )
-    require_said(model, weights)
-    floats = {entry.dtype.label: 0 for entry in weights.entries.values()}
-    for entry in weights.entries.values():
-        floats[entry.dtype.label] += entry.nbytes if entry.dtype.is_floating_point else 0
-    return model.model_copy(update={"dtype": max(floats, key=lambda label: floats[label])}), notes
+    require_said(source.spec, source.weights)
+    nbytes: Counter[str] = Counter()
+    for entry in source.weights.entries.values():
+        nbytes[entry.dtype.label] += entry.nbytes if entry.dtype.is_floating_point else 0
+    return source.spec.model_copy(update={"dtype": max(nbytes, key=lambda label: nbytes[label])})

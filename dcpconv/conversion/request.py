@@ -2,47 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
+from dcpconv.sources.said import Said
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asked for; see ``convert``."""
+class Wanted:
+    """What the result should be; see ``convert``.
 
-    source: Path
-    target: Path
+    Attributes:
+        path: Where it goes.
+        form: How its bytes are stored, where the user says.
+        to: Its naming, where the user says.
+        root: Container of the weights.
+        dtype: Element type to cast to.
+        cast_all: Whether vectors and scalars are cast too.
+        chunks: Row chunks of every tensor in a DCP.
+        model_parallel: Files of a result in Meta's naming.
+        max_file_size: Bytes of tensors per file at most.
+        overwrite: Whether an existing target is replaced.
+    """
+
+    path: Path
     form: Form | None
     to: str | None
-    from_: str | None
-    keymap: Path | None
     root: str | None
-    only: str | None
     dtype: DType | None
     cast_all: bool
-    dequantize: bool
-    allow: tuple[str, ...]
-    assets: Path | None
-    sizes: Mapping[str, str]
     chunks: int
     model_parallel: int
     max_file_size: int | None
     overwrite: bool
+
+    def form_from(self, source: Form) -> Form:
+        """The form of the result: the one asked for, or what its name and the source suggest."""
+        if self.form is not None:
+            return self.form
+        if self.path.suffix in {".pth", ".pt", ".bin"}:
+            return "torch"
+        is_hf = self.to in {None, "hf"} or str(self.to).startswith("hf-")
+        return "hf" if source == "dcp" and is_hf else "dcp"
+
+    def ranks(self, form: Form) -> int:
+        """Files of a model-parallel result; 1 for every other."""
+        return self.model_parallel if form == "torch" and self.to == "meta" else 1
+
+    def is_one_file(self, form: Form) -> bool:
+        """Whether the result is a file and not a directory."""
+        return form == "torch" and self.ranks(form) == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A conversion as the user asked for it.
+
+    Attributes:
+        source: A local path.
+        said: How to understand it.
+        only: The part of it to take.
+        wanted: What the result should be.
+        trust: Whether torch may unpickle without restrictions.
+    """
+
+    source: Path
+    said: Said
+    only: str | None
+    wanted: Wanted
     trust: bool
 
     def check_target(self) -> None:
         """Raises early, before anything is read, where the target cannot be written."""
-        is_split = self.to == "meta" and self.model_parallel > 1
-        form = self.form or default_form("hf", self.target, self.to)
+        form = self.wanted.form_from("hf")  # no source makes a directory a file, or back
         check_target(
-            self.target,
-            overwrite=self.overwrite,
-            is_file=form == "torch" and not is_split,
+            self.wanted.path,
+            overwrite=self.wanted.overwrite,
+            is_file=self.wanted.is_one_file(form),
             source=self.source,
         )
 
@@ -50,17 +89,11 @@ class Request:
         """Form of the target if torch's own two functions do all that is asked, else ``None``."""
         from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
+        said, wanted = self.said, self.wanted
         own = torch_engine.form_of(self.source)
-        form = self.form or default_form(own, self.target, self.to)
-        changes = (self.to, self.from_, self.keymap, self.root, self.only, self.dtype, self.assets)
-        is_verbatim = not any(change is not None for change in (*changes, self.max_file_size))
-        is_verbatim = is_verbatim and self.chunks == 1 and not self.sizes
+        form = wanted.form_from(own)
+        changed = (wanted.to, wanted.root, wanted.dtype, wanted.max_file_size)
+        stated = (said.from_, said.keymap, said.assets, self.only)
+        is_verbatim = all(change is None for change in (*changed, *stated))
+        is_verbatim = is_verbatim and wanted.chunks == 1 and not said.sizes
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
-
-
-def default_form(source: Form, target: Path, to: str | None = None) -> Form:
-    """The form that a target's name and the source suggest."""
-    if target.suffix in {".pth", ".pt", ".bin"}:
-        return "torch"
-    family_is_hf = to is None or to == "hf" or to.startswith("hf-")
-    return "hf" if source == "dcp" and family_is_hf else "dcp"

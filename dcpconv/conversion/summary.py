@@ -70,7 +70,7 @@ def summarise(
     )
     cast = {t.path for t in tensors if any(chunk.fill.is_cast for chunk in t.chunks)}
     relabelled = {job.path_of(target.key) for target in coverage.targets if target.relabelled}
-    family = job.weights.keymap.name if job.weights.keymap else AS_STORED
+    family = job.aim.weights.keymap.name if job.aim.weights.keymap else AS_STORED
     return ConversionReport(
         source=Side(
             str(job.catalog.source),
@@ -84,7 +84,7 @@ def summarise(
         target=Side(
             str(job.target),
             job.form,
-            job.wanted.name if job.wanted else family,
+            job.aim.table.name if job.aim.table else family,
             len(tensors),
             len(outline.files),
             sum(fill.nbytes for file in outline.files for _, fill in file.payloads),
@@ -98,8 +98,8 @@ def summarise(
         lossy=(),
         tied=tuple((t.key, t.tied_to) for t in coverage.targets if t.tied_to is not None),
         ignored=tuple((fault.key, fault.why) for fault in coverage.ignored),
-        left=() if job.keeps_nesting else job.weights.rest,
-        allowed=job.allowed,
+        left=() if job.keeps_nesting else job.aim.weights.rest,
+        allowed=job.aim.allowed,
         side_files=tuple(file.name for file in side.files),
         notes=notes,
         moved={},

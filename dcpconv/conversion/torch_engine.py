@@ -37,7 +37,7 @@ from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
-from dcpconv.engine.publish import check_space, check_target, staging
+from dcpconv.engine.publish import check_space, staging
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
@@ -123,7 +123,7 @@ def convert_plain(
 
 
 @contextmanager
-def rewritten(source: Path, target: Path, *, overwrite: bool, trust: bool) -> Iterator[Catalog]:
+def rewritten(source: Path, target: Path, *, trust: bool) -> Iterator[Catalog]:
     """Lends a DCP directory that torch wrote from ``source``, beside ``target``, for streaming.
 
     It is gone when the block ends; after a crash, the next conversion to ``target`` removes it.
@@ -133,8 +133,6 @@ def rewritten(source: Path, target: Path, *, overwrite: bool, trust: bool) -> It
         TargetExistsError: The target exists, or is being written.
     """
     own = form_of(source)
-    is_file = target.suffix in {".pth", ".pt", ".bin"}
-    check_target(target, overwrite=overwrite, is_file=is_file, source=source)
     beside = target.with_name(f"{target.name}.by-torch")
     with staging(beside, overwrite=False, is_file=False) as scratch:
         state = load(source, trust=trust)

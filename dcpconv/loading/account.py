@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dcpconv.core.dtypes import DType
 from dcpconv.loading.model import Place
 from dcpconv.loading.reading import dtype_of
-from dcpconv.plan.account import Supply
+from dcpconv.loading.supply import Supply
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Fault
 

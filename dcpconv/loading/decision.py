@@ -22,8 +22,8 @@ from dcpconv.loading.buffers import Restored, restore_buffers
 from dcpconv.loading.model import Place, device_of, places, reshard
 from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.regions import Need, Wish, needs_of
+from dcpconv.loading.supply import Options, prepare
 from dcpconv.loading.world import World, hostname, portable, raise_first
-from dcpconv.plan.account import Options, prepare
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.hub import locate

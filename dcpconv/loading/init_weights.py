@@ -23,9 +23,9 @@ from dcpconv.engine.execute import LossyCast
 from dcpconv.loading.decision import Decision, Read, Request, decide
 from dcpconv.loading.moving import Arrived, move
 from dcpconv.loading.report import LoadReport
+from dcpconv.loading.supply import Options
 from dcpconv.loading.world import World
-from dcpconv.plan.account import Options
-from dcpconv.plan.refusals import parse_allowed
+from dcpconv.sources.said import parse_allowed
 
 __all__ = ["LoadReport", "load_init_weights"]
 

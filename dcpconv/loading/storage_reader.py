@@ -33,11 +33,11 @@ from torch.futures import Future
 
 from dcpconv.core.errors import FormatError
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
-from dcpconv.plan.account import Options, Supply, prepare
+from dcpconv.loading.supply import Options, Supply, prepare
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target, cover_as_stored
 from dcpconv.plan.fills import fill_of
-from dcpconv.plan.refusals import parse_allowed
+from dcpconv.sources.said import parse_allowed
 from dcpconv.stores.hub import locate
 from dcpconv.stores.local import Sources
 

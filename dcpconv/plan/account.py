@@ -1,4 +1,8 @@
-"""What a checkpoint can supply under the keys of some naming: a conversion nobody writes down."""
+"""The account of a source in a wanted naming: what it becomes, what is refused, what stays behind.
+
+Every verb asks here; none decides for itself which naming a target has, which second names it
+leaves out, or what it cannot express.
+"""
 
 from __future__ import annotations
 
@@ -6,161 +10,230 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, TensorEntry
-from dcpconv.core.dtypes import BY_NAME
-from dcpconv.core.errors import AmbiguousFamilyError
+from dcpconv.core.catalog import Catalog, Form, TensorEntry
+from dcpconv.core.dtypes import BY_NAME, DType
+from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.configs.patching import parse_pairs
-from dcpconv.families.keymaps import Keymap, read_keymap
-from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.block_scales import FACTORS, SCALE
-from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
+from dcpconv.families.keymaps import Keymap
+from dcpconv.plan.block_scales import FACTORS
+from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
+from dcpconv.plan.kept import covered_by_own
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
-from dcpconv.plan.refusals import refused_features, require_expressible
+from dcpconv.plan.refusals import refused_features, require_expressible, without
+from dcpconv.plan.ties import differing
 from dcpconv.sources.recognition import Weights, recognise
-from dcpconv.sources.settling import find_spec, settle, target_keymap
+from dcpconv.sources.understanding import Source
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
 
-_PRODUCT = BY_NAME["float32"]
-"""What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
+STORED = "stored"
+"""What ``--to`` calls the source's own keys and layout, whatever its naming."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """How a source is to be understood.
+class Aim:
+    """Where a source is to go, and what it loses on the way; no key is matched yet.
 
     Attributes:
-        to: Naming to supply, or ``None`` to decide from the keys that are wanted.
-        from_: Naming of the source, where its keys leave a choice.
-        keymap: File with a table of the user's own.
-        assets: Directory with the config, where the source has none.
-        spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
-        allow: Features to leave out although the naming cannot express them.
-        dequantize: Whether weights in scaled blocks are multiplied out.
+        source: As it was understood.
+        weights: Its weights, with what stays behind marked.
+        spec: The model's numbers without what stays behind.
+        table: The naming to reach; ``None`` keeps every key as it is stored.
+        form: Form of the result, where one is written.
+        refused: Features that the naming cannot express, those that the user lets go included.
+        root: What stands before every key where it is wanted: ``model.``, or empty.
     """
 
-    to: str | None = None
-    from_: str | None = None
-    keymap: Path | None = None
-    assets: Path | None = None
-    spec: tuple[str, ...] = ()
-    allow: tuple[str, ...] = ()
-    dequantize: bool = False
+    source: Source
+    weights: Weights
+    spec: ModelSpec | None
+    table: Keymap | None
+    form: Form | None = None
+    refused: tuple[Fault, ...] = ()
+    root: str = ""
 
     @property
-    def advice(self) -> str:
-        """What to do about factors that have no place in a model."""
-        if not self.dequantize:
-            return "dequantize=True multiplies fp8 weights by the factors of their blocks"
-        return f"only matrices with X{SCALE} can be multiplied out; get them in another type"
+    def renames(self) -> bool:
+        """Whether the naming changes."""
+        return self.table is not None and self.table is not self.weights.keymap
+
+    @property
+    def omits_ties(self) -> bool:
+        """Whether second names stay out that the target's files do not carry."""
+        if self.table is None:
+            return False
+        return self.form == "hf" if self.form is not None else self.table.family == "hf"
+
+    @property
+    def allowed(self) -> tuple[tuple[str, str], ...]:
+        """What the target leaves out because the user said so, and why."""
+        allow = self.source.said.allow
+        return tuple((fault.key, fault.why) for fault in self.refused if fault.key in allow)
+
+    @property
+    def lost(self) -> tuple[Fault, ...]:
+        """What is refused and the user did not let go."""
+        return without(self.refused, self.source.said.allow)
+
+    def require_expressible(self, *, undone: str, allow_by: str | None) -> None:
+        """Raises unless the user lets go of everything that is refused.
+
+        Raises:
+            NotExpressibleError: All reasons are listed.
+        """
+        if self.table is not None:
+            require_expressible(
+                self.table,
+                self.refused,
+                self.source.said.allow,
+                source=self.source.end.path or self.source.catalog.source,
+                undone=undone,
+                allow_by=allow_by,
+            )
+
+    def cover(self, *, product: DType | None = None) -> Coverage:
+        """The account of every key on both sides.
+
+        Args:
+            product: Element type of what is multiplied out of scaled blocks, where the user asks
+                for that.
+
+        Raises:
+            LayoutError: A layout needs a size that neither file nor shapes reveal.
+        """
+        return self._cover(self.spec, product)
+
+    def cover_by_data(self, *, product: DType | None = None) -> tuple[Coverage, tuple[str, ...]]:
+        """The same, and what to say about it, where bytes may be read: names of one tensor that
+        hold different values are two tensors.
+
+        Raises:
+            FormatError: They do, and the source's naming has no place for the second.
+        """
+        coverage = self.cover(product=product)
+        if self.table is None:
+            return coverage, ()
+        pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
+        if not coverage or not (unequal := differing(self.weights, pairs)):
+            return coverage, ()
+        key, owner = unequal[0]
+        if self.spec is None or self.weights.require_keymap().rows_like(key) == []:
+            raise FormatError(
+                "two names of one tensor hold different values",
+                [("source", self.source.catalog.source), ("key", key), ("owner", owner)],
+                hint="load and save the model once, so that it is clear which one counts",
+            )
+        note = f"{key} and {owner} differ, so they are converted as two tensors"
+        return self._cover(self.spec.model_copy(update={"tied": False}), product), (note,)
+
+    def _cover(self, spec: ModelSpec | None, product: DType | None) -> Coverage:
+        if self.table is None:
+            return cover_as_stored(self.weights)
+        coverage = cover(
+            self.weights,
+            self.table,
+            spec=spec,
+            omit_ties=self.omits_ties,
+            refused=self.lost,
+            dequantize=product if self.source.said.dequantize else None,
+        )
+        if self.renames:
+            return coverage
+        return covered_by_own(coverage, self.weights, self.source.parameters)
+
+    def _is_stored_twice(self, key: str, owner: str) -> bool:
+        tied, entries = self.weights.tied, self.weights.entries
+        return owner in entries and tied.get(key, key) != tied.get(owner, owner)
 
 
-@dataclass(frozen=True, slots=True)
-class Supply:
-    """A source under the keys of some naming.
-
-    Attributes:
-        catalog: The source.
-        weights: Its weights and their naming.
-        coverage: Every target with the source bytes it is made of, and all that does not fit.
-        root: What stands before every key where it is wanted: ``model.``, or empty.
-        notes: What a user should know, one sentence each.
-    """
-
-    catalog: Catalog
-    weights: Weights
-    coverage: Coverage
-    root: str = ""
-    notes: tuple[str, ...] = ()
-
-    def targets(self) -> dict[str, Target]:
-        """Every tensor that can be supplied, by the key it is wanted under."""
-        return {self.root + target.key: target for target in self.coverage.targets}
-
-    def factors_of(self, target: Target) -> tuple[str, ...]:
-        """Stored keys of the factors without which the elements of a target mean nothing: those of
-        its one-byte sources that are not multiplied in."""
-        if target.dtype.itemsize > 1:
-            return ()
-        bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
-        names = dict.fromkeys(key + suffix for key in bare for suffix in FACTORS)
-        return tuple(name for name in names if name in self.catalog.tensors)
-
-
-def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
-    """Opens a source and accounts for its keys.
+def aim(
+    source: Source,
+    *,
+    to: str | None = None,
+    form: Form | None = None,
+    wanted: Shapes | None = None,
+) -> Aim:
+    """Decides what a source is to become.
 
     Args:
-        source: A checkpoint of any form.
-        options: How to understand it.
-        wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+        source: As it was understood.
+        to: The naming that the user asks for; ``stored`` keeps every key.
+        form: Form of the result, where one is written.
+        wanted: The tensors of a live model, whose keys decide where the user does not.
 
     Raises:
+        KeymapError: No such family, or none of its tables is for this architecture.
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
             changes the bytes.
-        NotExpressibleError: The naming cannot hold this model; all reasons are listed.
-        FormatError: A file is truncated, malformed or unsafe.
     """
-    catalog = open_checkpoint(source)
-    own = read_keymap(options.keymap) if options.keymap else None
-    config, notes = find_spec(catalog, options.assets)
-    sizes = parse_pairs(options.spec)
-    weights, spec, settled = settle(catalog, config, from_=options.from_, own=own, sizes=sizes)
-    notes = (*notes, *settled)
-    model = _model_weights(wanted) if wanted is not None else None
-    target = target_keymap(options.to, own, weights.keymap, spec) if options.to else None
-    if target is None and own is not None and own is not weights.keymap:
-        target = own
-    if target is None and model is not None:
-        target = _table_of(model, weights, spec)
-    if target is None and options.dequantize:
-        target = weights.require_keymap()
-    weights, spec = without_idle(weights, spec, target, allow=options.allow)
-    root = ""
-    if target is None:
-        weights = _as_wanted(weights, wanted)
-        coverage = cover_as_stored(weights)
-    else:
-        is_renamed = target is not weights.keymap
-        features = refused_features(target, spec) if spec and is_renamed else ()
-        require_expressible(
-            target,
-            features,
-            options.allow,
-            source=source,
-            undone="nothing was loaded",
-            allow_by="allow=[NAME]",
-        )
-        notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
-        coverage = cover(
-            weights, target, spec=spec, dequantize=_PRODUCT if options.dequantize else None
-        )
-        if model is not None:
-            root = _root_of(model, target)
-    return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
+    model = _as_catalog(wanted) if wanted is not None else None
+    table = _table(source, to, form, model)
+    if table is not None:
+        source.weights.require_keymap()
+    return aim_at(source, table, form=form, model=model, wanted=wanted)
 
 
-def _model_weights(wanted: Shapes) -> Catalog:
-    """The model as a checkpoint without bytes, so that its naming is found like any other."""
+def aim_at(
+    source: Source,
+    table: Keymap | None,
+    *,
+    form: Form | None = None,
+    model: Catalog | None = None,
+    wanted: Shapes | None = None,
+) -> Aim:
+    """The same where the naming is decided."""
+    weights, spec = without_idle(source.weights, source.spec, table, allow=source.said.allow)
+    if table is None:
+        return Aim(source, _as_wanted(weights, wanted), spec, None, form)
+    is_same = table is weights.keymap
+    refused = refused_features(table, spec) if spec is not None and not is_same else ()
+    root = recognise(model, keymap=table).root if model is not None else ""
+    return Aim(source, weights, spec, table, form, refused, root)
+
+
+def _table(
+    source: Source, to: str | None, form: Form | None, model: Catalog | None
+) -> Keymap | None:
+    """The naming to reach, or ``None`` to keep keys as they are stored."""
+    own, keymap = source.said.keymap, source.keymap
+    if to == STORED:
+        return None
+    if to is not None:
+        if keymap is None:
+            source.weights.require_keymap()  # raises, and says what works instead
+        return source.target_table(to)
+    if own is not None and keymap is not None and keymap is not own:
+        return own
+    if form == "hf" and keymap is not None:
+        return keymap if keymap.family == "hf" else source.target_table("hf")
+    found = _table_of(model, source) if model is not None else None
+    if found is None and source.said.dequantize:
+        return keymap
+    return found
+
+
+def _as_catalog(wanted: Shapes) -> Catalog:
+    """A model as a checkpoint without bytes, so that its naming is found like any other."""
     dtype = BY_NAME["float32"]  # no table looks at it
     entries = {key: TensorEntry(key, dtype, shape, ()) for key, shape in wanted.items()}
     return Catalog("torch", Path(), Path("model"), {}, entries)
 
 
-def _table_of(model: Catalog, weights: Weights, spec: ModelSpec | None) -> Keymap | None:
+def _table_of(model: Catalog, source: Source) -> Keymap | None:
     """The naming of a model; ``None`` where names alone must do.
 
     A source whose own table knows every key of the model is taken to spell the model's naming.
     """
-    if weights.keymap is not None:
-        same = recognise(model, keymap=weights.keymap)
-        if same.entries and not same.rest and all(map(weights.keymap.match, same.entries)):
-            return weights.keymap
-    found = recognise(model, spec=spec)
-    if found.keymap is None or weights.keymap is None:
+    own = source.keymap
+    if own is None:
+        return None
+    same = recognise(model, keymap=own)
+    if same.entries and not same.rest and all(map(own.match, same.entries)):
+        return own
+    found = recognise(model, spec=source.spec)
+    if found.keymap is None:
         return None
     if found.alternatives:
         raise AmbiguousFamilyError(
@@ -169,10 +242,6 @@ def _table_of(model: Catalog, weights: Weights, spec: ModelSpec | None) -> Keyma
             hint="choose one with to=NAME",
         )
     return found.keymap
-
-
-def _root_of(model: Catalog, target: Keymap) -> str:
-    return recognise(model, keymap=target).root
 
 
 def _as_wanted(weights: Weights, wanted: Shapes | None) -> Weights:
@@ -184,3 +253,13 @@ def _as_wanted(weights: Weights, wanted: Shapes | None) -> Weights:
     if sum(key in stored for key in wanted) <= sum(key in weights.entries for key in wanted):
         return weights
     return Weights(weights.catalog, stored, weights.catalog.tied, weights.keymap, "", ())
+
+
+def factors_of(source: Catalog, target: Target) -> tuple[str, ...]:
+    """Stored keys of the factors without which the elements of a target mean nothing: those of its
+    one-byte sources that are not multiplied in."""
+    if target.dtype.itemsize > 1:
+        return ()
+    bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
+    names = dict.fromkeys(key + suffix for key in bare for suffix in FACTORS)
+    return tuple(name for name in names if name in source.tensors)

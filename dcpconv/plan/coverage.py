@@ -143,6 +143,7 @@ class Coverage:
         refused: Features of the model that the target cannot express; ``key`` is their name.
         ignored: Source keys that are no part of the result, with the reason.
         aside: Those of them that are kept in a file of their own, as they are stored.
+        kept: Source keys that the table does not know and that are kept as they are stored.
         tied: ``(key, owner)`` source keys that repeat another tensor.
         left: Stored keys beside the weights that do not take part: optimizer state.
         is_tied: Whether embedding and head are one tensor.
@@ -163,6 +164,7 @@ class Coverage:
     refused: tuple[Fault, ...] = ()
     ignored: tuple[Fault, ...] = ()
     aside: tuple[Target, ...] = ()
+    kept: tuple[Fault, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     left: tuple[str, ...] = ()
     is_tied: bool = False

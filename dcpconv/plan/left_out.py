@@ -16,8 +16,8 @@ from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap, Row
 from dcpconv.plan.coverage import as_stored
 from dcpconv.plan.fills import fill_of
-from dcpconv.plan.refusals import SELECTION_BIAS
 from dcpconv.sources.recognition import Weights
+from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.stores.local import Sources
 
 _ZEROS = "all zeros, so that it does nothing"

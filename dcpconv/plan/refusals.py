@@ -5,49 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dcpconv.core.errors import DcpconvError, NotExpressibleError
-from dcpconv.core.spec import FEATURES, ModelSpec
+from dcpconv.core.errors import NotExpressibleError
+from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.coverage import Fault
-
-SELECTION_BIAS = "selection_bias"
-"""What ``--allow`` calls the load-balancing bias of experts."""
-
-_CHOICES = FEATURES | {SELECTION_BIAS, "rope_theta", "overflow"}
-"""What ``--allow`` takes: features, and what else may be lost without another shape coming out."""
-
-
-_SHAPES = frozenset({"n_heads", "n_kv_heads", "head_dim", "untied", "architecture"})
-"""Refusals that cannot be overruled: the tensors themselves would not fit the target's code."""
-
-
-def parse_allowed(names: str | Sequence[str]) -> tuple[str, ...]:
-    """The names in ``allow``, several of which may stand in one text, after commas.
-
-    Raises:
-        DcpconvError: A name is of nothing that can be left out; lists them all.
-
-    >>> parse_allowed(["rope_scaling,qkv_bias"])
-    ('rope_scaling', 'qkv_bias')
-    """
-    texts = [names] if isinstance(names, str) else names
-    found = tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
-    fixed = [name for name in found if name in _SHAPES]
-    unknown = [name for name in found if name not in _CHOICES | _SHAPES]
-    if fixed or unknown:
-        raise DcpconvError(
-            "not everything can be left out",
-            [
-                *(
-                    ("fixed", f"{name}: the tensors would not fit the target's code")
-                    for name in fixed
-                ),
-                *(("unknown", name) for name in unknown),
-                ("expected", ", ".join(sorted(_CHOICES))),
-            ],
-        )
-    return found
+from dcpconv.sources.said import CHOICES, FIELD
 
 
 def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
@@ -89,6 +52,7 @@ def require_expressible(
             f"{target.name} cannot express this model; {undone}",
             [("source", source), *(("refused", f"{f.key}: {f.why}") for f in refused)],
             hint=f"{allow_by} leaves a feature out; the logits will then differ"
-            if allow_by and any(fault.key in _CHOICES for fault in refused)
+            if allow_by
+            and any(fault.key in CHOICES or fault.key.startswith(FIELD) for fault in refused)
             else None,
         )

@@ -7,7 +7,7 @@ Everything is decided from keys (and the config, where there is one); the eviden
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dcpconv.core.catalog import Catalog, TensorEntry
@@ -112,21 +112,21 @@ class _Fit:
     hinted: int
     beside: frozenset[str] = frozenset()
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether no other table can be a better one: nothing is left over and config agrees."""
-        return not self.unmatched and not self.absent and self.hinted >= _STATED
-
 
 def recognise(
     catalog: Catalog,
     *,
     spec: ModelSpec | None = None,
+    architecture: str | None = None,
     keymap: Keymap | None = None,
     root: str | None = None,
     tables: Iterable[Keymap] | None = None,
 ) -> Weights:
     """Finds the weights of a checkpoint and their naming.
+
+    A table is used because the parameter file names an architecture that it lists, or because the
+    user says so; without any parameter file all keys must match and none may be missing.  Never
+    because most keys look alike: what no table is for keeps its own names.
 
     The ambiguity of ``model.`` (a wrapper, or the first component of a Hugging Face key) is decided
     by which of both readings a table knows: ``model.lm_head.weight`` has a wrapper,
@@ -134,33 +134,34 @@ def recognise(
 
     Args:
         catalog: The checkpoint.
-        spec: The model's numbers, if a config was found; its architecture narrows the tables down.
+        spec: The model's numbers, if they are known.
+        architecture: What the parameter file names, ``""`` where it names nothing; ``None`` where
+            there is no such file.  By default what ``spec`` says.
         keymap: The naming, where the user has said it.
         root: What stands before every key, where the user has said it; ``""`` for nothing.
         tables: Candidates; by default the tables that come with the package.
     """
+    if architecture is None and spec is not None:
+        architecture = spec.architecture
     templates = Counter(split_key(key)[0] for key in catalog.tensors)
     counts = {tuple(template.split(".")): count for template, count in templates.items()}
     roots = [_dotted(root)] if root is not None else _roots(counts)
     containers = _containers(catalog)
-    fits: list[_Fit] = []
-    for candidates in _candidates(spec, keymap, tables):
-        fits += (
-            fit
-            for at in roots
-            for table in candidates
-            if (fit := _fit(at, table, counts, catalog, spec, containers)).matched
-        )
-        fits.sort(key=_misfit)
-        if fits and fits[0].is_certain:
-            break
-    if not fits or (keymap is None and fits[0].unmatched > fits[0].matched):
+    fits = [
+        fit
+        for at in roots
+        for table in _candidates(architecture, keymap, tables)
+        if (fit := _fit(at, table, counts, catalog, spec, containers)).matched
+    ]
+    fits.sort(key=_misfit)
+    sure = [fit for fit in fits if keymap is not None or _is_sure(fit, architecture, spec)]
+    if not sure:
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
-        return _weights(catalog, chosen, keymap, (), ("no table knows these keys",))
-    best = fits[0]
+        return _weights(catalog, chosen, keymap, (), _why_not(architecture, fits))
+    best = sure[0]
     same_root = [
         fit
-        for fit in fits
+        for fit in sure
         if (fit.root, fit.unmatched, fit.absent) == (best.root, best.unmatched, best.absent)
     ]
     rows = _rows_used(best, counts)
@@ -183,6 +184,33 @@ def recognise(
         others = ()
     weights = _weights(catalog, best.root, best.keymap, others, tuple(evidence), beside=best.beside)
     return replace(weights, same=equal, is_hinted=best.hinted > 0)
+
+
+def _is_sure(fit: _Fit, architecture: str | None, spec: ModelSpec | None) -> bool:
+    """Whether a table may be used: see ``recognise``.
+
+    Of a known architecture, keys may be lost or added in the naming of its own parameter file; any
+    other naming has to know every key.
+    """
+    if not fit.unmatched and not fit.absent:
+        return True
+    if architecture is None or architecture not in fit.keymap.architectures:
+        return False
+    return not fit.unmatched or (spec is not None and spec.origin == fit.keymap.config)
+
+
+def _why_not(architecture: str | None, fits: Sequence[_Fit]) -> tuple[str, ...]:
+    """Why no table is used, and how near the nearest comes."""
+    if architecture is not None and not any(fit.matched for fit in fits):
+        named = f"the parameter file names {architecture}" if architecture else ""
+        why = f"{named}, which no table lists" if named else "the parameter file names no model"
+        return (why,)
+    if not fits:
+        return ("no table knows these keys",)
+    best = fits[0]
+    lacks = f", and {best.absent} of its rows have no key" if best.absent else ""
+    near = f"{best.matched} of {best.matched + best.unmatched} keys match {best.keymap.name}{lacks}"
+    return ("no table knows exactly these keys", f"nearest: {near}")
 
 
 def bare(key: str) -> str:
@@ -222,19 +250,14 @@ def _weights(
 
 
 def _candidates(
-    spec: ModelSpec | None, keymap: Keymap | None, tables: Iterable[Keymap] | None
-) -> Iterator[list[Keymap]]:
-    """The tables to try: those for the config's architecture, and then the others.
-
-    Few are read where the first already explain everything.
-    """
-    if keymap is not None or tables is not None:
-        yield [keymap] if keymap is not None else list(tables or ())
-        return
-    first = tables_for(spec.architecture) if spec is not None else []
-    yield first
-    names = {table.name for table in first}
-    yield [table for table in keymaps().values() if table.name not in names]
+    architecture: str | None, keymap: Keymap | None, tables: Iterable[Keymap] | None
+) -> list[Keymap]:
+    """The tables that may be used, in the order in which they are tried."""
+    if keymap is not None:
+        return [keymap]
+    if tables is not None:
+        return list(tables)
+    return list(keymaps().values()) if architecture is None else tables_for(architecture)
 
 
 def _misfit(fit: _Fit) -> tuple[float, ...]:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dcpconv.plan.coverage import Coverage
-    from dcpconv.sources.opening import Named
+    from dcpconv.sources.opening import Openable
 
 
 def assert_covers(
-    model_or_keys: Named,
-    source: Named,
+    model_or_keys: Openable,
+    source: Openable,
     *,
     to: str | None = None,
     from_: str | None = None,

@@ -11,12 +11,13 @@ import pytest
 
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.families.configs.patching import parse_pairs
+from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import keymaps, resolve_family
 from dcpconv.families.keymaps.table import Pattern
 from dcpconv.plan.matching import cover
-from dcpconv.sources.recognition import recognise
-from dcpconv.sources.settling import settle
+from dcpconv.sources.recognition import Weights, recognise
+from dcpconv.sources.said import Said
+from dcpconv.sources.understanding import understand
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,11 +39,18 @@ def catalog_of(told: dict[str, Any]) -> Catalog:
     return Catalog("torch", Path(), Path("list"), {}, tensors, tied=told["tied"])
 
 
+def _settled(catalog: Catalog, told: dict[str, Any]) -> tuple[Weights, ModelSpec | None]:
+    found = understand(
+        catalog.source, Said.parse(from_=told["family"], spec=told["spec"]), catalog=catalog
+    )
+    return found.weights, found.spec
+
+
 @pytest.mark.parametrize("told", EACH)
 def test_every_key_is_accounted_for_and_none_is_missed(told: dict[str, Any]) -> None:
     catalog = catalog_of(told)
     assert len(catalog.tensors) == told["count"]
-    weights, spec, _ = settle(catalog, None, from_=told["family"], sizes=parse_pairs(told["spec"]))
+    weights, spec = _settled(catalog, told)
     table = weights.require_keymap()
     assert all(table.match(key) for key in catalog.tensors)
     coverage = cover(weights, table, spec=spec)
@@ -58,8 +66,7 @@ def test_every_key_is_accounted_for_and_none_is_missed(told: dict[str, Any]) -> 
     "told", [case for name, case in zip(LISTS, EACH, strict=True) if "torchtitan" not in name]
 )
 def test_every_key_has_a_place_in_a_class_of_transformers(told: dict[str, Any]) -> None:
-    sizes = parse_pairs(told["spec"])
-    weights, spec, _ = settle(catalog_of(told), None, from_=told["family"], sizes=sizes)
+    weights, spec = _settled(catalog_of(told), told)
     assert spec is not None
     coverage = cover(weights, resolve_family("hf", spec.architecture), spec=spec, omit_ties=True)
     assert coverage, list(coverage.facts())

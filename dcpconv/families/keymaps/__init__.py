@@ -20,6 +20,7 @@ __all__ = [
     "Match",
     "Row",
     "families",
+    "is_known",
     "keymaps",
     "read_keymap",
     "resolve_family",
@@ -77,6 +78,11 @@ def tables_for(architecture: str) -> list[Keymap]:
     return [
         tables[name] for name, head in tables.heads.items() if architecture in head.architectures
     ]
+
+
+def is_known(architecture: str) -> bool:
+    """Whether any table is for models of this architecture; no table is read."""
+    return any(architecture in head.architectures for head in _tables().heads.values())
 
 
 def families() -> Iterator[tuple[str, list[Keymap]]]:

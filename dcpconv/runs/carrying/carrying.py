@@ -12,7 +12,7 @@ from dcpconv.engine.execute import execute
 from dcpconv.engine.publish import check_space, check_target, staging
 from dcpconv.engine.space import block_size
 from dcpconv.families import configs
-from dcpconv.families.keymaps import Keymap, keymaps
+from dcpconv.families.keymaps import Keymap, keymaps, resolve_family
 from dcpconv.families.side_files import SideFiles, carried, disk_nbytes, generated
 from dcpconv.plan.coverage import Coverage, cover_as_stored
 from dcpconv.plan.matching import cover
@@ -23,7 +23,6 @@ from dcpconv.runs.carrying.report import CarryReport
 from dcpconv.runs.carrying.state import KINDS, Kind, OptimizerError, TrainingState
 from dcpconv.runs.carrying.writing import Carried, Written, write_dcp, write_minimind, write_trainer
 from dcpconv.sources.recognition import Weights
-from dcpconv.sources.settling import target_keymap
 
 
 def convert_run(
@@ -100,7 +99,7 @@ def convert_run(
 def _wanted(state: TrainingState, to: Kind, family: str | None) -> Keymap | None:
     """The naming of the result; ``None`` keeps the source's keys."""
     if family is not None:
-        return target_keymap(family, None, state.weights.keymap, state.spec)
+        return resolve_family(family, _architecture(state))
     if to == "dcp":
         return None
     if to == "minimind":
@@ -108,7 +107,14 @@ def _wanted(state: TrainingState, to: Kind, family: str | None) -> Keymap | None
     name = "lingua" if to == "lingua" else "hf"
     if to == "hf-trainer" and state.weights.keymap and state.weights.keymap.family == "hf":
         return state.weights.keymap
-    return target_keymap(name, None, state.weights.keymap, state.spec)
+    return resolve_family(name, _architecture(state))
+
+
+def _architecture(state: TrainingState) -> str | None:
+    if state.spec is not None:
+        return state.spec.architecture
+    table = state.weights.keymap
+    return table.architectures[0] if table and table.architectures else None
 
 
 def _minimind_table(weights: Weights) -> Keymap:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, TypedDict
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
-from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.formats import dcp, safetensors, torchfile
@@ -20,8 +20,9 @@ from dcpconv.formats.torchfile.nesting import key_of, nest
 from dcpconv.plan.ties import differing
 from dcpconv.runs.carrying.order import by_fqn, minimind_orders, trainer_orders
 from dcpconv.runs.carrying.state import Group, Kind, Moments, OptimizerError, TrainingState, part_of
-from dcpconv.sources.recognition import Weights, bare, recognise
-from dcpconv.sources.settling import find_spec, named_keymap, settled_spec
+from dcpconv.sources.recognition import Weights, bare
+from dcpconv.sources.said import Said
+from dcpconv.sources.understanding import understand
 
 _OPTIMIZERS: Final = ("optim", "optimizer")
 _RNG: Final = re.compile(r"rng_state(_[0-9]{1,9})?\.pth")
@@ -257,18 +258,11 @@ def _weights(
     if root == "model":
         chosen = {k: e for k, e in catalog.tensors.items() if catalog.path_of(k)[0] == "model"}
         catalog = part_of(catalog, chosen)
-    spec, notes = find_spec(catalog, asked.assets)
-    keymap = named_keymap(asked.family, None, spec)
     # What is under "model" may have wrappers of its own, such as DistributedDataParallel's.
     under = None if root == "model" else root
-    weights = recognise(catalog, spec=spec, keymap=keymap, root=under, tables=tables)
-    try:
-        spec, settled = settled_spec(weights, spec, asked.sizes)
-    except DcpconvError as error:
-        if asked.sizes:
-            raise
-        settled = (f"the model's sizes are not known: {error.headline}",)
-    return weights, spec, (*notes, *settled)
+    said = Said(from_=asked.family, assets=asked.assets, sizes=asked.sizes)
+    found = understand(catalog.source, said, catalog=catalog, root=under, tables=tables)
+    return found.weights, found.spec, found.notes
 
 
 class _Model(TypedDict):

@@ -9,7 +9,7 @@ import torch
 
 from dcpconv import convert
 from dcpconv.core.errors import DcpconvError
-from dcpconv.plan.refusals import parse_allowed
+from dcpconv.sources.said import parse_allowed
 from support.checkpoints.families import assert_same, hf_tensors
 from support.models.hf_models import save_hf, tiny
 

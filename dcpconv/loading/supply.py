@@ -1,0 +1,110 @@
+"""What a checkpoint can supply to a live model: an account whose bytes stay where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog
+from dcpconv.core.dtypes import BY_NAME
+from dcpconv.plan.account import Shapes, aim, factors_of
+from dcpconv.plan.block_scales import SCALE
+from dcpconv.plan.coverage import Coverage, Target
+from dcpconv.sources.recognition import Weights
+from dcpconv.sources.said import Said
+from dcpconv.sources.understanding import understand
+
+_PRODUCT = BY_NAME["float32"]
+"""What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the caller typed of a source and of the naming to supply, not parsed yet: files are
+    opened where all ranks hear of a fault.
+
+    Attributes:
+        to: Naming to supply, or ``None`` to decide from the keys that are wanted.
+        from_: Naming of the source, where its keys leave a choice.
+        keymap: File with a table of the user's own.
+        assets: Directory with the config, where the source has none.
+        spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
+        allow: Features to leave out although the naming cannot express them.
+        dequantize: Whether weights in scaled blocks are multiplied out.
+    """
+
+    to: str | None = None
+    from_: str | None = None
+    keymap: str | os.PathLike[str] | None = None
+    assets: str | os.PathLike[str] | None = None
+    spec: Sequence[str] = ()
+    allow: Sequence[str] = ()
+    dequantize: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What to do about factors that have no place in a model."""
+        if not self.dequantize:
+            return "dequantize=True multiplies fp8 weights by the factors of their blocks"
+        return f"only matrices with X{SCALE} can be multiplied out; get them in another type"
+
+    def said(self) -> Said:
+        """The same, parsed."""
+        return Said.parse(
+            from_=self.from_,
+            keymap=self.keymap,
+            assets=self.assets,
+            spec=self.spec,
+            allow=self.allow,
+            dequantize=self.dequantize,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """A source under the keys of some naming.
+
+    Attributes:
+        catalog: The source.
+        weights: Its weights and their naming.
+        coverage: Every target with the source bytes it is made of, and all that does not fit.
+        root: What stands before every key where it is wanted: ``model.``, or empty.
+        notes: What a user should know, one sentence each.
+    """
+
+    catalog: Catalog
+    weights: Weights
+    coverage: Coverage
+    root: str = ""
+    notes: tuple[str, ...] = ()
+
+    def targets(self) -> dict[str, Target]:
+        """Every tensor that can be supplied, by the key it is wanted under."""
+        return {self.root + target.key: target for target in self.coverage.targets}
+
+    def factors_of(self, target: Target) -> tuple[str, ...]:
+        """Stored keys of the factors without which the elements of a target mean nothing."""
+        return factors_of(self.catalog, target)
+
+
+def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
+    """Opens a source and accounts for its keys.
+
+    Args:
+        source: A checkpoint of any form.
+        options: How to understand it.
+        wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+
+    Raises:
+        AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
+            changes the bytes.
+        NotExpressibleError: The naming cannot hold this model; all reasons are listed.
+        FormatError: A file is truncated, malformed or unsafe.
+    """
+    going = aim(understand(source, options.said()), to=options.to, form="dcp", wanted=wanted)
+    going.require_expressible(undone="nothing was loaded", allow_by="allow=[NAME]")
+    coverage = going.cover(product=_PRODUCT)
+    notes = (*going.source.notes, *(f"{key} is left out ({why})" for key, why in going.allowed))
+    return Supply(going.source.catalog, going.weights, coverage, going.root, notes)
