@@ -158,6 +158,8 @@ class ModelSpec(_Record):
             or ``hf-llama``; empty where it was put together otherwise.
         unsaid: Fields whose value is only a default of ours, since neither a file nor the user says
             it; no parameter file is written from a guess.
+        unaccounted: Fields of the parameter file, as ``name: value``, whose meaning nobody knows;
+            each refuses a change of naming.
         extra: Fields of an HF config that mean nothing here and are carried over as they are.
 
     >>> from dcpconv.core.spec import ModelSpec
@@ -211,6 +213,7 @@ class ModelSpec(_Record):
     pad_token_id: int | None = None
     origin: str = ""
     unsaid: tuple[str, ...] = ()
+    unaccounted: tuple[str, ...] = ()
     extra: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("dtype")

@@ -14,9 +14,19 @@ from dcpconv.sources.said import CHOICES, FIELD
 
 
 def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
-    """What the target's config file cannot say about the model, ``key`` being the feature."""
+    """What the target cannot say about the model, ``key`` being the feature or the field.
+
+    A field of the parameter file whose meaning nobody here knows may be all the difference, unless
+    the result keeps a parameter file of the same class.
+    """
     refusals = configs.refusals(target.parameter_family, spec)
-    return tuple(Fault(item.name, item.reason) for item in refusals)
+    refused = [Fault(item.name, item.reason) for item in refusals]
+    if spec.origin != target.config:
+        for text in spec.unaccounted:
+            name, _, value = text.partition(": ")
+            why = f"{value}: nothing here knows what this field does to the model"
+            refused.append(Fault(FIELD + name, why))
+    return tuple(refused)
 
 
 def without(faults: Sequence[Fault], allowed: Sequence[str]) -> tuple[Fault, ...]:

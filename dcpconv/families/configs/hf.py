@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from pydantic import AliasChoices
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import HfConfig
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.configs.parameters import checked
@@ -83,6 +86,10 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
+        "unaccounted": (
+            *unaccounted(config.model_extra or {}, harmless_if=_other_spellings(config)),
+            *_rope_strangers(config),
+        ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
     }
     if config.model_type in {"gemma", "gemma2"}:
@@ -137,6 +144,39 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
         "partial_rotary_factor": 1.0 if partial is None else partial,
         "rope_scaling": scaling,
     }
+
+
+def _other_spellings(config: HfConfig) -> Mapping[str, tuple[object, ...]]:
+    """A field that stands twice, under two names, is harmless where both say the same."""
+    return {
+        str(name): (getattr(config, field),)
+        for field, info in HfConfig.model_fields.items()
+        if isinstance(info.validation_alias, AliasChoices)
+        for name in info.validation_alias.choices
+    }
+
+
+_ROPE_KNOWN = frozenset(
+    {
+        *_ROPE_OWN,
+        *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+        *("low_freq_factor", "high_freq_factor", "long_factor", "short_factor", "truncate"),
+        *(_TRAINED_LENGTH, "finetuned"),
+    }
+)
+"""Source: ``modeling_rope_utils.py`` of transformers 5.23.0; what else stands there is a class's
+own, such as the temperature ``llama_4_scaling_beta``."""
+
+
+def _rope_strangers(config: HfConfig) -> Iterator[str]:
+    """What a RoPE mapping says beyond ``RopeScaling``."""
+    stated: Mapping[str, object] = config.rope_scaling or config.rope_parameters or {}
+    nested = [value for value in stated.values() if isinstance(value, dict)]
+    if any(value != nested[0] for value in nested):
+        yield "rope_parameters: another one per layer type"
+    for name, value in (nested[0] if nested else stated).items():
+        if name not in _ROPE_KNOWN and value is not None:
+            yield f"rope_parameters.{name}: {value!r}"
 
 
 def _biases(config: HfConfig) -> dict[str, object]:
