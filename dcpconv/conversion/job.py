@@ -149,7 +149,8 @@ class Job:
             )
         if not is_own and assets is None:
             return SideFiles()
-        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied)
+        used = self.catalog.files if assets is None else ()
+        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied, used=used)
 
     def _nothing_beside(self) -> SideFiles:
         """A file has no place for another beside it, yet the code that reads it wants its sizes."""

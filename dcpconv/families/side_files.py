@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,29 +12,9 @@ from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.outline import Outline
 from dcpconv.core.spec import ModelSpec
+from dcpconv.families.beside import files_beside
 from dcpconv.families.configs import config_name, to_text, write_config
 from dcpconv.families.keymaps import Keymap
-
-_CARRIED = (
-    "config.json",
-    "params.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
-)
-"""What a published model keeps beside its weights, besides texts for people."""
-
-_LARGEST_CARRIED = 100 << 20
-"""Bytes; no tokenizer is larger, and weights under an odd name should not slip through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +38,27 @@ class SideFiles:
     notes: tuple[str, ...] = ()
 
 
-def carried(directory: Path, *, dtype: DType | None, tied: bool | None) -> SideFiles:
+def carried(
+    directory: Path,
+    *,
+    dtype: DType | None,
+    tied: bool | None,
+    used: Collection[str] = (),
+) -> SideFiles:
     """Copies of what stands beside the weights of the same family.
 
     Args:
         directory: Where the source, or ``--assets``, keeps it.
         dtype: Element type the tensors were cast to; ``config.json`` then says so.
         tied: Whether head and embedding are one tensor, where that differs from the config.
+        used: Names of the files that the converted tensors are in.
     """
-    names: dict[str, Path] = {}
-    for pattern in _CARRIED:
-        for path in sorted(directory.glob(pattern)):
-            if path.is_file() and path.stat().st_size <= _LARGEST_CARRIED:
-                names[path.name] = path
+    beside = files_beside(directory, used)
     files = []
-    for name, path in names.items():
+    for name, path in beside.files.items():
         text = _patched(path, dtype=dtype, tied=tied) if name == "config.json" else None
         files.append(SideFile(name, text=text, origin=None if text else path))
-    return SideFiles(tuple(files))
+    return SideFiles(tuple(files), beside.notes)
 
 
 def generated(
