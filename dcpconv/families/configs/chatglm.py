@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from dcpconv.core.dtypes import BY_LABEL, BY_NAME
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
 from dcpconv.families.configs.parameters import Refusal, checked, turned_otherwise, unexpressed
 
@@ -32,13 +31,11 @@ _AUTO_MAP = {
 }
 
 
-class _Config(BaseModel):
+class _Config(Record, extra="ignore"):
     """ChatGLMConfig, with its defaults.
 
     Source: ``configuration_chatglm.py`` of THUDM/chatglm3-6b.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
     num_layers: Count = 28
     padded_vocab_size: Size = 65_024

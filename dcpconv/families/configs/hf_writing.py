@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pydantic import JsonValue
-
 from dcpconv.core.dtypes import BY_LABEL, BY_NAME
 from dcpconv.core.errors import NotExpressibleError, SpecError
+from dcpconv.core.record import Json
 from dcpconv.core.spec import Experts, ModelSpec
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.configs.parameters import Refusal, turned_otherwise, unexpressed
@@ -356,7 +355,7 @@ def _rope(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-def _sorted(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _sorted(fields: Mapping[str, Json]) -> dict[str, Json]:
     return {key: fields[key] for key in sorted(fields)}
 
 

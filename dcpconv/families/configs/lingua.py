@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from dcpconv.core.dtypes import BY_LABEL, BY_NAME
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
 from dcpconv.families.configs.parameters import Refusal, checked
@@ -46,8 +45,8 @@ _WHY = {
 """Source: ``lingua/transformer.py`` and ``apps/main/transformer.py``, same commit."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
+class _Section(Record, extra="ignore"):
+    """A part of TrainArgs; what we do not look at may be anything."""
 
 
 class _Distributed(_Section):
@@ -59,9 +58,9 @@ class _Model(_Section):
 
     dim: Size = 512
     n_layers: Count = 8
-    head_dim: int | None = Field(None, ge=0)
-    n_heads: int | None = Field(None, ge=0, le=100_000)
-    n_kv_heads: int | None = Field(None, ge=0, le=100_000)
+    head_dim: int | None = field(default=None, ge=0)
+    n_heads: int | None = field(default=None, ge=0, le=100_000)
+    n_kv_heads: int | None = field(default=None, ge=0, le=100_000)
     ffn_dim_multiplier: Positive | None = None
     multiple_of: Size = 256
     norm_eps: Positive = 1e-5

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
+from dcpconv.core.record import Record
 from dcpconv.core.spec import Count, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
 from dcpconv.families.configs.parameters import Refusal, checked, unexpressed
@@ -21,9 +20,7 @@ _LLAMA3 = {
 """What Meta's code fixes.  Source: ``apply_scaling`` in llama-models ``models/llama3/model.py``."""
 
 
-class _Params(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
-
+class _Params(Record, extra="ignore"):
     dim: Size
     n_layers: Count
     n_heads: Count

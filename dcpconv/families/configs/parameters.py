@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record, ValidationError
 from dcpconv.core.spec import ModelSpec
 
-Record = TypeVar("Record", bound=BaseModel)
+R = TypeVar("R", bound=Record)
 
 LARGEST_FILE = 16 * 2**20
 """Bytes.  Published parameter files are below 100 kB; anything near this is not one."""
@@ -113,7 +112,7 @@ def read_fields(path: Path) -> dict[str, object]:
     return value
 
 
-def checked(record: type[Record], fields: Mapping[str, object], file: Path) -> Record:
+def checked(record: type[R], fields: Mapping[str, object], file: Path) -> R:
     """``fields`` as a ``record``.
 
     Raises:
@@ -134,13 +133,13 @@ def _problems(error: ValidationError) -> list[str]:
     # A union complains once per member, so complaints are gathered by the field that was read.
     expected: dict[str, list[str]] = {}
     found: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        field = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] == "missing":
+    for item in error.problems:
+        field = str(item.loc[0]) if item.loc else ""
+        if item.is_missing:
             want, have = "a value", "nothing"
         else:
-            want = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            have = _short(item["input"])
+            want = item.msg.removeprefix("Input should be ")
+            have = _short(item.input)
         if want not in expected.setdefault(field, []):
             expected[field].append(want)
         found.setdefault(field, have)
