@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from dcpconv.cli.coercion import spare
+
 
 class _Entry(NamedTuple):
     """Where a command is, and its line in the list of commands."""
@@ -56,6 +58,7 @@ class _Commands(TyperGroup):
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how)
+        spare(self)
         names: Any = dict.fromkeys(COMMANDS)
         self.commands = names  # what a misspelt one is compared with
 
@@ -71,7 +74,7 @@ class _Commands(TyperGroup):
         if not isinstance(found, typer.Typer):
             function, found = found, _typer(name=cmd_name)
             found.command(cmd_name)(function)
-        return get_command(found)
+        return spare(get_command(found))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         del ctx

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, Row, keymaps, split_key, tables_for
+from dcpconv.families.keymaps import Keymap, Row, split_key, tables_for
 
 _ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
 """Containers and wrappers that stand before the first component of a model's own keys: training
@@ -144,7 +144,7 @@ def recognise(
     roots = [_dotted(root)] if root is not None else _roots(counts)
     containers = _containers(catalog)
     fits: list[_Fit] = []
-    for candidates in _candidates(spec, keymap, tables):
+    for candidates in _candidates(spec, keymap, tables, _bare_keys(roots, counts)):
         fits += (
             fit
             for at in roots
@@ -222,7 +222,10 @@ def _weights(
 
 
 def _candidates(
-    spec: ModelSpec | None, keymap: Keymap | None, tables: Iterable[Keymap] | None
+    spec: ModelSpec | None,
+    keymap: Keymap | None,
+    tables: Iterable[Keymap] | None,
+    keys: frozenset[str],
 ) -> Iterator[list[Keymap]]:
     """The tables to try: those for the config's architecture, and then the others.
 
@@ -231,10 +234,14 @@ def _candidates(
     if keymap is not None or tables is not None:
         yield [keymap] if keymap is not None else list(tables or ())
         return
-    first = tables_for(spec.architecture) if spec is not None else []
+    first = tables_for(spec.architecture, keys) if spec is not None else []
     yield first
     names = {table.name for table in first}
-    yield [table for table in keymaps().values() if table.name not in names]
+    yield [table for table in tables_for(None, keys) if table.name not in names]
+
+
+def _bare_keys(roots: list[str], counts: Mapping[tuple[str, ...], int]) -> frozenset[str]:
+    return frozenset(key for root in roots for key, _ in _under(root, counts) if key is not None)
 
 
 def _misfit(fit: _Fit) -> tuple[float, ...]:
