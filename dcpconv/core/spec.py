@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.record import Json, Record, field
 
 Size = Annotated[int, field(ge=1, le=2**31 - 1)]
@@ -18,9 +18,9 @@ Positive = Annotated[float, field(gt=0)]
 
 
 def _label(dtype: str | None) -> str | None:
-    if dtype is None or dtype in BY_LABEL:
-        return dtype
-    known = BY_NAME.get(dtype.removeprefix("torch."))
+    if dtype is None:
+        return None
+    known = dtype_named(dtype)
     if known is None:
         raise ValueError(f"one of {', '.join(BY_LABEL)} or torch's name for it")
     return known.label

@@ -11,8 +11,8 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
-from dcpconv.families.configs import lingua, meta
 from dcpconv.families.configs.parameters import read_fields
+from dcpconv.families.family import PARAMS, family_of_fields
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources import hub_headers
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
@@ -108,11 +108,8 @@ def open_target(what: Named) -> Side:
 def _config(file: Path) -> Side:
     spec = configs.read_spec(file)
     fields = read_fields(file)
-    family = "hf"
-    for module in (lingua, meta):
-        if module.is_params(fields):
-            family = module.__name__.rpartition(".")[2]
-            break
+    found = family_of_fields(fields)
+    family = found.names[0] if found is not None and found.file == PARAMS else "hf"
     nothing = Catalog("hf", file.parent, file, {}, {})
     return Side(nothing, spec, End(str(file), "config"), family, is_config=True)
 

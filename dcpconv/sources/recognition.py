@@ -144,7 +144,7 @@ def recognise(
     roots = [_dotted(root)] if root is not None else _roots(counts)
     containers = _containers(catalog)
     fits: list[_Fit] = []
-    for candidates in _candidates(spec, keymap, tables, _bare_keys(roots, counts)):
+    for candidates in _candidates(spec, keymap, tables, [_bare_keys(at, counts) for at in roots]):
         fits += (
             fit
             for at in roots
@@ -225,7 +225,7 @@ def _candidates(
     spec: ModelSpec | None,
     keymap: Keymap | None,
     tables: Iterable[Keymap] | None,
-    keys: frozenset[str],
+    readings: list[frozenset[str]],
 ) -> Iterator[list[Keymap]]:
     """The tables to try: those for the config's architecture, and then the others.
 
@@ -234,14 +234,15 @@ def _candidates(
     if keymap is not None or tables is not None:
         yield [keymap] if keymap is not None else list(tables or ())
         return
-    first = tables_for(spec.architecture, keys) if spec is not None else []
+    config = spec.origin if spec is not None else ""
+    first = tables_for(spec.architecture, readings, config=config) if spec is not None else []
     yield first
     names = {table.name for table in first}
-    yield [table for table in tables_for(None, keys) if table.name not in names]
+    yield [table for table in tables_for(None, readings, config=config) if table.name not in names]
 
 
-def _bare_keys(roots: list[str], counts: Mapping[tuple[str, ...], int]) -> frozenset[str]:
-    return frozenset(key for root in roots for key, _ in _under(root, counts) if key is not None)
+def _bare_keys(root: str, counts: Mapping[tuple[str, ...], int]) -> frozenset[str]:
+    return frozenset(key for key, _ in _under(root, counts) if key is not None)
 
 
 def _misfit(fit: _Fit) -> tuple[float, ...]:

@@ -8,13 +8,8 @@ from pathlib import Path
 from dcpconv.core.errors import SpecError
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.hf_fields import HfConfig
-from dcpconv.families.configs.model_types import MODEL_TYPES
+from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
-
-FILE = "config.json"
-
-SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
-"""Classes whose tensors are named as another class names them, so that one table serves both."""
 
 _TRAINED_LENGTH = "original_max_position_embeddings"
 _PHI3_TRAINED_LENGTH = 4096
@@ -25,11 +20,6 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
-
-
-def is_config(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a config.json."""
-    return "model_type" in fields or "architectures" in fields
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:

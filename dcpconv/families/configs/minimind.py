@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import dtype_named
 from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, Experts, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width
-from dcpconv.families.configs.parameters import Refusal, checked, unexpressed
-
-FILE = "config.json"
-
-FAMILIES = ("minimind1", "minimind2", "minimind3", "minimind4")
+from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _EXPRESSES: Mapping[str, frozenset[str]] = {
     "minimind1": frozenset({"experts"}),
@@ -75,11 +71,6 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
 }
 """Source: jingyaogong/minimind ``model/LMConfig.py`` at 6759da4 and d9453ed,
 ``model/model_minimind.py`` at c090b69 and d65ef2c."""
-
-
-def is_config(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a MiniMind config.json."""
-    return fields.get("model_type") == "minimind"
 
 
 def generation(fields: Mapping[str, object]) -> str:
@@ -161,7 +152,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """config.json of a generation for ``spec``, in the order it should be printed."""
     experts = spec.experts
     width = experts.ffn_size if experts else spec.ffn_size
@@ -219,7 +210,7 @@ def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str
             "seq_aux": True,
             "norm_topk_prob": experts.norm_topk or experts.per_token == 1 if experts else True,
         }
-    known = BY_LABEL.get(dtype or spec.dtype or "") or BY_NAME.get(dtype or "")
+    known = dtype_named(wishes.dtype or spec.dtype or "")
     if known is not None:
         fields |= {"torch_dtype": known.name}
     return fields

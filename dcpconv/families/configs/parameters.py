@@ -31,6 +31,22 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a parameter file should say beside the model.
+
+    Attributes:
+        dtype: Label or torch name of the written tensors, by default what the model says.
+        tokenizer: Lingua's name for its kind (``sp``, ``tiktoken``, ``bytes``) and its path.  By
+            default ``bytes``, as in Lingua, which loads anywhere and fits a vocabulary of 258.
+        name: Of the run, in Lingua's file.
+    """
+
+    dtype: str | None = None
+    tokenizer: tuple[str, str] | None = None
+    name: str = "lingua"
+
+
 def unexpressed(
     spec: ModelSpec,
     expresses: frozenset[str],

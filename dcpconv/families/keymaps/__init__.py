@@ -31,17 +31,31 @@ def keymaps() -> Mapping[str, Keymap]:
     return tables()
 
 
-def tables_for(architecture: str | None, templates: Collection[str]) -> list[Keymap]:
-    """The tables for models of one architecture, or of any, that know some of these keys.
+def tables_for(
+    architecture: str | None, readings: Collection[frozenset[str]], *, config: str = ""
+) -> list[Keymap]:
+    """The tables that may be the naming of a checkpoint; the others are not read.
 
-    The others are not read, however many there are.
+    Where some tables know all keys of a reading, those that know only some are none of them.
+
+    Args:
+        architecture: Of the model, or ``None`` for any.
+        readings: Templates of its keys, once for every root that they may have.
+        config: Whose parameter file lies beside it, whatever the keys are.
     """
-    keys = frozenset(templates)
-    return [
-        tables()[head.name]
+    heads = [
+        head
         for head in tables().heads.values()
         if architecture is None or architecture in head.architectures
-        if not keys.isdisjoint(head.templates)
+        if any(keys & head.templates for keys in readings)
+    ]
+    whole = {
+        head.name for head in heads if any(keys <= head.templates for keys in readings if keys)
+    }
+    return [
+        tables()[head.name]
+        for head in heads
+        if not whole or head.name in whole or (config and head.config == config)
     ]
 
 

@@ -31,9 +31,10 @@ class Head(NamedTuple):
     nbytes: int
     name: str
     family: str
+    config: str
     also: Collection[str]
     architectures: Collection[str]
-    templates: Collection[str]
+    templates: frozenset[str]
 
     @property
     def file(self) -> Path:
@@ -48,9 +49,10 @@ def head_of(file: Path) -> Head:
         file.stat().st_size,
         table.name,
         table.family,
+        table.config,
         table.also,
         table.architectures,
-        sorted(table.templates),
+        table.templates,
     )
 
 
@@ -99,7 +101,7 @@ def tables() -> Tables:
 def _indexed() -> list[Head]:
     try:
         rows: list[list[Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
-        return [Head(*row) for row in rows]
+        return [Head(*row, frozenset(templates)) for *row, templates in rows]
     except (OSError, ValueError, TypeError):
         return []  # it is only a short cut
 
@@ -107,5 +109,5 @@ def _indexed() -> list[Head]:
 def index_text() -> str:
     """The index as it should be, a table a line."""
     heads = (head_of(TABLES / f"{name}.toml") for name in sorted(tables()))
-    lines = (json.dumps(head) for head in heads)
+    lines = (json.dumps([*head[:-1], sorted(head.templates)]) for head in heads)
     return "[\n" + ",\n".join(lines) + "\n]\n"
