@@ -35,8 +35,7 @@ def find_spec(
         except SpecError as error:
             if place is assets:
                 raise
-            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
-            return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
+            return None, (f"the config beside the source was not used: {error.in_one_line}",)
     return None, ()
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import Record, ValidationError
@@ -25,10 +25,13 @@ class Refusal:
     Attributes:
         name: What ``--allow`` takes: a name from ``ModelSpec.features`` or of a family's own rule.
         reason: The value, and why it does not fit.
+        kind: Whether the model has something that the family has nothing for, lacks something that
+            every model of the family has, or breaks a rule of the family's own.
     """
 
     name: str
     reason: str
+    kind: Literal["unexpressed", "absent", "rule"] = "rule"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,12 @@ def unexpressed(
     features = spec.features()
     return [
         *(
-            Refusal(feature, f"{value}: {name} has nothing for it")
+            Refusal(feature, f"{value}: {name} has nothing for it", "unexpressed")
             for feature, value in features.items()
             if feature not in expresses
         ),
         *(
-            Refusal(feature, f"absent: every {name} has it")
+            Refusal(feature, f"absent: every {name} has it", "absent")
             for feature in sorted(requires - features.keys())
         ),
     ]

@@ -101,7 +101,7 @@ def tables() -> Tables:
 def _indexed() -> list[Head]:
     try:
         rows: list[list[Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
-        return [Head(*row, frozenset(templates)) for *row, templates in rows]
+        return [Head._make([*row[:-1], frozenset(row[-1])]) for row in rows]
     except (OSError, ValueError, TypeError):
         return []  # it is only a short cut
 
