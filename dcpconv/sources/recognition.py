@@ -19,7 +19,7 @@ _ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
 """Containers and wrappers that stand before the first component of a model's own keys: training
 scripts (``model``, ``state_dict``), ``DistributedDataParallel`` (``module``)."""
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Components that ``torch.compile``, FSDP1 and activation checkpointing put anywhere in a key."""
 
 
@@ -193,7 +193,7 @@ def bare(key: str) -> str:
     """
     if "_orig_mod" not in key and "_wrapped_module" not in key:
         return key
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def _weights(
@@ -263,7 +263,7 @@ def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
     for template in counts:
         root = ""
         for part in template:
-            if part not in _ROOTS and part not in _WRAPPERS:
+            if part not in _ROOTS and part not in WRAPPERS:
                 break
             root += f"{part}."
             roots.add(root)

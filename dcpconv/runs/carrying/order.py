@@ -119,7 +119,7 @@ def by_fqn(
         OptimizerError: No candidate fits the shapes of the moments, or several do and differ.
     """
     groups = [list(_list(group.get("params"))) for group in param_groups]
-    named = _names(param_groups, groups, state)
+    named = _names(param_groups, groups)
     if named is None:
         fitting = [
             order
@@ -166,12 +166,10 @@ def _list(value: object) -> list[object]:
 def _names(
     param_groups: Sequence[Mapping[str, object]],
     groups: Sequence[Sequence[object]],
-    state: Mapping[object, object],
 ) -> list[list[str]] | None:
     """FQNs where the optimizer was given names, or was saved by FQN."""
     if all(isinstance(param, str) for group in groups for param in group) and any(groups):
         return [[bare(str(param)) for param in group] for group in groups]
-    del state
     if all("param_names" in group for group in param_groups) and param_groups:
         return [[bare(str(name)) for name in _list(group["param_names"])] for group in param_groups]
     return None
