@@ -39,7 +39,7 @@ type: $(VENV)/.lint  ## check types (mypy, strict, tests included)
 bench: $(VENV)/.bench  ## measure speed and memory against a plain file copy
 	@$(PY) -m bench $(BENCH_ARGS)
 
-docs: $(VENV)/.installed  ## write the generated pages of docs/ anew
+docs: $(VENV)/.installed  ## write the generated pages of docs/ and the index of the tables anew
 	@$(PY) docs/generate.py
 
 check:  ## everything CI runs: lint, type, test

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import loading, loop, scale
+from bench import loading, loop, scale, start_up
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -47,6 +47,7 @@ def main() -> int:
                 sections[kind] = loop.rows(directory, gb=options.gb, only=options.only)
                 _say(f"{kind}\n{table(sections[kind])}")
         loaded = [] if options.no_loading else loading.rows(work, gb=options.gb)
+        started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -56,8 +57,9 @@ def main() -> int:
         _say(f"\n2 ranks load\n{loading.table(loaded)}")
     for line in growth:
         _say(str(line))
+    _say(f"\nstart-up\n{start_up.table(started)}")
     if options.write:
-        write_page(sections, loaded, growth, notes, gb=options.gb, pairs=options.pairs)
+        write_page(sections, loaded, growth, started, notes, gb=options.gb, pairs=options.pairs)
     return 0
 
 

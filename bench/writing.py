@@ -8,11 +8,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import loading
+from bench import loading, start_up
 from bench.cases import PEERS
 from bench.loading import Loaded
 from bench.measure import Result, table
 from bench.scale import Growth
+from bench.start_up import Start
 
 PAGE = Path("docs/benchmarks.md")
 PLOT = Path("docs/benchmarks.svg")
@@ -22,6 +23,7 @@ def write_page(
     sections: Mapping[str, Sequence[Result]],
     loaded: Sequence[Loaded],
     growth: Sequence[Growth],
+    started: Sequence[Start],
     notes: Sequence[str],
     *,
     gb: float,
@@ -59,6 +61,7 @@ def write_page(
         ]
     if growth:
         lines += ["## 100 to 100,000 tensors", "", "```", *map(str, growth), "```", ""]
+    lines += ["## Start-up", "", "```", start_up.table(started), "```", ""]
     lines += [f"* {note}" for note in notes]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     _plot(sections)

@@ -113,7 +113,7 @@ def _features() -> Iterator[str]:
 
 def _held(family: str) -> str:
     found = []
-    absent = {item.name for item in refusals(family, _model()) if "absent" in item.reason}
+    absent = {item.name for item in refusals(family, _model()) if item.kind == "absent"}
     for name, changes in _FEATURES.items():
         models = [
             spec for more in (changes, *_TOGETHER) if name in (spec := _model(**more)).features()
@@ -125,7 +125,7 @@ def _held(family: str) -> str:
 
 
 def _refused(family: str, spec: ModelSpec) -> set[str]:
-    return {item.name for item in refusals(family, spec) if "absent" not in item.reason}
+    return {item.name for item in refusals(family, spec) if item.kind != "absent"}
 
 
 def _model(**changes: Any) -> ModelSpec:

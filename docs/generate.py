@@ -1,4 +1,4 @@
-"""Writes the generated pages of this folder anew; ``make docs`` runs it."""
+"""Writes the generated pages, and the index of the tables, anew; ``make docs`` runs it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from pathlib import Path
 
 from families_page import families_page
 
-PAGES: Mapping[str, Callable[[], str]] = {
-    "families.md": families_page,
+from dcpconv.families.keymaps.index import INDEX, index_text
+
+HERE = Path(__file__).parent
+
+PAGES: Mapping[Path, Callable[[], str]] = {
+    HERE / "families.md": families_page,
+    INDEX: index_text,
 }
-"""File in this folder -> what it should hold."""
+"""File -> what it should hold."""
 
 
 def main() -> None:
     """Writes every page."""
-    for name, page in PAGES.items():
-        (Path(__file__).parent / name).write_text(page(), encoding="utf-8")
+    for file, page in PAGES.items():
+        file.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

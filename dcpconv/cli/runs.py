@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 runs = typer.Typer(
     name="runs",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Find, choose, check and keep the checkpoints of a training run.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -15,7 +15,7 @@ from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request, Wanted
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME, DType
+from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.engine.execute import Moved, execute
 from dcpconv.engine.publish import check_space, staging
@@ -230,7 +230,7 @@ def _write(
 def _dtype(name: str | None) -> DType | None:
     if name is None:
         return None
-    dtype = BY_LABEL.get(name) or BY_NAME.get(name.removeprefix("torch."))
+    dtype = dtype_named(name)
     if dtype is None or not dtype.is_floating_point:
         floats = ", ".join(d.label for d in BY_LABEL.values() if d.is_floating_point)
         raise DcpconvError(f"cannot cast to {name!r}", [("expected", f"one of {floats}")])

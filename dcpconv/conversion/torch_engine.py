@@ -236,7 +236,7 @@ def _read_metadata(directory: Path) -> dcp_metadata.Metadata:
         read_metadata(data, where=str(file))
     except FormatError as error:
         # Transformed items are what this engine is for.
-        if "transform" not in dict(error.facts):
+        if error.kind != "transformed":
             raise
     metadata = _MetadataUnpickler(io.BytesIO(data)).load()
     if not isinstance(metadata, dcp_metadata.Metadata):
@@ -294,7 +294,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_refusal(cause: BaseException) -> bool:
     if isinstance(cause, FormatError):
-        return cause.hint == TRUST_HINT
+        return cause.kind == "untrusted"
     return isinstance(cause, pickle.UnpicklingError)
 
 
@@ -309,6 +309,7 @@ def _explained(cause: BaseException, source: Path) -> DcpconvError:
             "torch's restricted unpickler refuses the file; nothing in it was run",
             [("file", source), *reasons],
             hint=TRUST_HINT,
+            kind="untrusted",
         )
     return FormatError(
         "torch cannot read the checkpoint", [("source", source), ("reason", _first_line(cause))]

@@ -64,3 +64,8 @@ BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}
 BY_LABEL = {dtype.label: dtype for dtype in _TABLE}
+
+
+def dtype_named(text: str) -> DType | None:
+    """The type that a label (``bf16``) or torch's name (``torch.bfloat16``) means."""
+    return BY_LABEL.get(text) or BY_NAME.get(text.removeprefix("torch."))

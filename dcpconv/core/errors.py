@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from copy import copy
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DcpconvError(Exception):
@@ -40,6 +44,18 @@ class DcpconvError(Exception):
         rows = [*self.facts, *([("hint", self.hint)] if self.hint else [])]
         return "\n".join([self.headline, *(f"  {label:<9} {value}" for label, value in rows)])
 
+    @property
+    def in_one_line(self) -> str:
+        """What is wrong and where, for a list of such lines."""
+        facts = ", ".join(f"{label} {value}" for label, value in self.facts)
+        return f"{self.headline} ({facts})" if facts else self.headline
+
+    def with_facts(self, facts: Iterable[tuple[str, object]]) -> Self:
+        """The same error with other facts."""
+        made = copy(self)
+        made.facts = tuple(facts)
+        return made
+
     def __reduce__(self) -> tuple[object, ...]:
         # Process groups send errors between ranks; the default would drop the keyword argument.
         return (_rebuild, (type(self), self.headline, self.facts, self.hint))
@@ -54,8 +70,32 @@ def _rebuild(
     return kind(headline, facts, hint=hint)
 
 
+FormatKind = Literal["damaged", "untrusted", "transformed"]
+"""A file that is not what its form promises; that names code; whose items an extension changed."""
+
+
 class FormatError(DcpconvError, ValueError):
     """A file does not hold what its form promises: truncated, overlapping, absurd, or unsafe."""
+
+    def __init__(
+        self,
+        headline: str,
+        facts: Iterable[tuple[str, object]] = (),
+        *,
+        hint: str | None = None,
+        kind: FormatKind = "damaged",
+    ) -> None:
+        super().__init__(headline, facts, hint=hint)
+        self.kind: FormatKind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_format, (self.headline, self.facts, self.hint, self.kind))
+
+
+def _rebuild_format(
+    headline: str, facts: tuple[tuple[str, object], ...], hint: str | None, kind: FormatKind
+) -> FormatError:
+    return FormatError(headline, facts, hint=hint, kind=kind)
 
 
 class NotACheckpointError(DcpconvError, FileNotFoundError):

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from dcpconv.core.dtypes import BY_LABEL, dtype_named
+from dcpconv.core.record import Json, Record, field
 
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
-
-Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, field(ge=1, le=2**31 - 1)]
 """Length of an axis, in elements."""
 
-Count = Annotated[int, Field(ge=1, le=100_000)]
+Count = Annotated[int, field(ge=1, le=100_000)]
 """Layers, heads or experts.  The bound keeps a hostile file from asking for billions of keys."""
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, field(gt=0)]
+
+
+def _label(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    known = dtype_named(dtype)
+    if known is None:
+        raise ValueError(f"one of {', '.join(BY_LABEL)} or torch's name for it")
+    return known.label
 
 
 FEATURES = frozenset(
@@ -30,11 +38,7 @@ FEATURES = frozenset(
 """Every name that ``ModelSpec.features`` may give."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
-
-
-class RopeScaling(_Record):
+class RopeScaling(Record):
     """How rotary frequencies are stretched beyond the length a model was first trained for.
 
     Attributes:
@@ -44,14 +48,14 @@ class RopeScaling(_Record):
     """
 
     kind: str
-    parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
+    parameters: Mapping[str, Json] = field(default_factory=dict)
 
     def __str__(self) -> str:
         factor = self.parameters.get("factor")
         return self.kind if factor is None else f"{self.kind}, factor {factor}"
 
 
-class Experts(_Record):
+class Experts(Record):
     """A mixture of experts in place of one feed-forward block.
 
     Attributes:
@@ -72,30 +76,28 @@ class Experts(_Record):
     count: Count
     per_token: Count
     ffn_size: Size
-    shared_count: Annotated[int, Field(ge=0, le=100_000)] = 0
+    shared_count: Annotated[int, field(ge=0, le=100_000)] = 0
     shared_ffn_size: Size | None = None
     norm_topk: bool = False
-    dense_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    dense_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
     scoring: str = "softmax"
     selection_bias: bool = False
     routed_scale: Positive = 1.0
     groups: Count = 1
     top_groups: Count = 1
 
-    @model_validator(mode="after")
-    def _agree(self) -> Experts:
+    def agree(self) -> None:
         if (self.shared_count > 0) != (self.shared_ffn_size is not None):
             raise ValueError("shared_count and shared_ffn_size must both be set or both be absent")
         if self.per_token > self.count:
             raise ValueError(f"per_token {self.per_token} exceeds the {self.count} experts")
-        return self
 
     def __str__(self) -> str:
         shared = f", {self.shared_count} shared" if self.shared_count else ""
         return f"{self.count} experts, {self.per_token} per token{shared}"
 
 
-class LatentAttention(_Record):
+class LatentAttention(Record):
     """Attention whose keys and values pass through a narrow projection (DeepSeek's MLA).
 
     ``ModelSpec.head_dim`` is then the part of a head that RoPE turns.
@@ -118,7 +120,7 @@ class LatentAttention(_Record):
         return f"rank {self.kv_rank}"
 
 
-class ModelSpec(_Record):
+class ModelSpec(Record):
     """A model as its parameter file describes it, in no family's spelling.
 
     The first block is what a Llama needs.  Every later field is a feature whose default is
@@ -182,7 +184,7 @@ class ModelSpec(_Record):
     rope_theta: Positive = 10_000.0
     max_seq_len: Size
     tied: bool = False
-    dtype: str | None = None
+    dtype: Annotated[str | None, _label] = None
 
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: Positive = 1.0
@@ -214,25 +216,13 @@ class ModelSpec(_Record):
     origin: str = ""
     unsaid: tuple[str, ...] = ()
     unaccounted: tuple[str, ...] = ()
-    extra: Mapping[str, JsonValue] = Field(default_factory=dict)
+    extra: Mapping[str, Json] = field(default_factory=dict)
 
-    @field_validator("dtype")
-    @classmethod
-    def _label(cls, dtype: str | None) -> str | None:
-        if dtype is None or dtype in BY_LABEL:
-            return dtype
-        known = BY_NAME.get(dtype.removeprefix("torch."))
-        if known is None:
-            raise ValueError(f"one of {', '.join(BY_LABEL)} or torch's name for it")
-        return known.label
-
-    @model_validator(mode="after")
-    def _agree(self) -> ModelSpec:
+    def agree(self) -> None:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} heads cannot share {self.n_kv_heads} kv heads evenly")
         if self.layer_types is not None and len(self.layer_types) != self.n_layers:
             raise ValueError(f"{len(self.layer_types)} layer types for {self.n_layers} layers")
-        return self
 
     def __str__(self) -> str:
         """What a person asks first, and every feature, in one line."""

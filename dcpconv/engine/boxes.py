@@ -40,7 +40,7 @@ Run = tuple[int, int, int]
 Pieces = tuple[tuple[int, int], ...]
 """``(target offset or -1 to drop, nbytes)``, in the order of the source."""
 
-Read = tuple[int, int, Pieces]
+Pread = tuple[int, int, Pieces]
 """One ``preadv``: ``(source offset, nbytes, pieces)``."""
 
 
@@ -269,7 +269,7 @@ def _starts(loops: Iterable[Loop], itemsize: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(maxsize=16)
-def _nest_reads(loops: tuple[Loop, ...], itemsize: int) -> tuple[Read, ...]:
+def _nest_reads(loops: tuple[Loop, ...], itemsize: int) -> tuple[Pread, ...]:
     """Reads for a nest, relative to its first element: the same for all heads of all layers."""
     nbytes = _run(loops) * itemsize
     outer = sorted((loop for loop in loops if loop[1:] != (1, 1)), key=lambda loop: -loop[1])
@@ -278,7 +278,7 @@ def _nest_reads(loops: tuple[Loop, ...], itemsize: int) -> tuple[Read, ...]:
     return tuple(_reads((source, target, nbytes) for source, target in starts))
 
 
-def _reads(runs: Iterable[Run]) -> Iterator[Read]:
+def _reads(runs: Iterable[Run]) -> Iterator[Pread]:
     """Group runs, sorted by source, so that each group is one ``preadv``."""
     begin = end = 0
     pieces: list[tuple[int, int]] = []
@@ -302,7 +302,7 @@ def _reads(runs: Iterable[Run]) -> Iterator[Read]:
 
 
 def _perform(
-    source: SourceFile, offset: int, reads: Iterable[Read], *, into: memoryview, base: int
+    source: SourceFile, offset: int, reads: Iterable[Pread], *, into: memoryview, base: int
 ) -> None:
     for at, nbytes, pieces in reads:
         source.read(offset + at, _slices(into, base, pieces), nbytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -190,6 +189,8 @@ def shares_blocks(source: Path, directory: Path, *, system: System = SYSTEM) -> 
 
     Found out by cloning one block into a file that is removed again; ``False`` on any doubt.
     """
+    import tempfile  # noqa: PLC0415 - only a probe needs it
+
     block = os.statvfs(directory).f_bsize
     try:
         with source.open("rb") as file, tempfile.TemporaryFile(dir=directory) as probe:

@@ -12,7 +12,6 @@ opened it just before the first one published cannot take the published target f
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -221,6 +220,8 @@ def exchange(one: Path, other: Path) -> bool:
     """
     if sys.platform != "linux":
         return False
+    import ctypes  # noqa: PLC0415 - only --overwrite exchanges
+
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # a C library older than the call

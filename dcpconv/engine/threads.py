@@ -17,7 +17,7 @@ from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
 from dcpconv.engine.dequantise import multiply_out
-from dcpconv.engine.units import Literal, Run, Stretch, Tile, Unit, units
+from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.stores.local import Sources
 
 _SECONDS_TO_START = 1.0
@@ -279,7 +279,7 @@ class Crew:
                     tally=desk.tally,
                 )
             return unit.nbytes
-        if isinstance(unit, Literal):
+        if isinstance(unit, Given):
             write(output.fd, unit.data, unit.offset, system=self._ladder.system)
             return 0
         if isinstance(unit, Tile):
@@ -288,7 +288,7 @@ class Crew:
 
     def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> int:
         """Put a stretch together and write it."""
-        payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Literal))
+        payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Given))
         if payload == stretch.nbytes and self._is_hole(stretch):
             desk.tally.holes += payload
             return payload
@@ -299,7 +299,7 @@ class Crew:
             at = piece.offset - stretch.offset
             tile[end:at] = bytes(at - end)
             end = at + piece.nbytes
-            if isinstance(piece, Literal):
+            if isinstance(piece, Given):
                 tile[at:end] = piece.data
             elif isinstance(piece, Run):
                 runs.setdefault(piece.file, []).append((piece.source_offset, at, piece.nbytes))

@@ -21,7 +21,7 @@ fast as 4 MiB.  Boxes of short runs are read in longer tiles, for fewer and long
 
 
 @dataclass(frozen=True, slots=True)
-class Literal:
+class Given:
     """Bytes to write as they are."""
 
     offset: int
@@ -55,7 +55,7 @@ class Tile:
     payload: int
 
 
-Piece = Literal | Run | Tile
+Write = Given | Run | Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ class Stretch:
 
     offset: int
     nbytes: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Write, ...]
 
 
-Unit = Piece | Stretch
+Unit = Write | Stretch
 
 
 def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
@@ -90,7 +90,7 @@ def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
     """
     long = min(LONG_RUN, tile)
     room = min(CACHED, tile)
-    held: list[Piece] = []
+    held: list[Write] = []
     for piece in _pieces(file, block=block, tile=tile, long=long):
         alone = _is_alone(piece, long)
         if held:
@@ -107,18 +107,18 @@ def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
         yield _stretch(held)
 
 
-def _is_alone(piece: Piece, long: int) -> bool:
+def _is_alone(piece: Write, long: int) -> bool:
     if isinstance(piece, Tile):
         return piece.box.fill.is_cast
     return piece.nbytes >= long
 
 
-def _stretch(pieces: list[Piece]) -> Stretch:
+def _stretch(pieces: list[Write]) -> Stretch:
     begin, last = pieces[0].offset, pieces[-1]
     return Stretch(begin, last.offset + last.nbytes - begin, tuple(pieces))
 
 
-def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Piece]:
+def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Write]:
     end = 0
     items: list[tuple[int, bytes | Fill]] = [*file.literals, *file.payloads]
     for offset, what in sorted(items, key=lambda item: item[0]):
@@ -133,12 +133,12 @@ def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Piec
         end = offset + nbytes
         data = what if isinstance(what, bytes) else what.data
         if data is not None:
-            yield Literal(offset, data)
+            yield Given(offset, data)
         elif isinstance(what, Fill):
             yield from _payload(offset, what, block=block, tile=tile, long=long)
 
 
-def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> Iterator[Piece]:
+def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> Iterator[Write]:
     box = Box(fill)
     itemsize = fill.target_dtype.itemsize
     position = 0

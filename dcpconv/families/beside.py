@@ -55,7 +55,9 @@ def files_beside(directory: Path, used: Collection[str] = ()) -> Beside:
     """
     if not directory.is_dir():
         return Beside({})
-    found, large, other = {}, [], []
+    found: dict[str, Path] = {}
+    large: list[str] = []
+    other: list[str] = []
     modules = _module_folders(directory)
     for path in sorted(directory.iterdir()):
         name = path.name

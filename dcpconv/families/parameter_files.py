@@ -58,7 +58,5 @@ def read_parameter_file(place: Path) -> ParameterFile | None:
     try:
         spec = configs.read_spec(file)
     except SpecError as error:
-        facts = "; ".join(f"{label} {value}" for label, value in error.facts if label != "file")
-        trouble = f"{error.headline} ({facts})" if facts else error.headline
-        return ParameterFile(file, fields, str(named or ""), classes, trouble)
+        return ParameterFile(file, fields, str(named or ""), classes, error.in_one_line)
     return ParameterFile(file, fields, spec.architecture, classes, "", spec)

@@ -13,7 +13,8 @@ from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.outline import Outline
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.beside import files_beside
-from dcpconv.families.configs import config_name, to_text, write_config
+from dcpconv.families.configs import to_text, write_config
+from dcpconv.families.family import family_of
 from dcpconv.families.keymaps import Keymap
 
 
@@ -85,7 +86,8 @@ def generated(
         left_out: Features that the family cannot express and the user overruled, by name; the file
             keeps them under ``dcpconv``, which Lingua's ``generate.py`` and ``eval.py`` pass over.
     """
-    name = config_name(keymap.config) if keymap.config else None
+    family = family_of(keymap.config)
+    name = None if family is None else family.file
     if name is None and keymap.config and spec is not None:
         return SideFiles(notes=(untold(keymap, spec),))
     if name is None:
@@ -97,7 +99,7 @@ def generated(
     notes: list[str] = []
     tokenizer: tuple[str, str] | None = None
     directory = assets or source
-    if keymap.config == "lingua":
+    if family is not None and family.names_tokenizer:
         kind, origin = _lingua_tokenizer(directory)
         if origin is not None:
             files.append(SideFile("tokenizer.model", origin=origin))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dcpconv.core.dtypes import DType
 from dcpconv.loading.model import Place
@@ -116,7 +116,7 @@ def offer_of(supply: Supply, source: str) -> Offer:
             )
             for key, target in supply.targets().items()
         },
-        missing=tuple(Fault(root + fault.key, fault.why) for fault in coverage.missing),
+        missing=tuple(replace(fault, key=root + fault.key, slots=()) for fault in coverage.missing),
         unknown=coverage.unknown,
         misshapen=coverage.misshapen,
         ignored=coverage.ignored,
@@ -138,7 +138,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
     misshapen = list(offer.misshapen)
     scaled: list[Fault] = []
     ignored = list(offer.ignored)
-    reasons = {fault.key: fault.why for fault in offer.missing}
+    faults = {fault.key: fault for fault in offer.missing}
     used: set[str] = set()
     names = {fqn for place in wanted for fqn in place.fqns}
     for place in wanted:
@@ -153,8 +153,9 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
             continue
         had = [fqn for fqn in place.fqns if fqn in offer.tensors]
         if not had:
-            why = next((reasons[fqn] for fqn in place.fqns if fqn in reasons), "")
-            missing.append(Fault(place.fqn, "" if why == f"needs {place.fqn}" else why))
+            fault = next((faults[fqn] for fqn in place.fqns if fqn in faults), None)
+            is_plain = fault is None or fault.kind == "absent"
+            missing.append(Fault(place.fqn, "" if is_plain or fault is None else fault.why))
             continue
         # The owner first: a second name may have been stored before they were tied.
         fqn = min(had, key=lambda name: offer.tensors[name].tied_to is not None)

@@ -17,8 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-_TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Components that ``torch.compile``, FSDP1 and activation checkpointing add to names."""
+from dcpconv.sources.fitting import WRAPPERS
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     for name, child in module._modules.items():  # noqa: SLF001
         if child is None:
             continue
-        is_wrapped = name in _TRANSPARENT or (
+        is_wrapped = name in WRAPPERS or (
             name == "module" and isinstance(module, DistributedDataParallel)
         )
         yield from walk(child, prefix if is_wrapped else f"{prefix}{name}.")

@@ -69,7 +69,7 @@ def move(
     told = portable(arrived.failure)
     if told is not None:
         facts = [*told.facts, ("model", "its weights are undefined now")]
-        told = type(told)(told.headline, facts, hint=told.hint)
+        told = told.with_facts(facts)
     world.agree(told)
     return arrived
 

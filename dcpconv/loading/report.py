@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dcpconv.core.numbers import size
 from dcpconv.engine.execute import LossyCast
 
 
@@ -61,10 +62,10 @@ class LoadReport:
         rows: list[tuple[str, str]] = [
             ("source", f"{self.source}  {self.form}  {self.family}"),
             ("model", f"{len(self.loaded)} tensors loaded  {self.target}"),
-            ("bytes", f"{_size(self.nbytes)} in {self.seconds:.2f} s on this rank"),
+            ("bytes", f"{size(self.nbytes)} in {self.seconds:.2f} s on this rank"),
         ]
         if self.nbytes_received:
-            rows.append(("received", f"{_size(self.nbytes_received)} from other ranks"))
+            rows.append(("received", f"{size(self.nbytes_received)} from other ranks"))
         rows.extend(("cast", f"{count} tensors {old} -> {new}") for old, new, count in self.casts)
         rows.extend(
             ("lossy", f"{one.key}  {one.overflowed} overflowed, {one.underflowed} became zero")
@@ -86,12 +87,3 @@ class LoadReport:
         ):
             rows.extend((label, name) for name in names)
         return "\n".join(f"{label:<10} {text}" for label, text in rows)
-
-
-def _size(nbytes: int) -> str:
-    amount = float(nbytes)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.2f} {unit}"
-        amount /= 1024
-    return f"{amount:.2f} GiB"

@@ -89,5 +89,5 @@ def raise_first(
     if len(failed) < len(failures):
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         facts.append(("on ranks", f"{ranks} of {len(failures)}"))
-    error = type(first)(first.headline, facts, hint=first.hint)
+    error = first.with_facts(facts)
     raise error from (cause if cause is not None and cause is not first else None)

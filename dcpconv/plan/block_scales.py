@@ -8,7 +8,7 @@ from dataclasses import replace
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.coverage import Fault, Piece, Target, as_stored
-from dcpconv.sources.recognition import bare
+from dcpconv.sources.fitting import bare
 
 SCALE = "_scale_inv"
 """What the key of the factors adds to the key of the weight.  Source: the model's index.json."""

@@ -6,7 +6,7 @@ written, tied, or missing.  All of it is found before anything is moved, and all
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -103,6 +103,8 @@ class Fault:
         slots: What it holds, where a table says.
         expected: Shape or element type it should have, where that is the trouble.
         found: What it has instead.
+        kind: ``absent`` where the source lacks just the tensor of this very name, which needs no
+            explanation; ``unlike`` for another shape or type; ``other`` for what ``why`` tells.
     """
 
     key: str
@@ -110,13 +112,25 @@ class Fault:
     slots: tuple[str, ...] = ()
     expected: str = ""
     found: str = ""
+    kind: Literal["absent", "unlike", "other"] = field(default="other", compare=False)
 
     @classmethod
     def unlike(
         cls, key: str, expected: object, found: object, slots: tuple[str, ...] = ()
     ) -> Fault:
         """A tensor of another shape or element type than it should have."""
-        return cls(key, f"{expected} expected, {found} found", slots, str(expected), str(found))
+        return cls(
+            key, f"{expected} expected, {found} found", slots, str(expected), str(found), "unlike"
+        )
+
+    @classmethod
+    def lacking(
+        cls, key: str, lacking: Sequence[tuple[str, str]], slots: tuple[str, ...] = ()
+    ) -> Fault:
+        """A tensor that cannot be made, with what the source lacks for it: keys, and reasons."""
+        is_itself = [needed for needed, _ in lacking] == [key]
+        why = "; ".join(reason for _, reason in lacking)
+        return cls(key, why, slots, kind="absent" if is_itself else "other")
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""

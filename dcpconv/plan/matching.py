@@ -280,12 +280,12 @@ class _Account:
     def _target(self, row: Row, indices: dict[str, int]) -> Target | None:
         key = row.pattern.key(indices)
         pieces: list[Piece] = []
-        lacking: list[str] = []
+        lacking: list[tuple[str, str]] = []
         relabelled: tuple[str, str] | None = None
         for term, slot in enumerate(row.slots):
             holders = self.source.holders(slot)
             if not holders:
-                lacking.append(f"family {self.source.name} has no {slot}")
+                lacking.append(("", f"family {self.source.name} has no {slot}"))
                 continue
             srow, sterm = self._holder(holders, indices)
             if srow.same_storage(row):
@@ -294,13 +294,14 @@ class _Account:
                     pieces.append(self._piece(Piece(entry)))
                 break
             if srow.axes(sterm) != row.axes(term):
-                lacking.append(f"{slot} has other axes in {self.source.name}: {srow.layout.text}")
+                axes = f"{slot} has other axes in {self.source.name}: {srow.layout.text}"
+                lacking.append(("", axes))
                 continue
             if srow.layout.axes(sterm) != row.layout.axes(term):
                 relabelled = relabelled or (srow.layout.text, row.layout.text)
             pieces.extend(self._pieces(row, term, srow, sterm, indices, lacking))
         if lacking:
-            self.missing.append(Fault(key, "; ".join(lacking), row.slots))
+            self.missing.append(Fault.lacking(key, lacking, row.slots))
             return None
         if not pieces:
             return None  # what would supply it is misshapen
@@ -335,7 +336,7 @@ class _Account:
         srow: Row,
         sterm: int,
         indices: dict[str, int],
-        lacking: list[str],
+        lacking: list[tuple[str, str]],
     ) -> Iterator[Piece]:
         wanted = self._place(row, term)
         placed = self._place(srow, sterm)
@@ -373,11 +374,11 @@ class _Account:
                 ) from None
         return found
 
-    def _entry(self, key: str, lacking: list[str]) -> TensorEntry | None:
+    def _entry(self, key: str, lacking: list[tuple[str, str]]) -> TensorEntry | None:
         key = self.stand_in.get(key, key)
         entry = self.weights.entries.get(key)
         if entry is None:
-            lacking.append(f"needs {key}")
+            lacking.append((key, f"needs {key}"))
         else:
             self.consumed.add(key)
         return entry

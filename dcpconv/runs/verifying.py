@@ -56,7 +56,7 @@ def verify_step(step: FoundStep) -> StepCheck:
         try:
             open_checkpoint(step.weights, problems=found)
         except DcpconvError as error:
-            found.append(_in_one_line(error))
+            found.append(error.in_one_line)
         problems += found
     if step.path.is_dir():
         for file in sorted(path for path in step.path.rglob("*") if path.is_file()):
@@ -73,7 +73,7 @@ def _directory_problems(directory: Path) -> list[str]:
     try:
         dcp.read_catalog(directory, problems=found)
     except DcpconvError as error:
-        found.append(_in_one_line(error))
+        found.append(error.in_one_line)
     return [f"{directory.name}: {problem}" for problem in found]
 
 
@@ -99,8 +99,3 @@ def _file_problems(file: Path, step: FoundStep) -> Iterator[str]:
                 )
             except DcpconvError as error:
                 yield error.headline
-
-
-def _in_one_line(error: DcpconvError) -> str:
-    facts = ", ".join(f"{label} {value}" for label, value in error.facts)
-    return f"{error.headline} ({facts})" if facts else error.headline

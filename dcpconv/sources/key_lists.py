@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dcpconv.core.catalog import Catalog, TensorEntry
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import BY_NAME, dtype_named
 from dcpconv.core.errors import FormatError
 from dcpconv.sources.recognition import Weights
 
@@ -141,9 +141,13 @@ def _entry(key: str, record: object) -> TensorEntry | None:
     """A record as an entry, or ``None`` if it is malformed."""
     try:
         dtype, shape = record["dtype"], record["shape"]  # type: ignore[index]  # caught below
-        known = BY_LABEL.get(dtype) or BY_NAME[dtype.removeprefix("torch.")]
+        known = dtype_named(dtype)
     except (TypeError, KeyError, AttributeError):
         return None
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+    if (
+        known is None
+        or not isinstance(shape, list)
+        or any(type(n) is not int or n < 0 for n in shape)
+    ):
         return None
     return TensorEntry(key, known, tuple(shape), ())

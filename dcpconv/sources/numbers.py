@@ -139,9 +139,11 @@ def require_said(spec: ModelSpec, weights: Weights) -> None:
         return
     facts: list[tuple[str, object]] = [("source", weights.catalog.source)]
     facts += [("lacks", name) for name in spec.unsaid]
+    has_choice = False
     for table in (weights.keymap, *weights.same):
         told = [f"{n} {table.facts[n]:g}" for n in spec.unsaid if n in table.facts]
         if told:
+            has_choice = True
             facts.append(("fits", f"{table.name}: {', '.join(told)}"))
     words = {
         "norm_eps": "eps=1e-5",
@@ -150,7 +152,6 @@ def require_said(spec: ModelSpec, weights: Weights) -> None:
         "experts.norm_topk": "experts.norm_topk=true",
     }
     example = ",".join(words.get(name, f"{name}=1.0") for name in spec.unsaid)
-    has_choice = any(label == "fits" for label, _ in facts)
     choice = ", --from NAME takes a family's" if has_choice else ""
     raise SpecError(
         "no file says what the result's parameter file has to; nothing was written",

@@ -13,22 +13,23 @@ from dataclasses import dataclass, field, replace
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, Row, keymaps, split_key, tables_for
+from dcpconv.families.keymaps import Keymap, split_key, tables_for
+from dcpconv.sources.fitting import (
+    RULED_OUT,
+    WRAPPERS,
+    Fit,
+    bare,
+    clues,
+    containers_of,
+    fit_of,
+    misfit,
+    rows_used,
+    under,
+)
 
 _ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
 """Containers and wrappers that stand before the first component of a model's own keys: training
 scripts (``model``, ``state_dict``), ``DistributedDataParallel`` (``module``)."""
-
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Components that ``torch.compile``, FSDP1 and activation checkpointing put anywhere in a key."""
-
-
-_STATED = 2
-"""Hints of a table whose family's parameter file lies beside the tensors."""
-
-_RULED_OUT = -9
-"""Hints of a table that contradicts the parameter file; a shape that is unusual for a family only
-makes it less likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +90,6 @@ class Weights:
         return self.keymap
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    """How well a table explains the keys under a root.
-
-    Attributes:
-        matched: Keys that it knows.
-        unmatched: Keys that it does not.
-        foreign: Keys outside the root.
-        beside: Containers next to the weights where these have none of their own, as torchtitan
-            saves them: ``optimizer``, ``train_state``.
-        absent: Rows that it always has and no key is for.
-        hinted: How far config and shapes speak for the family: above 0 for it, below against it.
-    """
-
-    root: str
-    keymap: Keymap
-    matched: int
-    unmatched: int
-    foreign: int
-    absent: int
-    hinted: int
-    beside: frozenset[str] = frozenset()
-
-
 def recognise(
     catalog: Catalog,
     *,
@@ -146,14 +123,16 @@ def recognise(
     templates = Counter(split_key(key)[0] for key in catalog.tensors)
     counts = {tuple(template.split(".")): count for template, count in templates.items()}
     roots = [_dotted(root)] if root is not None else _roots(counts)
-    containers = _containers(catalog)
+    containers = containers_of(catalog)
+    readings = [_bare_keys(at, counts) for at in roots]
+    candidates = _candidates(architecture, spec, keymap, tables, readings)
     fits = [
         fit
         for at in roots
-        for table in _candidates(architecture, keymap, tables)
-        if (fit := _fit(at, table, counts, catalog, spec, containers)).matched
+        for table in candidates
+        if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
     ]
-    fits.sort(key=_misfit)
+    fits.sort(key=misfit)
     sure = [fit for fit in fits if keymap is not None or _is_sure(fit, architecture, spec)]
     if not sure:
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
@@ -164,18 +143,18 @@ def recognise(
         for fit in sure
         if (fit.root, fit.unmatched, fit.absent) == (best.root, best.unmatched, best.absent)
     ]
-    rows = _rows_used(best, counts)
+    rows = rows_used(best, counts)
     others = tuple(
         fit.keymap
         for fit in same_root[1:]
-        if _rows_used(fit, counts) != rows and (fit.hinted > _RULED_OUT or best.hinted < 0)
+        if rows_used(fit, counts) != rows and (fit.hinted > RULED_OUT or best.hinted < 0)
     )
-    equal = tuple(fit.keymap for fit in same_root[1:] if _rows_used(fit, counts) == rows)
+    equal = tuple(fit.keymap for fit in same_root[1:] if rows_used(fit, counts) == rows)
     under = f" under {best.root!r}" if best.root else ""
     evidence = [
         f"{best.matched} of {best.matched + best.unmatched} keys{under} match {best.keymap.name}"
     ]
-    evidence.extend(_clues(best, spec))
+    evidence.extend(clues(best, spec))
     if equal:
         evidence.append(f"the same bytes as {', '.join(table.name for table in equal)}")
     if others and spec is not None and spec.architecture in best.keymap.architectures:
@@ -186,7 +165,7 @@ def recognise(
     return replace(weights, same=equal, is_hinted=best.hinted > 0)
 
 
-def _is_sure(fit: _Fit, architecture: str | None, spec: ModelSpec | None) -> bool:
+def _is_sure(fit: Fit, architecture: str | None, spec: ModelSpec | None) -> bool:
     """Whether a table may be used: see ``recognise``.
 
     Of a known architecture, keys may be lost or added in the naming of its own parameter file; any
@@ -199,7 +178,7 @@ def _is_sure(fit: _Fit, architecture: str | None, spec: ModelSpec | None) -> boo
     return not fit.unmatched or (spec is not None and spec.origin == fit.keymap.config)
 
 
-def _why_not(architecture: str | None, fits: Sequence[_Fit]) -> tuple[str, ...]:
+def _why_not(architecture: str | None, fits: Sequence[Fit]) -> tuple[str, ...]:
     """Why no table is used, and how near the nearest comes."""
     if architecture is not None and not any(fit.matched for fit in fits):
         named = f"the parameter file names {architecture}" if architecture else ""
@@ -211,17 +190,6 @@ def _why_not(architecture: str | None, fits: Sequence[_Fit]) -> tuple[str, ...]:
     lacks = f", and {best.absent} of its rows have no key" if best.absent else ""
     near = f"{best.matched} of {best.matched + best.unmatched} keys match {best.keymap.name}{lacks}"
     return ("no table knows exactly these keys", f"nearest: {near}")
-
-
-def bare(key: str) -> str:
-    """A key without the components that wrappers put into it.
-
-    >>> bare("layers.0._orig_mod.attention.wq.weight")
-    'layers.0.attention.wq.weight'
-    """
-    if "_orig_mod" not in key and "_wrapped_module" not in key:
-        return key
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _weights(
@@ -250,27 +218,22 @@ def _weights(
 
 
 def _candidates(
-    architecture: str | None, keymap: Keymap | None, tables: Iterable[Keymap] | None
+    architecture: str | None,
+    spec: ModelSpec | None,
+    keymap: Keymap | None,
+    tables: Iterable[Keymap] | None,
+    readings: list[frozenset[str]],
 ) -> list[Keymap]:
-    """The tables that may be used, in the order in which they are tried."""
+    """The tables that may be used; others are not even read."""
     if keymap is not None:
         return [keymap]
     if tables is not None:
         return list(tables)
-    return list(keymaps().values()) if architecture is None else tables_for(architecture)
+    return tables_for(architecture, readings, config=spec.origin if spec is not None else "")
 
 
-def _misfit(fit: _Fit) -> tuple[float, ...]:
-    """The better a table fits, the less; in a tie the order of the candidates decides."""
-    return (
-        fit.hinted < _STATED or fit.unmatched > fit.matched,
-        fit.unmatched > 0,
-        fit.unmatched / fit.matched,
-        fit.absent,
-        -fit.hinted,
-        -fit.matched,
-        fit.foreign,
-    )
+def _bare_keys(root: str, counts: Mapping[tuple[str, ...], int]) -> frozenset[str]:
+    return frozenset(key for key, _ in under(root, counts) if key is not None)
 
 
 def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
@@ -278,7 +241,7 @@ def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
     for template in counts:
         root = ""
         for part in template:
-            if part not in _ROOTS and part not in _WRAPPERS:
+            if part not in _ROOTS and part not in WRAPPERS:
                 break
             root += f"{part}."
             roots.add(root)
@@ -287,104 +250,11 @@ def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
 
 def _nested_root(catalog: Catalog) -> str:
     """The container that holds the weights, for keys that no table knows."""
-    outer = _containers(catalog)
+    outer = containers_of(catalog)
     for name in ("model", "state_dict", "model_state_dict", "module"):
         if name in outer:
             return f"{name}."
     return ""
-
-
-def _fit(
-    root: str,
-    table: Keymap,
-    counts: Mapping[tuple[str, ...], int],
-    catalog: Catalog,
-    spec: ModelSpec | None,
-    containers: frozenset[str],
-) -> _Fit:
-    matched = unmatched = foreign = 0
-    known = set()
-    strange: Counter[str] = Counter()
-    for key, count in _under(root, counts):
-        if key is None:
-            foreign += count
-        elif table.knows(key):
-            matched += count
-            known.add(key)
-        else:
-            unmatched += count
-            strange[key.partition(".")[0]] += count
-    beside = frozenset[str]()
-    if root == "" and strange:
-        inside = {key.partition(".")[0] for key in known}
-        beside = containers & strange.keys() - inside
-        apart = sum(strange[name] for name in beside)
-        unmatched, foreign = unmatched - apart, foreign + apart
-    needed = [row for row in table.rows if not row.when or set(row.slots) & set(table.always)]
-    absent = sum(row.pattern.template not in known for row in needed)
-    # Shapes are looked up only where every key is known: elsewhere they decide nothing.
-    is_worth = matched and not (unmatched and spec is None)
-    hinted = _hinted(root, table, catalog, spec) if is_worth else 0
-    return _Fit(root, table, matched, unmatched, foreign, absent, hinted, beside)
-
-
-def _containers(catalog: Catalog) -> frozenset[str]:
-    """Outermost containers of what was saved."""
-    return frozenset(str(path[0]) for path in catalog.paths.values() if len(path) > 1)
-
-
-def _hinted(root: str, table: Keymap, catalog: Catalog, spec: ModelSpec | None) -> int:
-    if spec is not None and spec.origin:
-        said = _STATED if spec.origin == table.config else 0
-        for name, value in table.hints.items():
-            if hasattr(spec, name) and name != "vocab_size":
-                said += 1 if getattr(spec, name) == value else _RULED_OUT
-        return said
-    found = _shape_facts(root, table, catalog) if table.hints else {}
-    if not table.hints.keys() & found.keys():
-        return 0
-    return 1 if all(found.get(name) == value for name, value in table.hints.items()) else -1
-
-
-def _shape_facts(root: str, table: Keymap, catalog: Catalog) -> dict[str, int]:
-    """What the shapes of a checkpoint say in the terms of ``Keymap.hints``."""
-    rows = {}
-    for slot in ("embed", "layer.q", "layer.k"):
-        for row, _ in table.holders(slot):
-            entry = catalog.tensors.get(root + row.pattern.key({"L": 0}))
-            if entry is not None and entry.shape and row.layout.terms == 1:
-                rows[slot] = entry.shape[0]
-    facts = {"vocab_size": rows["embed"]} if "embed" in rows else {}
-    if rows.get("layer.k"):
-        facts["q_per_kv"] = rows.get("layer.q", 0) // rows["layer.k"]
-    return facts
-
-
-def _clues(fit: _Fit, spec: ModelSpec | None) -> list[str]:
-    """What beside the keys speaks for the best table."""
-    if spec is not None and spec.origin == fit.keymap.config:
-        return [f"the parameter file beside it is of {fit.keymap.config}"]
-    if fit.hinted <= 0 or not fit.keymap.hints:
-        return []
-    words = {"vocab_size": "{} tokens", "q_per_kv": "{} query heads per kv head"}
-    found = [words[name].format(value) for name, value in fit.keymap.hints.items() if name in words]
-    return [f"{' and '.join(found)}, as {fit.keymap.title} has"] if found else []
-
-
-def _under(root: str, counts: Mapping[tuple[str, ...], int]) -> Iterable[tuple[str | None, int]]:
-    for template, count in counts.items():
-        key = ".".join(template)
-        yield (bare(key[len(root) :]) if key.startswith(root) else None), count
-
-
-def _rows_used(fit: _Fit, counts: Mapping[tuple[str, ...], int]) -> list[object]:
-    """What the table makes of every key, without its name."""
-
-    def storage(row: Row | None) -> object:
-        return row and (row.slots, row.layout.text)
-
-    keys = (key for key, _ in _under(fit.root, counts) if key is not None)
-    return [[storage(row) for row in fit.keymap.rows_like(key)] for key in keys]
 
 
 def _dotted(root: str) -> str:

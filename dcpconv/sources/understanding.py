@@ -221,8 +221,7 @@ def _parameters(opened: Opened, said: Said) -> tuple[ParameterFile | None, tuple
         except SpecError as error:
             if place is said.assets:
                 raise
-            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
-            return None, (f"the config beside the source was not used: {error.headline} ({facts})",)
+            return None, (f"the config beside the source was not used: {error.in_one_line}",)
         if found is None or not found.trouble or not is_known(found.architecture):
             return found, ()
         if place is said.assets:

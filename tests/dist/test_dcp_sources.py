@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.formats.dcp.directory import inspect_chunks, read_catalog
+from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.dcp.directory import read_catalog
 from support.checkpoints.dcp_directories import raw, read_tensor
 from support.worlds.dcp_worlds import weights
 
@@ -17,7 +18,7 @@ def check(path: Path, expected: dict[str, torch.Tensor]) -> None:
     assert set(catalog.tensors) == {f"model.{key}" for key in expected}
     for key, tensor in expected.items():
         entry = catalog.tensors[f"model.{key}"]
-        assert inspect_chunks(entry) == ()
+        assert inspect_boxes(entry.shape, [(c.offsets, c.sizes) for c in entry.chunks]) == ()
         assert catalog.path_of(entry.key) == ("model", key)
         found = read_tensor(catalog, entry.key)
         assert (found.dtype, found.shape, raw(found)) == (tensor.dtype, tensor.shape, raw(tensor))

@@ -56,7 +56,7 @@ def fold(faults: Iterable[Fault]) -> list[Folded]:
             key = plain(_filled(template.split("{}"), ranges))
             reason = plain(_reason(why, ranges))
             # In one naming a key needs itself, which says nothing.
-            folded.append(Folded(key, "" if reason == f"needs {key}" else reason, count, first))
+            folded.append(Folded(key, "" if first.kind == "absent" else reason, count, first))
     return folded
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.configs import chatglm, hf, hf_writing, lingua, meta, minimind, torchtitan
-from dcpconv.families.configs.parameters import Refusal, read_fields
+from dcpconv.families.configs.parameters import Refusal, Wishes, read_fields
+from dcpconv.families.family import CONFIG, PARAMS, family_of, family_of_fields
 
 __all__ = [
     "Refusal",
@@ -21,18 +21,8 @@ __all__ = [
     "write_config",
 ]
 
-_NAMES = (hf.FILE, lingua.FILE)
+_NAMES = (CONFIG, PARAMS)
 """In order of preference: Mistral publishes both, and its params.json says less."""
-
-_Recognises = Callable[[Mapping[str, object]], bool]
-_Reads = Callable[[Mapping[str, object], Path], ModelSpec]
-_READERS: tuple[tuple[_Recognises, _Reads], ...] = (
-    (lingua.is_params, lingua.read),
-    (minimind.is_config, minimind.read),
-    (chatglm.is_config, chatglm.read),
-    (meta.is_params, meta.read),
-    (hf.is_config, hf.read),
-)
 
 
 def find_config(path: Path) -> Path | None:
@@ -60,9 +50,10 @@ def read_spec(path: Path) -> ModelSpec:
             [("looked in", path), *(("for", name) for name in _NAMES)],
         )
     fields = read_fields(file)
-    for recognises, read in _READERS:
-        if recognises(fields):
-            return read(fields, file)
+    family = family_of_fields(fields)
+    if family is not None:
+        spec: ModelSpec = family.reading.read(fields, file)
+        return spec
     raise SpecError(
         "parameter file is of no known family",
         [
@@ -75,11 +66,8 @@ def read_spec(path: Path) -> ModelSpec:
 
 def config_name(family: str) -> str | None:
     """Name of the parameter file we write for ``family``, or ``None`` where we write none."""
-    if family in {"lingua", "meta"}:
-        return lingua.FILE
-    if family in {*minimind.FAMILIES, *chatglm.FAMILIES} or _is_hf(family):
-        return hf.FILE
-    return None
+    known = family_of(family)
+    return None if known is None else known.file
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
@@ -88,17 +76,9 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     Empty for a family without a parameter file, which promises nothing.  A model that already is
     in ``family`` need not be asked about.
     """
-    if family == "lingua":
-        return lingua.refusals(spec)
-    if family == "meta":
-        return meta.refusals(spec)
-    if family in minimind.FAMILIES:
-        return minimind.refusals(family, spec)
-    if family in chatglm.FAMILIES:
-        return chatglm.refusals(family, spec)
-    if family in torchtitan.FAMILIES:
-        return torchtitan.refusals(family, spec)
-    return hf_writing.refusals(_model_type(family, spec), spec) if _is_hf(family) else ()
+    known = family_of(family)
+    found: tuple[Refusal, ...] = () if known is None else known.configs.refusals(family, spec)
+    return found
 
 
 def write_config(
@@ -126,31 +106,15 @@ def write_config(
     """
     if spec.vocab_size is None:
         raise SpecError("vocab_size is not known", hint="take it from the embedding's shape")
-    if family == "lingua":
-        return lingua.write(spec, tokenizer=tokenizer, dtype=dtype, name=name)
-    if family == "meta":
-        return meta.write(spec)
-    if family in minimind.FAMILIES:
-        return minimind.write(family, spec, dtype=dtype)
-    if family in chatglm.FAMILIES:
-        return chatglm.write(family, spec, dtype=dtype)
-    if _is_hf(family):
-        return hf_writing.write(spec, model_type=_model_type(family, spec), dtype=dtype)
-    raise SpecError("family has no parameter file", [("family", family)])
+    known = family_of(family)
+    if known is None or known.file is None:
+        raise SpecError("family has no parameter file", [("family", family)])
+    wishes = Wishes(dtype, tokenizer, name)
+    fields: dict[str, object] = known.configs.write(family, spec, wishes)
+    return fields
 
 
 def to_text(fields: Mapping[str, object]) -> str:
     """``fields`` as the text of a JSON file."""
     # Not escaped: Lingua reads YAML, in which an escaped surrogate pair is no character.
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _is_hf(family: str) -> bool:
-    return family == "hf" or family.startswith("hf-")
-
-
-def _model_type(family: str, spec: ModelSpec) -> str:
-    if not family.startswith("hf-"):
-        return spec.architecture
-    named = family.removeprefix("hf-")
-    return spec.architecture if hf.SAME_KEYS.get(spec.architecture) == named else named

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import dtype_named
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
-from dcpconv.families.configs.parameters import Refusal, checked, turned_otherwise, unexpressed
-
-FILE = "config.json"
-
-FAMILIES = ("chatglm3", "chatglm3-mha")
+from dcpconv.families.configs.parameters import (
+    Refusal,
+    Wishes,
+    checked,
+    turned_otherwise,
+    unexpressed,
+)
 
 _EXPRESSES = frozenset({"partial_rotary", "qkv_bias"})
 _BASE = 10_000.0
@@ -32,13 +33,11 @@ _AUTO_MAP = {
 }
 
 
-class _Config(BaseModel):
+class _Config(Record, extra="ignore"):
     """ChatGLMConfig, with its defaults.
 
     Source: ``configuration_chatglm.py`` of THUDM/chatglm3-6b.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
 
     num_layers: Count = 28
     padded_vocab_size: Size = 65_024
@@ -63,11 +62,6 @@ class _Config(BaseModel):
     pad_token_id: int | None = None
     pre_seq_len: Size | None = None
     prefix_projection: bool = False
-
-
-def is_config(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a ChatGLM config.json."""
-    return fields.get("model_type") == "chatglm"
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -132,10 +126,10 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """config.json for ``spec``, in the order it should be printed."""
     eos = spec.eos_token_id
-    known = BY_LABEL.get(dtype or spec.dtype or "fp16") or BY_NAME.get(dtype or "")
+    known = dtype_named(wishes.dtype or spec.dtype or "fp16")
     return {
         "model_type": "chatglm",
         "architectures": ["ChatGLMModel"],

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pydantic import AliasChoices
-
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import slots_of
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import HfConfig
-from dcpconv.families.configs.model_types import MODEL_TYPES
+from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
-
-FILE = "config.json"
-
-SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
-"""Classes whose tensors are named as another class names them, so that one table serves both."""
 
 _TRAINED_LENGTH = "original_max_position_embeddings"
 _PHI3_TRAINED_LENGTH = 4096
@@ -28,11 +22,6 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
-
-
-def is_config(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a config.json."""
-    return "model_type" in fields or "architectures" in fields
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -87,7 +76,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "pad_token_id": config.pad_token_id,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "unaccounted": (
-            *unaccounted(config.model_extra or {}, harmless_if=_other_spellings(config)),
+            *unaccounted(config.model_extra or {}, used=_spellings()),
             *_rope_strangers(config),
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
@@ -146,14 +135,9 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
     }
 
 
-def _other_spellings(config: HfConfig) -> Mapping[str, tuple[object, ...]]:
-    """A field that stands twice, under two names, is harmless where both say the same."""
-    return {
-        str(name): (getattr(config, field),)
-        for field, info in HfConfig.model_fields.items()
-        if isinstance(info.validation_alias, AliasChoices)
-        for name in info.validation_alias.choices
-    }
+def _spellings() -> frozenset[str]:
+    """Every name of a field that is used: a file may hold several, of which the first counts."""
+    return frozenset(name for slot in slots_of(HfConfig).values() for name in slot.names)
 
 
 _ROPE_KNOWN = frozenset(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue
-
+from dcpconv.core.record import Json, Record, field
 from dcpconv.core.spec import Count, Positive, Size
 
 
-class HfConfig(BaseModel):
+class HfConfig(Record, extra="allow"):
     """The fields of config.json that say something about arithmetic; the rest is carried over."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, defer_build=True)
 
     model_type: str
     architectures: list[str] | None = None
@@ -22,10 +19,8 @@ class HfConfig(BaseModel):
     num_key_value_heads: Count | None = None
     head_dim: Size | None = None
     max_position_embeddings: Size
-    rms_norm_eps: Positive = Field(
-        validation_alias=AliasChoices(
-            "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"
-        )
+    rms_norm_eps: Positive = field(
+        names=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     )
     # The base class of transformers 4 ties unless told otherwise, and leaves its own defaults out.
     tie_word_embeddings: bool = True
@@ -33,8 +28,8 @@ class HfConfig(BaseModel):
     torch_dtype: str | None = None
 
     rope_theta: Positive | None = None
-    rope_scaling: dict[str, JsonValue] | None = None
-    rope_parameters: dict[str, JsonValue] | None = None
+    rope_scaling: dict[str, Json] | None = None
+    rope_parameters: dict[str, Json] | None = None
     partial_rotary_factor: Positive | None = None
 
     attention_bias: bool = False
@@ -45,7 +40,7 @@ class HfConfig(BaseModel):
     hidden_activation: str | None = None
 
     use_sliding_window: bool = True
-    sliding_window: int | None = Field(None, ge=0)
+    sliding_window: int | None = field(default=None, ge=0)
     max_window_layers: int | None = None
     layer_types: list[str] | None = None
 
@@ -57,32 +52,26 @@ class HfConfig(BaseModel):
     residual_multiplier: Positive = 1.0
     logits_scaling: Positive = 1.0
 
-    num_experts: int | None = Field(
-        None,
+    num_experts: int | None = field(
+        default=None,
         ge=0,
-        validation_alias=AliasChoices(
-            "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
-        ),
+        names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
-    num_experts_per_tok: Count | None = Field(
-        None, validation_alias=AliasChoices("num_experts_per_tok", "moe_k")
-    )
+    num_experts_per_tok: Count | None = field(default=None, names=("num_experts_per_tok", "moe_k"))
     moe_intermediate_size: Size | None = None
-    n_shared_experts: int | None = Field(
-        None, ge=0, validation_alias=AliasChoices("n_shared_experts", "moe_num_shared_experts")
+    n_shared_experts: int | None = field(
+        default=None, ge=0, names=("n_shared_experts", "moe_num_shared_experts")
     )
-    shared_expert_intermediate_size: int | None = Field(
-        None,
+    shared_expert_intermediate_size: int | None = field(
+        default=None,
         ge=0,
-        validation_alias=AliasChoices(
-            "shared_expert_intermediate_size", "shared_intermediate_size"
-        ),
+        names=("shared_expert_intermediate_size", "shared_intermediate_size"),
     )
     norm_topk_prob: bool = False
-    first_k_dense_replace: int = Field(0, ge=0)
+    first_k_dense_replace: int = field(default=0, ge=0)
     decoder_sparse_step: Count = 1
     mlp_only_layers: list[int] | None = None
-    moe_layer_start_index: int = Field(0, ge=0)
+    moe_layer_start_index: int = field(default=0, ge=0)
     moe_layer_end_index: int = -1
     moe_layer_interval: Count = 1
     routed_scaling_factor: Positive = 1.0

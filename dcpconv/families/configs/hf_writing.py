@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pydantic import JsonValue
-
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
+from dcpconv.core.record import Json
 from dcpconv.core.spec import Experts, ModelSpec
-from dcpconv.families.configs.model_types import MODEL_TYPES
-from dcpconv.families.configs.parameters import Refusal, turned_otherwise, unexpressed
+from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
+from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
 
 _ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
 _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -30,8 +29,14 @@ _OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
 
 
-def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
-    """What the class behind ``model_type`` cannot hold of ``spec``, and what it would miss."""
+def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
+    """What a class cannot hold of ``spec``, and what it would miss.
+
+    Args:
+        family: ``hf-<model_type>``, or ``hf`` for the class that ``spec`` names.
+        spec: The model.
+    """
+    model_type = _model_type(family, spec)
     known = MODEL_TYPES.get(model_type)
     if known is None or known.expresses is None:
         return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
@@ -58,9 +63,7 @@ def refusals(model_type: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(
-    spec: ModelSpec, *, model_type: str | None = None, dtype: str | None = None
-) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """config.json for ``spec``, in the order it should be printed.
 
     RoPE and dtype are spelled both ways, since transformers 4 does not look at
@@ -68,21 +71,21 @@ def write(
     null, because a field left out means the class's own default.
 
     Args:
+        family: ``hf-<model_type>``, or ``hf`` for the class that ``spec`` names.
         spec: What to describe; features that do not fit are left out, see ``refusals``.
-        model_type: The class to write for, by default the one ``spec`` came from.
-        dtype: Label or torch name of the written tensors, by default what ``spec`` says.
+        wishes: The dtype, by default what ``spec`` says.
 
     Raises:
         NotExpressibleError: No config.json is written for this class.
     """
-    model_type = model_type or spec.architecture
+    model_type = _model_type(family, spec)
     known = MODEL_TYPES.get(model_type)
     if known is None or known.expresses is None:
         raise NotExpressibleError(
             f"no config.json is written for {model_type}",
             [("known", name) for name, known in MODEL_TYPES.items() if known.expresses is not None],
         )
-    label = dtype or spec.dtype
+    label = wishes.dtype or spec.dtype
     fields: dict[str, object] = {
         "architectures": [known.class_name],
         "model_type": model_type,
@@ -117,16 +120,12 @@ def write(
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
 
 
-def generation_config(spec: ModelSpec) -> dict[str, object]:
-    """generation_config.json for ``spec``: the tokens that start, end and fill a sequence."""
-    eos = spec.eos_token_id
-    fields = {
-        "_from_model_config": True,
-        "bos_token_id": spec.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-        "pad_token_id": spec.pad_token_id,
-    }
-    return {key: value for key, value in fields.items() if value is not None}
+def _model_type(family: str, spec: ModelSpec) -> str:
+    """The class to write for: a model keeps its own where both name their tensors alike."""
+    if not family.startswith("hf-"):
+        return spec.architecture
+    named = family.removeprefix("hf-")
+    return spec.architecture if SAME_KEYS.get(spec.architecture) == named else named
 
 
 def _unfit(model_type: str, experts: Experts, name: str, n_layers: int) -> list[str]:
@@ -356,12 +355,12 @@ def _rope(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-def _sorted(fields: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+def _sorted(fields: Mapping[str, Json]) -> dict[str, Json]:
     return {key: fields[key] for key in sorted(fields)}
 
 
 def _torch_name(dtype: str) -> str:
-    known = BY_LABEL.get(dtype) or BY_NAME.get(dtype.removeprefix("torch."))
+    known = dtype_named(dtype)
     if known is None:
         raise SpecError("unknown dtype", [("found", dtype), ("expected", ", ".join(BY_LABEL))])
     return known.name

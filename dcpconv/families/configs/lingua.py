@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import dtype_named
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
-from dcpconv.families.configs.parameters import Refusal, checked
-
-FILE = "params.json"
+from dcpconv.families.configs.parameters import Refusal, Wishes, checked
 
 EXPRESSES: frozenset[str] = frozenset()
 """LMTransformer is a Llama without features: sizes, eps, theta and tying say all there is."""
@@ -46,8 +43,8 @@ _WHY = {
 """Source: ``lingua/transformer.py`` and ``apps/main/transformer.py``, same commit."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
+class _Section(Record, extra="ignore"):
+    """A part of TrainArgs; what we do not look at may be anything."""
 
 
 class _Distributed(_Section):
@@ -59,9 +56,9 @@ class _Model(_Section):
 
     dim: Size = 512
     n_layers: Count = 8
-    head_dim: int | None = Field(None, ge=0)
-    n_heads: int | None = Field(None, ge=0, le=100_000)
-    n_kv_heads: int | None = Field(None, ge=0, le=100_000)
+    head_dim: int | None = field(default=None, ge=0)
+    n_heads: int | None = field(default=None, ge=0, le=100_000)
+    n_kv_heads: int | None = field(default=None, ge=0, le=100_000)
     ffn_dim_multiplier: Positive | None = None
     multiple_of: Size = 256
     norm_eps: Positive = 1e-5
@@ -70,11 +67,6 @@ class _Model(_Section):
     vocab_size: int = -1
     weight_tying: bool = False
     sliding_window: Size | None = None
-
-
-def is_params(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a Lingua params.json."""
-    return isinstance(fields.get("model"), dict)
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -117,8 +109,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     )
 
 
-def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
+def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """What Lingua's LMTransformer cannot hold of ``spec``."""
+    del family
     found = [
         Refusal(name, f"{value}: {_WHY.get(name, 'Lingua has no such factor')}")
         for name, value in spec.features().items()
@@ -130,33 +123,23 @@ def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(
-    spec: ModelSpec,
-    *,
-    tokenizer: tuple[str, str] | None = None,
-    dtype: str | None = None,
-    name: str = "lingua",
-) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """params.json for ``spec``: every field of TrainArgs, Lingua's default where nothing is known.
 
     It has no field beyond TrainArgs, so that it also serves as a training config, which Lingua
     reads strictly; whatever else there is to say belongs in a file beside it.
 
-    Args:
-        spec: What to describe; features that do not fit are left out, see ``refusals``.
-        tokenizer: Lingua's name for its kind (``sp``, ``tiktoken``, ``bytes``) and its path.  By
-            default ``bytes``, as in Lingua, which loads anywhere and fits a vocabulary of 258.
-        dtype: Label or torch name of what generate.py casts the weights to, by default what
-            ``spec`` says, else bf16 as in Lingua.
-        name: Of the run.
+    Features that do not fit are left out, see ``refusals``.  ``model_dtype``, to which generate.py
+    casts the weights, is bf16 where nobody says a dtype, as in Lingua.
 
     Raises:
         SpecError: Lingua does not know the dtype.
     """
-    kind, path = tokenizer or ("bytes", None)
+    del family
+    kind, path = wishes.tokenizer or ("bytes", None)
     width = solve_ffn(spec.hidden_size, spec.ffn_size)
     return {
-        "name": name,
+        "name": wishes.name,
         "dump_dir": "",
         "seed": 42,
         "grad_acc_steps": 1,
@@ -218,7 +201,7 @@ def write(
             "selective_activation_checkpointing": False,
             "compile": False,
             "fsdp_type": "no_shard",
-            "model_dtype": _model_dtype(dtype or spec.dtype or "bf16"),
+            "model_dtype": _model_dtype(wishes.dtype or spec.dtype or "bf16"),
             "float8_recipe": None,
             "float8_filter": r"layers\.[0-9]+\.",
             "matmul_allow_tf32": False,
@@ -263,7 +246,7 @@ def _section(fields: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def _model_dtype(dtype: str) -> str:
-    known = BY_LABEL.get(dtype) or BY_NAME.get(dtype.removeprefix("torch."))
+    known = dtype_named(dtype)
     if known is None or known.label not in MODEL_DTYPES:
         raise SpecError(
             "Lingua has no such model_dtype",

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
+from dcpconv.core.record import Record
 from dcpconv.core.spec import Count, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
-from dcpconv.families.configs.parameters import Refusal, checked, unexpressed
-
-FILE = "params.json"
+from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -21,9 +18,7 @@ _LLAMA3 = {
 """What Meta's code fixes.  Source: ``apply_scaling`` in llama-models ``models/llama3/model.py``."""
 
 
-class _Params(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
-
+class _Params(Record, extra="ignore"):
     dim: Size
     n_layers: Count
     n_heads: Count
@@ -39,11 +34,6 @@ class _Params(BaseModel):
     rope_scaling_factor: Positive | None = None
     sliding_window: Size | None = None
     max_seq_len: Size | None = None
-
-
-def is_params(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a Meta or Mistral params.json."""
-    return "dim" in fields and "n_layers" in fields
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -80,8 +70,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     )
 
 
-def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
+def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """What Meta's code cannot hold of ``spec``."""
+    del family
     found = unexpressed(spec, frozenset({"rope_scaling"}), name="Meta's Llama")
     if spec.rope_scaling is not None and not _is_scaled_as_meta(spec.rope_scaling):
         reason = "Meta's Llama stretches as Llama 3.1 does, by a factor"
@@ -92,8 +83,9 @@ def refusals(spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(spec: ModelSpec) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """params.json for ``spec``, as Meta's reference code reads it."""
+    del family, wishes
     width = solve_ffn(spec.hidden_size, spec.ffn_size)
     fields: dict[str, object] = {
         "dim": spec.hidden_size,

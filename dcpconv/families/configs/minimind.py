@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
-
-from dcpconv.core.dtypes import BY_LABEL, BY_NAME
+from dcpconv.core.dtypes import dtype_named
+from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, Experts, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width
-from dcpconv.families.configs.parameters import Refusal, checked, unexpressed
-
-FILE = "config.json"
-
-FAMILIES = ("minimind1", "minimind2", "minimind3", "minimind4")
+from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _EXPRESSES: Mapping[str, frozenset[str]] = {
     "minimind1": frozenset({"experts"}),
@@ -26,27 +21,19 @@ _THETA_1 = 10_000.0
 """What the first generation computes RoPE from; its config has no field for it."""
 
 
-class _Config(BaseModel):
+class _Config(Record, extra="ignore"):
     """The fields of every generation; the defaults are those of the classes."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, defer_build=True)
-
-    hidden_size: Size = Field(validation_alias=AliasChoices("hidden_size", "dim"))
-    n_layers: Count = Field(8, validation_alias=AliasChoices("num_hidden_layers", "n_layers"))
-    n_heads: Count = Field(validation_alias=AliasChoices("num_attention_heads", "n_heads"))
-    n_kv_heads: Count | None = Field(
-        None, validation_alias=AliasChoices("num_key_value_heads", "n_kv_heads")
-    )
+    hidden_size: Size = field(names=("hidden_size", "dim"))
+    n_layers: Count = field(default=8, names=("num_hidden_layers", "n_layers"))
+    n_heads: Count = field(names=("num_attention_heads", "n_heads"))
+    n_kv_heads: Count | None = field(default=None, names=("num_key_value_heads", "n_kv_heads"))
     head_dim: Size | None = None
     vocab_size: Size = 6400
-    ffn_size: Size | None = Field(
-        None, validation_alias=AliasChoices("intermediate_size", "hidden_dim")
-    )
+    ffn_size: Size | None = field(default=None, names=("intermediate_size", "hidden_dim"))
     multiple_of: Size = 64
-    norm_eps: Positive = Field(validation_alias=AliasChoices("rms_norm_eps", "norm_eps"))
-    max_seq_len: Size = Field(
-        validation_alias=AliasChoices("max_position_embeddings", "max_seq_len")
-    )
+    norm_eps: Positive = field(names=("rms_norm_eps", "norm_eps"))
+    max_seq_len: Size = field(names=("max_position_embeddings", "max_seq_len"))
     rope_theta: Positive = _THETA_1
     inference_rope_scaling: bool = False
     rope_scaling: dict[str, float | int | str] | None = None
@@ -54,13 +41,13 @@ class _Config(BaseModel):
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
-    dtype: str | None = Field(None, validation_alias=AliasChoices("dtype", "torch_dtype"))
+    dtype: str | None = field(default=None, names=("dtype", "torch_dtype"))
 
     use_moe: bool = False
-    per_token: Count = Field(1, validation_alias="num_experts_per_tok")
-    experts: Count = Field(4, validation_alias=AliasChoices("n_routed_experts", "num_experts"))
-    shared_experts: bool | int | None = Field(None, validation_alias="n_shared_experts")
-    moe_ffn_size: Size | None = Field(None, validation_alias="moe_intermediate_size")
+    per_token: Count = field(default=1, names=("num_experts_per_tok",))
+    experts: Count = field(default=4, names=("n_routed_experts", "num_experts"))
+    shared_experts: bool | int | None = field(default=None, names=("n_shared_experts",))
+    moe_ffn_size: Size | None = field(default=None, names=("moe_intermediate_size",))
     norm_topk_prob: bool = True
 
 
@@ -84,11 +71,6 @@ _DEFAULTS: Mapping[str, Mapping[str, object]] = {
 }
 """Source: jingyaogong/minimind ``model/LMConfig.py`` at 6759da4 and d9453ed,
 ``model/model_minimind.py`` at c090b69 and d65ef2c."""
-
-
-def is_config(fields: Mapping[str, object]) -> bool:
-    """Whether ``fields`` are those of a MiniMind config.json."""
-    return fields.get("model_type") == "minimind"
 
 
 def generation(fields: Mapping[str, object]) -> str:
@@ -170,7 +152,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     return tuple(found)
 
 
-def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str, object]:
+def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     """config.json of a generation for ``spec``, in the order it should be printed."""
     experts = spec.experts
     width = experts.ffn_size if experts else spec.ffn_size
@@ -228,7 +210,7 @@ def write(family: str, spec: ModelSpec, *, dtype: str | None = None) -> dict[str
             "seq_aux": True,
             "norm_topk_prob": experts.norm_topk or experts.per_token == 1 if experts else True,
         }
-    known = BY_LABEL.get(dtype or spec.dtype or "") or BY_NAME.get(dtype or "")
+    known = dtype_named(wishes.dtype or spec.dtype or "")
     if known is not None:
         fields |= {"torch_dtype": known.name}
     return fields

@@ -274,3 +274,6 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     ),
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""
+
+SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
+"""Classes whose tensors are named as another class names them, so that one table serves both."""

@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import Literal, TypeVar
 
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import Record, ValidationError
 from dcpconv.core.spec import ModelSpec
 
-Record = TypeVar("Record", bound=BaseModel)
+R = TypeVar("R", bound=Record)
 
 LARGEST_FILE = 16 * 2**20
 """Bytes.  Published parameter files are below 100 kB; anything near this is not one."""
@@ -26,10 +25,29 @@ class Refusal:
     Attributes:
         name: What ``--allow`` takes: a name from ``ModelSpec.features`` or of a family's own rule.
         reason: The value, and why it does not fit.
+        kind: Whether the model has something that the family has nothing for, lacks something that
+            every model of the family has, or breaks a rule of the family's own.
     """
 
     name: str
     reason: str
+    kind: Literal["unexpressed", "absent", "rule"] = "rule"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a parameter file should say beside the model.
+
+    Attributes:
+        dtype: Label or torch name of the written tensors, by default what the model says.
+        tokenizer: Lingua's name for its kind (``sp``, ``tiktoken``, ``bytes``) and its path.  By
+            default ``bytes``, as in Lingua, which loads anywhere and fits a vocabulary of 258.
+        name: Of the run, in Lingua's file.
+    """
+
+    dtype: str | None = None
+    tokenizer: tuple[str, str] | None = None
+    name: str = "lingua"
 
 
 def unexpressed(
@@ -50,12 +68,12 @@ def unexpressed(
     features = spec.features()
     return [
         *(
-            Refusal(feature, f"{value}: {name} has nothing for it")
+            Refusal(feature, f"{value}: {name} has nothing for it", "unexpressed")
             for feature, value in features.items()
             if feature not in expresses
         ),
         *(
-            Refusal(feature, f"absent: every {name} has it")
+            Refusal(feature, f"absent: every {name} has it", "absent")
             for feature in sorted(requires - features.keys())
         ),
     ]
@@ -113,7 +131,7 @@ def read_fields(path: Path) -> dict[str, object]:
     return value
 
 
-def checked(record: type[Record], fields: Mapping[str, object], file: Path) -> Record:
+def checked(record: type[R], fields: Mapping[str, object], file: Path) -> R:
     """``fields`` as a ``record``.
 
     Raises:
@@ -134,13 +152,13 @@ def _problems(error: ValidationError) -> list[str]:
     # A union complains once per member, so complaints are gathered by the field that was read.
     expected: dict[str, list[str]] = {}
     found: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        field = str(item["loc"][0]) if item["loc"] else ""
-        if item["type"] == "missing":
+    for item in error.problems:
+        field = str(item.loc[0]) if item.loc else ""
+        if item.is_missing:
             want, have = "a value", "nothing"
         else:
-            want = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            have = _short(item["input"])
+            want = item.msg.removeprefix("Input should be ")
+            have = _short(item.input)
         if want not in expected.setdefault(field, []):
             expected[field].append(want)
         found.setdefault(field, have)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pydantic
-
 from dcpconv.core.errors import SpecError
+from dcpconv.core.record import ValidationError
 from dcpconv.core.spec import ModelSpec
 
 _NAMES = {
@@ -101,10 +100,10 @@ def _value(text: str) -> object:
 def _validated(fields: Mapping[str, Any], pairs: Mapping[str, str]) -> ModelSpec:
     try:
         return ModelSpec.model_validate(dict(fields))
-    except pydantic.ValidationError as error:
+    except ValidationError as error:
         facts = [
-            ("field", f"{'.'.join(map(str, item['loc'])) or 'spec'}: {item['msg']}")
-            for item in error.errors(include_url=False)
+            ("field", f"{'.'.join(map(str, item.loc)) or 'spec'}: {item.msg}")
+            for item in error.problems
         ]
         raise SpecError(
             "these numbers do not describe a model",

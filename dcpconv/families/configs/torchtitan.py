@@ -5,13 +5,6 @@ from __future__ import annotations
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.parameters import Refusal, unexpressed
 
-FAMILIES = (
-    "torchtitan-llama3",
-    "torchtitan-llama3-2025",
-    "torchtitan-qwen3",
-    "torchtitan-qwen3-2025",
-)
-
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """What a model of torchtitan cannot hold of ``spec``.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 
 from dcpconv.core.errors import KeymapError, LayoutError
-from dcpconv.core.layout import Layout
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps.table import Keymap, Pattern, Row, Tie
+from dcpconv.families.keymaps.building import keymap_of, row_of, tie_of
+from dcpconv.families.keymaps.table import Keymap, Pattern, Row
 from dcpconv.families.keymaps.words import AXES, CONDITIONS, INDICES
 
 if sys.version_info >= (3, 11):
@@ -65,31 +65,6 @@ class _Table(pydantic.BaseModel):
     published: tuple[_Published, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a table says before its keys; see ``Keymap`` for the fields."""
-
-    name: str
-    family: str
-    architectures: tuple[str, ...]
-    also: tuple[str, ...]
-    file: Path
-
-
-def read_head(path: Path) -> Head:
-    """The head of a table that is known to keep the rules; takes a tenth of reading it all."""
-    text, _, _ = path.read_text(encoding="utf-8").partition("\n[keys]\n")
-    head = tomllib.loads(text)
-    name = head["name"]
-    return Head(
-        name,
-        head.get("family") or name,
-        tuple(head.get("architectures", ())),
-        tuple(head.get("also", ())),
-        path,
-    )
-
-
 def read_keymap(path: Path) -> Keymap:
     """Reads and checks a table.
 
@@ -140,42 +115,17 @@ class _Builder:
     def build(self) -> Keymap:
         table = self.table
         rows = tuple(row for item in table.keys.items() if (row := self._row(*item)))
-        ties = []
         known = {row.pattern.text for row in rows}
-        for key, value in table.tied.items():
-            owner, omitted = (value, False) if isinstance(value, str) else (value[0], True)
-            if owner not in known:
-                self._problem(key, f"its owner {owner} is no key of the table")
-            ties.append(Tie(key, owner, omitted))
-        ignored = tuple((Pattern(key), reason) for key, reason in table.ignore.items())
-        aside = tuple((Pattern(key), reason) for key, reason in table.aside.items())
-        self._check_overlaps(rows, ties, (*ignored, *aside))
+        for tie in (tie_of(*item) for item in table.tied.items()):
+            if tie.owner not in known:
+                self._problem(tie.key, f"its owner {tie.owner} is no key of the table")
+        unheld = [Pattern(key) for key in (*table.ignore, *table.aside)]
+        self._check_overlaps(rows, table.tied, unheld)
         self._check_slots(rows)
         self._check_names(rows, known)
         if self.problems:
             raise KeymapError("the keymap breaks the rules of a table", self.problems)
-        return Keymap(
-            name=table.name,
-            title=table.title or table.name,
-            family=table.family or table.name,
-            config=table.config,
-            architectures=table.architectures,
-            root=table.root,
-            rows=rows,
-            ties=tuple(ties),
-            ignored=ignored,
-            aside=aside,
-            source=table.source,
-            file=self.path,
-            also=table.also,
-            always=table.always,
-            derived=table.derived,
-            beyond=table.beyond,
-            same_sizes=table.same_sizes,
-            hints=table.hints,
-            facts=table.spec,
-            published=tuple(model.model_dump() for model in table.published),
-        )
+        return keymap_of(table.model_dump(), self.path)
 
     def _check_names(self, rows: tuple[Row, ...], known: set[str]) -> None:
         """Names elsewhere in the file lead to keys, slots and axes that exist."""
@@ -198,18 +148,15 @@ class _Builder:
         self.problems.append((f"{self.path.name}:{line}", f"{key}: {what}"))
 
     def _row(self, key: str, value: tuple[str, ...]) -> Row | None:
-        slots = tuple(slot.strip() for slot in value[0].split("|"))
-        when = value[2] if len(value) == 3 else ""
         try:
-            layout = Layout(value[1])
+            row = row_of(key, value)
         except LayoutError as error:
             self._problem(key, error.headline)
             return None
+        pattern, slots, layout = row.pattern, row.slots, row.layout
         if layout.terms != len(slots):
             self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
             return None
-        pattern = Pattern(key)
-        row = Row(pattern, slots, layout, when)
         for word in sorted(row.conditions - CONDITIONS.keys()):
             self._problem(key, f"no condition {word!r}; there is {', '.join(CONDITIONS)}")
         axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
@@ -225,15 +172,15 @@ class _Builder:
     def _check_overlaps(
         self,
         rows: tuple[Row, ...],
-        ties: list[Tie],
-        unheld: tuple[tuple[Pattern, str], ...],
+        tied: Collection[str],
+        unheld: list[Pattern],
     ) -> None:
         own = [row.pattern for row in rows]
         texts = {pattern.text for pattern in own}
         patterns = [
             *own,
-            *(Pattern(tie.key) for tie in ties if tie.key not in texts),
-            *(pattern for pattern, _ in unheld),
+            *(Pattern(key) for key in tied if key not in texts),
+            *unheld,
         ]
         seen: dict[str, list[Pattern]] = {}
         for pattern in patterns:

@@ -35,7 +35,6 @@ class Pattern:
     template: str = field(init=False)
     fixed: tuple[tuple[int, int], ...] = field(init=False)
     _positions: tuple[int, ...] = field(init=False)
-    _format: str = field(init=False)
 
     def __post_init__(self) -> None:
         names, fixed, positions, parts = [], [], [], []
@@ -56,11 +55,10 @@ class Pattern:
         object.__setattr__(self, "fixed", tuple(fixed))
         object.__setattr__(self, "template", ".".join(parts))
         object.__setattr__(self, "_positions", tuple(positions))
-        object.__setattr__(self, "_format", self.text)
 
     def key(self, indices: Indices) -> str:
         """The key for some index values; a missing index is a ``KeyError``."""
-        return self._format.format_map(indices) if self.names else self.text
+        return self.text.format_map(indices) if self.names else self.text
 
     def indices(self, numbers: tuple[int, ...]) -> dict[str, int] | None:
         """Index values from the numbers of a key with the same template, or ``None`` if a number
@@ -228,6 +226,11 @@ class Keymap:
         """Whether some key with this template is in the table."""
         return template in self._by_template
 
+    @property
+    def templates(self) -> frozenset[str]:
+        """Templates of all keys in the table."""
+        return frozenset(self._by_template)
+
     def rows_like(self, template: str) -> list[Row | None]:
         """What keys with this template may be; ``None`` for an ignored one."""
         return [row for _, row, _, _ in self._by_template.get(template, ())]
@@ -281,10 +284,6 @@ class Keymap:
             if "untied" in row.conditions and embeddings:
                 pairs.setdefault(row.pattern.text, embeddings[0])
         return pairs
-
-    def tie_of(self, key: str) -> Tie | None:
-        """The tie that names ``key`` as its second name."""
-        return next((tie for tie in self.ties if tie.key == key), None)
 
 
 def _shared(parts: tuple[str, ...]) -> str:

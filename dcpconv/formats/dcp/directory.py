@@ -20,7 +20,7 @@ from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
 
-__all__ = ["OpaqueObject", "explain", "inspect_chunks", "is_dcp", "outline", "read_catalog"]
+__all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]
 
 
 def is_dcp(path: Path) -> bool:
@@ -118,11 +118,6 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
 _NO_NESTING = (
     ".metadata does not say how keys are nested (no planner_data); they are taken as they are"
 )
-
-
-def inspect_chunks(entry: TensorEntry) -> tuple[str, ...]:
-    """What keeps the chunks from holding every element exactly once: gaps and overlaps, named."""
-    return inspect_boxes(entry.shape, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
 
 
 def _find_tied(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:

@@ -106,7 +106,7 @@ def read_objects(
             try:
                 value, tensors = read_tensors(_archive(window, item))
             except FormatError as error:
-                yield key, OpaqueObject(item, _in_one_line(error))
+                yield key, OpaqueObject(item, error.in_one_line)
                 continue
             yield key, OpaqueObject(item, "it holds tensors") if tensors else value
 
@@ -131,7 +131,7 @@ def _parse(window: _Window, item: Extent, dtype: DType, sizes: tuple[int, ...]) 
         payload = tensor.offset - tensor.offset_elements * dtype.itemsize
         recipe, _ = archive.extent("data.pkl")
     except FormatError as error:
-        return _in_one_line(error)
+        return error.in_one_line
     head = window.read(0, payload) if recipe < payload else b""
     strides = None if tensor.is_contiguous else tensor.strides
     return _Kind(head, tensor.offset, tensor.nbytes, strides)
@@ -139,12 +139,6 @@ def _parse(window: _Window, item: Extent, dtype: DType, sizes: tuple[int, ...]) 
 
 def _archive(window: _Window, item: Extent) -> Archive:
     return read_archive(window.read, item.nbytes, f"{item.file}, item at byte {item.offset}")
-
-
-def _in_one_line(error: FormatError) -> str:
-    """The complaint and what it is about, for a list of such lines."""
-    facts = ", ".join(f"{label} {value}" for label, value in error.facts)
-    return f"{error.headline} ({facts})" if facts else error.headline
 
 
 class _Window:

@@ -270,6 +270,7 @@ def _read_item(index: object, info: object, items: _Items, where: str) -> str | 
                 "items are compressed or otherwise transformed",
                 [("file", where), ("key", key), ("transform", _names(transform))],
                 hint="--engine torch reads what torch's extensions wrote",
+                kind="transformed",
             )
         items[key, offsets] = Extent(
             _file(fields.get("relative_path")),

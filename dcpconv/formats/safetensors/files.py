@@ -114,8 +114,7 @@ def gather(
         except FormatError as error:
             if is_strict:
                 raise
-            facts = "; ".join(f"{label} {value}" for label, value in error.facts)
-            found.append(f"{error.headline}: {facts}")
+            found.append(error.in_one_line)
             continue
         files[name] = size
         for entry in entries:

@@ -79,8 +79,7 @@ def loads(
         if not unpickler.refused and "file" in dict(error.facts):
             raise
         if not unpickler.refused:
-            facts = [("file", where), *error.facts]
-            raise FormatError(error.headline, facts, hint=error.hint) from error
+            raise error.with_facts([("file", where), *error.facts]) from error
     except Exception as error:  # a hostile pickle can raise anything
         if not unpickler.refused:
             reason = f"{type(error).__name__}: {error}"
@@ -92,6 +91,7 @@ def loads(
             "pickle names code that is not on the allow-list; nothing was imported or run",
             [("file", where), *(("global", name) for name in unpickler.refused)],
             hint=TRUST_HINT,
+            kind="untrusted",
         )
     return value
 

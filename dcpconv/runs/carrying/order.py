@@ -2,7 +2,7 @@
 
 torch numbers parameters as the trainer handed them over: MiniMind passes ``model.parameters()``,
 Hugging Face Trainer passes those that decay first.  ``parameters()`` follows the order in which
-modules were registered, which no file tells; the tables here do, as a rank per component of a key.
+modules were registered, which no file tells; ``families`` does, as a rank per component of a key.
 
 Source: jingyaogong/minimind@d65ef2c ``trainer/``, ``model/``; transformers 5.23 ``trainer.py``
 (``create_optimizer``, ``get_decay_parameter_names``) and ``models/*/modeling_*.py``.
@@ -15,33 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from dcpconv.core.catalog import TensorEntry
+from dcpconv.families.family import parameter_orders
 from dcpconv.families.keymaps import Keymap
 from dcpconv.runs.carrying.state import Group, Moments, OptimizerError
-from dcpconv.sources.recognition import Weights, bare
-
-_HF: Final = (
-    "model lm_head embed_tokens layers norm self_attn mlp input_layernorm post_attention_layernorm"
-    " pre_feedforward_layernorm post_feedforward_layernorm q_proj k_proj v_proj o_proj qkv_proj"
-    " q_norm k_norm gate_up_proj gate_proj up_proj down_proj weight bias"
-)
-_META: Final = (
-    "tok_embeddings layers norm output attention attention_norm ffn_norm feed_forward"
-    " wq wk wv wo experts gate shared_experts w1 w2 w3 weight"
-)
-_MINIMIND: Final = (
-    "model lm_head embed_tokens layers norm self_attn input_layernorm post_attention_layernorm mlp"
-    " q_proj k_proj v_proj o_proj q_norm k_norm {experts} gate_proj down_proj up_proj weight"
-)
-_ORDERS: Final[Mapping[str, str]] = {
-    **dict.fromkeys(
-        ("hf-llama", "hf-qwen2", "hf-qwen3", "hf-phi3", "hf-gemma2", "hf-olmo2", "hf-glm"), _HF
-    ),
-    "minimind1": _META,
-    "minimind2": _META,
-    "minimind3": _MINIMIND.format(experts="experts gate shared_experts"),
-    "minimind4": _MINIMIND.format(experts="gate experts"),
-}
-"""Components of a module's children in the order they are registered, by naming."""
+from dcpconv.sources.fitting import bare
+from dcpconv.sources.recognition import Weights
 
 _UNDECAYED: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Of a lower-case key.  Source: transformers 5.23 ``Trainer.get_decay_parameter_names``."""
@@ -53,11 +31,11 @@ def parameters_in_order(keymap: Keymap, keys: Iterable[str]) -> list[str]:
     Raises:
         OptimizerError: The order is not known for this naming, or not for some keys.
     """
-    order = _ORDERS.get(keymap.name)
+    order = parameter_orders().get(keymap.name)
     if order is None:
         raise OptimizerError(
             f"the order of the parameters of {keymap.name} is not known",
-            [("known", name) for name in _ORDERS],
+            [("known", name) for name in parameter_orders()],
             hint="a DCP names parameters instead of counting them: --to dcp",
         )
     rank = {part: place for place, part in enumerate(order.split())}
@@ -142,7 +120,7 @@ def by_fqn(
         OptimizerError: No candidate fits the shapes of the moments, or several do and differ.
     """
     groups = [list(_list(group.get("params"))) for group in param_groups]
-    named = _names(param_groups, groups, state)
+    named = _names(param_groups, groups)
     if named is None:
         fitting = [
             order
@@ -189,12 +167,10 @@ def _list(value: object) -> list[object]:
 def _names(
     param_groups: Sequence[Mapping[str, object]],
     groups: Sequence[Sequence[object]],
-    state: Mapping[object, object],
 ) -> list[list[str]] | None:
     """FQNs where the optimizer was given names, or was saved by FQN."""
     if all(isinstance(param, str) for group in groups for param in group) and any(groups):
         return [[bare(str(param)) for param in group] for group in groups]
-    del state
     if all("param_names" in group for group in param_groups) and param_groups:
         return [[bare(str(name)) for name in _list(group["param_names"])] for group in param_groups]
     return None

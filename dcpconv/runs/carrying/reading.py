@@ -20,7 +20,8 @@ from dcpconv.formats.torchfile.nesting import key_of, nest
 from dcpconv.plan.ties import differing
 from dcpconv.runs.carrying.order import by_fqn, minimind_orders, trainer_orders
 from dcpconv.runs.carrying.state import Group, Kind, Moments, OptimizerError, TrainingState, part_of
-from dcpconv.sources.recognition import Weights, bare
+from dcpconv.sources.fitting import bare
+from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
 

@@ -6,7 +6,7 @@ import pytest
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, OutFile
-from dcpconv.engine.units import Literal, Run, Stretch, Unit, units
+from dcpconv.engine.units import Given, Run, Stretch, Unit, units
 from support.checkpoints.engine_cases import contiguous
 
 U8 = BY_NAME["uint8"]
@@ -26,7 +26,7 @@ def test_congruent_runs_leave_their_ends_to_their_neighbours() -> None:
     head, middle, tail = cut(file)
 
     assert isinstance(head, Stretch)
-    assert head.pieces == (Literal(0, b"header"), Run(100, 3996, "a", 4196))
+    assert head.pieces == (Given(0, b"header"), Run(100, 3996, "a", 4196))
     assert middle == Run(4096, MIB - 4096, "a", 8192)
     assert isinstance(tail, Stretch)
     assert tail.pieces == (Run(MIB, 100, "a", MIB + 4096),)

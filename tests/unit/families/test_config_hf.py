@@ -15,7 +15,6 @@ from dcpconv.core.spec import ModelSpec, RopeScaling
 from dcpconv.families.configs import (
     find_config,
     hf,
-    hf_writing,
     lingua,
     read_spec,
     refusals,
@@ -432,12 +431,6 @@ def test_other_places_of_experts_are_refused(dense: tuple[int, ...]) -> None:
     found = refusals("hf", spec.model_copy(update={"experts": experts}))
     assert [refusal.name for refusal in found] == ["experts"]
     assert "experts at a stride" in found[0].reason
-
-
-def test_generation_config_is_read_by_transformers(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(to_text(hf_writing.generation_config(PLAIN)))
-    config = transformers.GenerationConfig.from_pretrained(tmp_path)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, [4, 5], None)
 
 
 def test_every_bad_field_is_named_at_once(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from dcpconv import convert
 from dcpconv.cli import main as command_line
 from dcpconv.core.errors import KeymapError
-from dcpconv.families.keymaps import keymaps, read_keymap, resolve_family
+from dcpconv.families.keymaps import index, keymaps, read_keymap, resolve_family
+from dcpconv.families.keymaps.index import INDEX, TABLES, Tables, index_text
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 from docs.families_page import families_page
 from support.checkpoints.families import (
@@ -219,3 +220,39 @@ def test_the_five_steps_of_the_page_add_a_model(
     expected = torch_tensors(source)
     del expected["transformer.rotary_emb.inv_freq"]
     assert_same(torch_tensors(tmp_path / "back.bin"), expected)
+
+
+@pytest.mark.parametrize("name", keymaps())
+def test_every_table_that_comes_along_keeps_the_rules(name: str) -> None:
+    assert read_keymap(TABLES / f"{name}.toml") == keymaps()[name]
+
+
+def test_the_index_says_what_the_tables_say() -> None:
+    assert INDEX.read_text(encoding="utf-8") == index_text(), "run `make docs`"
+
+
+def test_only_tables_that_know_some_of_the_keys_are_read() -> None:
+    fresh = Tables()
+
+    assert not fresh.read
+    assert [head.name for head in fresh.heads.values() if "tok_embeddings.weight" in head.templates]
+    assert fresh["lingua"] == keymaps()["lingua"]
+    assert list(fresh.read) == ["lingua"]
+
+
+def test_a_table_that_was_edited_since_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in TABLES.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    table = tmp_path / "meta.toml"
+    table.write_text(table.read_text().replace('"norm.weight"', '"last.norm.weight"'))
+    (tmp_path / "mine.toml").write_text(
+        table.read_text().replace('name          = "meta"', 'name = "mine"')
+    )
+    monkeypatch.setattr(index, "TABLES", tmp_path)
+    heads = Tables().heads
+
+    assert "last.norm.weight" in heads["meta"].templates
+    assert "last.norm.weight" in heads["mine"].templates
+    assert heads["lingua"].templates == Tables().heads["lingua"].templates

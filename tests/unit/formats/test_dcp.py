@@ -14,7 +14,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutChunk, OutTensor, Part
 from dcpconv.formats.boxes import Box, inspect_boxes
-from dcpconv.formats.dcp.directory import inspect_chunks, outline
+from dcpconv.formats.dcp.directory import outline
 from dcpconv.formats.torchfile.archive import tensor_frame
 
 BF16 = BY_NAME["bfloat16"]
@@ -91,10 +91,12 @@ def test_what_coverage_says(
     assert inspect_boxes(shape, boxes) == expected
 
 
-def test_inspect_chunks_of_an_entry() -> None:
+def test_the_chunks_of_an_entry() -> None:
     extent = Extent("f", 0, 4)
     entry = TensorEntry("w", BF16, (4,), (Chunk((0,), (2,), extent),))
-    assert inspect_chunks(entry) == ("nothing is stored for [2:4] of [4]",)
+    assert inspect_boxes(entry.shape, [(c.offsets, c.sizes) for c in entry.chunks]) == (
+        "nothing is stored for [2:4] of [4]",
+    )
 
 
 @pytest.mark.parametrize("lost", [None, 777])

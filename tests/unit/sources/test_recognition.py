@@ -15,7 +15,8 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import keymaps
-from dcpconv.sources.recognition import bare, recognise
+from dcpconv.sources.fitting import bare
+from dcpconv.sources.recognition import recognise
 from support.checkpoints.virtual import checkpoint, spec_of
 from support.models.chatglm import ChatGLM, ChatGLMConfig
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny

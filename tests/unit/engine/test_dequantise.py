@@ -8,7 +8,7 @@ import pytest
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import BlockScale, Part
-from dcpconv.engine.blocks import in_blocks
+from dcpconv.engine.dequantise import in_blocks
 from support.checkpoints.engine_cases import elements, merged
 
 
