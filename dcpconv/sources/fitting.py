@@ -79,6 +79,7 @@ def fit_of(
     spec: ModelSpec | None,
     containers: frozenset[str],
 ) -> Fit:
+    """How well a table explains the keys under a root."""
     matched = unmatched = foreign = 0
     known = set()
     strange: Counter[str] = Counter()
@@ -149,6 +150,7 @@ def clues(fit: Fit, spec: ModelSpec | None) -> list[str]:
 
 
 def under(root: str, counts: Mapping[tuple[str, ...], int]) -> Iterable[tuple[str | None, int]]:
+    """Templates of the bare keys under a root, with their counts; ``None`` for keys outside it."""
     for template, count in counts.items():
         key = ".".join(template)
         yield (bare(key[len(root) :]) if key.startswith(root) else None), count
