@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
-METADATA = b"\x80\x04 optim.state.norm.weight.exp_avg __0_0.distcp __1_0.distcp"
-"""What a listing looks for in a ``.metadata`` of two ranks; not a pickle anybody could read."""
+METADATA = pickle.dumps(["optim.state.norm.weight.exp_avg", "__0_0.distcp", "__1_0.distcp"])
+"""What a listing looks for in a ``.metadata`` of two ranks; a pickle, but of no DCP."""
+
+
+@functools.cache
+def saved(value: float = 1.0) -> bytes:
+    """A file of ``torch.save``."""
+    stream = io.BytesIO()
+    torch.save({"w": torch.full((3,), value)}, stream)
+    return stream.getvalue()
+
+
+def safetensors(**tensors: torch.Tensor) -> bytes:
+    """A file of safetensors."""
+    return save(tensors or {"w": torch.ones(3)})
 
 
 Files = dict[str, bytes | str]
@@ -31,20 +48,21 @@ def trainer_state(step: int, metrics: Mapping[str, float] | None = None) -> str:
 
 
 def hf_trainer(run: Path, step: int, metrics: Mapping[str, float] | None = None) -> Path:
-    files: Files = {"model.safetensors": b"weights", "optimizer.pt": b"o", "scheduler.pt": b"s"}
-    state: Files = {"rng_state.pth": b"r", "trainer_state.json": trainer_state(step, metrics)}
+    files: Files = {name: saved() for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")}
+    files["model.safetensors"] = safetensors()
+    state: Files = {"trainer_state.json": trainer_state(step, metrics)}
     return write(run / f"checkpoint-{step}", files | state)
 
 
 def hf_fsdp(run: Path, step: int) -> Path:
     model: Files = {f"pytorch_model_fsdp_0/__{rank}_0.distcp": b"d" for rank in range(2)}
     optim: Files = {f"optimizer_0/__{rank}_0.distcp": b"d" for rank in range(2)}
-    rng: Files = {f"rng_state_{rank}.pth": b"r" for rank in range(2)}
+    rng: Files = {f"rng_state_{rank}.pth": saved() for rank in range(2)}
     metadata: Files = {
         "pytorch_model_fsdp_0/.metadata": METADATA,
         "optimizer_0/.metadata": METADATA,
     }
-    state: Files = {"scheduler.pt": b"s", "trainer_state.json": trainer_state(step)}
+    state: Files = {"scheduler.pt": saved(), "trainer_state.json": trainer_state(step)}
     return write(run / f"checkpoint-{step}", model | optim | rng | metadata | state)
 
 
@@ -58,13 +76,15 @@ def lingua(run: Path, step: int) -> Path:
 
 def torchtitan(run: Path, step: int) -> Path:
     shards: Files = {f"__{rank}_0.distcp": b"d" for rank in range(2)}
-    shards[".metadata"] = METADATA + b" lr_scheduler.last_epoch train_state.step"
+    keys = [*pickle.loads(METADATA), "lr_scheduler.last_epoch", "train_state.step"]
+    shards[".metadata"] = pickle.dumps(keys)
     return write(run / f"step-{step}", shards)
 
 
 def accelerate(run: Path, step: int) -> Path:
-    files: Files = {"model.safetensors": b"w", "optimizer.bin": b"o", "scheduler.bin": b"s"}
-    rng: Files = {f"random_states_{rank}.pkl": b"r" for rank in range(2)}
+    files: Files = {"optimizer.bin": saved(), "scheduler.bin": saved()}
+    files["model.safetensors"] = safetensors()
+    rng: Files = {f"random_states_{rank}.pkl": saved() for rank in range(2)}
     return write(run / f"checkpoint_{step}", files | rng)
 
 
