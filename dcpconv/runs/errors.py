@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,15 @@ class WantedError(RunError):
     """Which step was asked for cannot be told: not understood, or there are several."""
 
     exit_code = 2
+
+
+def command(*words: object) -> str:
+    """A command of ours for a hint, ready to be pasted.
+
+    >>> command("latest", "my run")
+    "`dcpconv runs latest 'my run'`"
+    """
+    return f"`{shlex.join(['dcpconv', 'runs', *map(str, words)])}`"
 
 
 def in_one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.formats import torchfile
-from dcpconv.runs.errors import RunError, WantedError, in_one_line, told
+from dcpconv.runs.errors import RunError, WantedError, command, in_one_line, told
 from dcpconv.runs.layouts import (
     HELD,
     Layout,
@@ -158,14 +158,14 @@ def latest_first(run_dir: str | os.PathLike[str], run: str | None = None) -> Ite
             raise RunError(
                 f"no run {run!r} has a resume file here",
                 [("directory", run_dir), *(("found", _run_of(name)) for name in files)],
-                hint=f"say latest {_run_of(files[0])}" if files else None,
+                hint=command("latest", run_dir, _run_of(files[0])) if files else None,
             )
     several = sorted(_run_of(named.name) for named in names if named.layout == "minimind")
     if len(several) > 1:
         raise WantedError(
             "resume files of several runs lie here, and their steps do not compare",
             [("directory", run_dir), *(("found", name) for name in several)],
-            hint=f"say which: latest {several[0]}",
+            hint=f"name one: {command('latest', run_dir, several[0])}",
         )
     names.sort(key=lambda named: (named.step, named.name), reverse=True)
     return (step for named in names if (step := look_into(named)) is not None)

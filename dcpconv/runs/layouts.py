@@ -130,7 +130,9 @@ def judge(layout: Layout, listing: Listing) -> Judged:
         problems += glance(listing, name)
     metadata = f"{weights}/{METADATA}" if weights else METADATA
     if form is not None and (form != "dcp" or metadata in listing.files):
-        holds.add("adapter" if weights.rpartition("/")[2] in _ADAPTERS else "weights")
+        holds.add("weights")
+    if weights.rpartition("/")[2] in _ADAPTERS:
+        holds = holds - {"weights"} | {"adapter"}
     held = tuple(name for name in HELD if name in holds)
     return Judged(form, weights, held, tuple(problems), is_stripped=STRIPPED in listing.files)
 
@@ -201,11 +203,11 @@ def _weights(listing: Listing, problems: list[str]) -> tuple[Form | None, str]:
         if name.startswith("pytorch_model_fsdp"):
             problems += dcp_problems(listing, f"{name}/")[0]
             return "dcp", name
-    if "pytorch_model_fsdp.bin" in files:
-        return "torch", "pytorch_model_fsdp.bin"
     for name in files:
         if name.rpartition("/")[2] in _ADAPTERS:
             return ("hf" if name.endswith("safetensors") else "torch"), name
+    if "pytorch_model_fsdp.bin" in files:
+        return "torch", "pytorch_model_fsdp.bin"
     if rank_files.tags(listing):
         return None, ""
     problems.append("no weights: neither a model file nor an adapter nor an FSDP directory")

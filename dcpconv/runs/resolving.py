@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
-from dcpconv.runs.errors import RunError, WantedError, told
+from dcpconv.runs.errors import RunError, WantedError, command, told
 from dcpconv.runs.finding import (
     FoundStep,
     find_checkpoints,
@@ -17,6 +17,7 @@ from dcpconv.runs.finding import (
     look_into,
     names_in,
 )
+from dcpconv.runs.layouts import layout_of
 from dcpconv.runs.listing import typed_path
 from dcpconv.runs.metrics import read_metrics
 from dcpconv.runs.retention import Best, choose_best, counted
@@ -143,7 +144,7 @@ def _latest(run_dir: str | os.PathLike[str], run: str | None, *, verify: bool) -
     raise RunError(
         "the run has no complete checkpoint",
         [("directory", run_dir), *skipped[:8]],
-        hint="auto starts afresh where there is none",
+        hint=f"{command('resolve', run_dir, 'auto')} means a fresh start then",
     )
 
 
@@ -181,7 +182,7 @@ def _numbered(step: int, run_dir: str | os.PathLike[str]) -> FoundStep:
         raise WantedError(
             f"step {step} is there more than once",
             [("found", look.path) for look in sorted(found, key=lambda look: look.order)],
-            hint="name the path",
+            hint=f"name the path: {command('resolve', run_dir, found[0].path)}",
         )
     return found[0]
 
@@ -208,22 +209,28 @@ def _at_path(path: Path, run_dir: str | os.PathLike[str]) -> FoundStep:
                 ("or", "global_stepN, global_step_N, *_resume.pth"),
                 ("or", "a directory with trainer_state.json or .metadata"),
             ],
-            hint="for the latest step in a run directory say latest" if path.is_dir() else None,
+            hint=(
+                f"a directory of steps: {command('list', path)}"
+                if path.is_dir() and names_in(path)
+                else None
+            ),
         )
     return found
 
 
 def _complete(step: FoundStep) -> FoundStep:
-    if step.is_stripped and not step.problems:
-        raise RunError(
-            "the checkpoint was stripped: its weights are there, its optimizer is gone",
-            [("path", step.path), ("weights", step.weights)],
-            hint="latest is the newest step from which a run can go on",
-        )
+    has_name = step.layout == "minimind" or layout_of(step.path.name) is not None
+    others = f"{command('list', step.path.parent)} tells the others" if has_name else None
     if step.problems:
         raise RunError(
             "the checkpoint is not complete",
             [("path", step.path), *(("problem", problem) for problem in step.problems)],
-            hint="take another step: `dcpconv runs list` shows which are complete",
+            hint=others,
+        )
+    if step.is_stripped:
+        raise RunError(
+            "the checkpoint was stripped: its weights are there, its optimizer is gone",
+            [("path", step.path), ("weights", step.weights)],
+            hint=others,
         )
     return step

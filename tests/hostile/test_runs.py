@@ -91,7 +91,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_absurd_rank_numbers_do_not_allocate(tmp_path: Path) -> None:
     path = hf_trainer(tmp_path, 1)
-    write(path, {"rng_state_999999999.pth": "r"})
+    write(path, {"rng_state_999999999.pth": run_dirs.saved()})
     (path / "rng_state.pth").unlink()
     params = json.dumps({"distributed": {"dp_shard": 9_999_999, "dp_replicate": 9_999_999}})
     write(run_dirs.lingua(tmp_path, 2), {"params.json": params})

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import json
-import pickle
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
-
-METADATA = pickle.dumps(["optim.state.norm.weight.exp_avg", "__0_0.distcp", "__1_0.distcp"])
-"""What a listing looks for in a ``.metadata`` of two ranks; a pickle, but of no DCP."""
 
 
 @functools.cache
@@ -22,6 +20,29 @@ def saved(value: float = 1.0) -> bytes:
     stream = io.BytesIO()
     torch.save({"w": torch.full((3,), value)}, stream)
     return stream.getvalue()
+
+
+@functools.cache
+def dcp_files() -> Mapping[str, bytes]:
+    """A DCP directory of two ranks: what one rank writes with two threads, under other names."""
+    state = {
+        "model": {"w": torch.ones(3), "b": torch.ones(2)},
+        "optim": {"state.w.exp_avg": torch.ones(3)},
+        "lr_scheduler": {"last_epoch": torch.tensor(1)},
+        "train_state": {"step": torch.tensor(1)},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        writer = dcp.FileSystemWriter(name, thread_count=2, sync_files=False)
+        dcp.save(state, storage_writer=writer, no_dist=True)
+        files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
+    renamed = {"__0_1.distcp": "__1_0.distcp"}
+    metadata = files[".metadata"].replace(b"__0_1.distcp", b"__1_0.distcp")
+    return {renamed.get(name, name): data for name, data in files.items()} | {".metadata": metadata}
+
+
+def inside(directory: str, files: Mapping[str, bytes]) -> Files:
+    """These files with a directory in front of their names."""
+    return {f"{directory}/{name}": data for name, data in files.items()}
 
 
 def safetensors(**tensors: torch.Tensor) -> bytes:
@@ -55,30 +76,22 @@ def hf_trainer(run: Path, step: int, metrics: Mapping[str, float] | None = None)
 
 
 def hf_fsdp(run: Path, step: int) -> Path:
-    model: Files = {f"pytorch_model_fsdp_0/__{rank}_0.distcp": b"d" for rank in range(2)}
-    optim: Files = {f"optimizer_0/__{rank}_0.distcp": b"d" for rank in range(2)}
+    model = inside("pytorch_model_fsdp_0", dcp_files())
+    optim = inside("optimizer_0", dcp_files())
     rng: Files = {f"rng_state_{rank}.pth": saved() for rank in range(2)}
-    metadata: Files = {
-        "pytorch_model_fsdp_0/.metadata": METADATA,
-        "optimizer_0/.metadata": METADATA,
-    }
     state: Files = {"scheduler.pt": saved(), "trainer_state.json": trainer_state(step)}
-    return write(run / f"checkpoint-{step}", model | optim | rng | metadata | state)
+    return write(run / f"checkpoint-{step}", model | optim | rng | state)
 
 
 def lingua(run: Path, step: int) -> Path:
-    shards: Files = {f"__{rank}_0.distcp": b"d" for rank in range(2)}
     states: Files = {f"train_state_{rank:05d}.json": '{"step": 1}' for rank in range(2)}
     params = json.dumps({"distributed": {"dp_shard": 2, "dp_replicate": 1, "tp_size": 1}})
-    files = shards | states | {".metadata": METADATA, "params.json": params}
+    files: Files = {**dcp_files(), **states, "params.json": params}
     return write(run / f"{step:010d}", files)
 
 
 def torchtitan(run: Path, step: int) -> Path:
-    shards: Files = {f"__{rank}_0.distcp": b"d" for rank in range(2)}
-    keys = [*pickle.loads(METADATA), "lr_scheduler.last_epoch", "train_state.step"]
-    shards[".metadata"] = pickle.dumps(keys)
-    return write(run / f"step-{step}", shards)
+    return write(run / f"step-{step}", {**dcp_files()})
 
 
 def accelerate(run: Path, step: int) -> Path:
