@@ -37,7 +37,7 @@ _TRAINERS = re.compile(
 )
 """Names under which trainers call ``torch.save``; other ``.bin`` and ``.pkl`` may be anything."""
 
-_PARAMETER = re.compile(r"(?:^|\.)(?:weight|bias)$|\blora_|\.lora_")
+_PARAMETER = re.compile(r"(?:^|\.)(?:weight|bias)$")
 
 
 def glance(listing: Listing, name: str, *, strict: bool = False) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _safetensors(read: Read, nbytes: int) -> Iterator[str]:
         header = json.loads(read(8, length))
         rows = {key: row for key, row in header.items() if key != "__metadata__"}
         end = max((int(row["data_offsets"][1]) for row in rows.values()), default=0)
-        empty = [key for key, row in rows.items() if row["shape"] == [0] and _PARAMETER.search(key)]
+        empty = [key for key, row in rows.items() if is_emptied(key, tuple(row["shape"]))]
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         yield "its header is not one of safetensors"
         return
@@ -106,12 +106,14 @@ def emptied(keys: list[str]) -> Iterator[str]:
     is not gathered has the shape ``[0]``, and so it is saved.
     """
     if keys:
-        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-        yield f"{keys[0]}{more} have no elements: saved under ZeRO-3 without gathering"
+        which = f"{keys[0]} has" if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more have"
+        yield f"{which} no elements: saved under ZeRO-3 without gathering"
 
 
 def is_emptied(key: str, shape: tuple[int, ...]) -> bool:
     """Whether stage 3 left this; buffers and quantisers' indices may well be empty."""
+    if "lora_" in key:
+        return 0 in shape
     return shape == (0,) and _PARAMETER.search(key) is not None
 
 

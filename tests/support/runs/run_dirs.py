@@ -111,7 +111,9 @@ def minimind(run: Path, step: int, *, name: str = "pretrain_96", epoch: int = 0)
     return path
 
 
-MAKERS: Mapping[str, Callable[[Path, int], Path]] = {
+Maker = Callable[..., Path]
+
+MAKERS: Mapping[str, Maker] = {
     "hf-trainer": hf_trainer,
     "hf-fsdp": hf_fsdp,
     "lingua": lingua,
@@ -119,3 +121,50 @@ MAKERS: Mapping[str, Callable[[Path, int], Path]] = {
     "accelerate": accelerate,
 }
 """Every layout whose steps are directories."""
+
+
+def zero(run: Path, step: int, *, stage: int = 2, ranks: int = 2) -> Path:
+    """A tag directory of DeepSpeed with ``latest`` beside it, as ``engine.save_checkpoint`` does.
+
+    Source: DeepSpeed 0.19 ``runtime/engine.py``.
+    """
+    tag = f"global_step{step}"
+    optim: Files = {
+        f"{tag}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt": saved()
+        for rank in range(ranks)
+    }
+    parts = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(ranks)]
+    model = {
+        f"{tag}/{n}_model_states.pt": saved() for n in (parts if stage == 3 else ["mp_rank_00"])
+    }
+    return write(run, {**optim, **model, "latest": tag}) / tag
+
+
+def hf_zero(run: Path, step: int, *, stage: int = 2, ranks: int = 2) -> Path:
+    """A step of Trainer under DeepSpeed; under stage 3 the weights are nowhere else."""
+    path = run / f"checkpoint-{step}"
+    zero(path, step, stage=stage, ranks=ranks)
+    files: Files = {f"rng_state_{rank}.pth": saved() for rank in range(ranks)}
+    if stage < 3:
+        files["model.safetensors"] = safetensors()
+    files |= {"scheduler.pt": saved(), "trainer_state.json": trainer_state(step)}
+    return write(path, files)
+
+
+def verl(run: Path, step: int, *, ranks: int = 2, roles: tuple[str, ...] = ("actor",)) -> Path:
+    """A step of verl's FSDP trainer, and the file that names it.
+
+    Source: volcengine/verl@58ee12f ``utils/checkpoint/checkpoint_manager.py``.
+    """
+    files: Files = {"data.pt": saved()}
+    for role in roles:
+        for kind in ("model", "optim", "extra_state"):
+            for rank in range(ranks):
+                files[f"{role}/{kind}_world_size_{ranks}_rank_{rank}.pt"] = saved()
+        files[f"{role}/huggingface/config.json"] = "{}"
+    write(run, {"latest_checkpointed_iteration.txt": str(step)})
+    return write(run / f"global_step_{step}", files)
+
+
+WITH_TRACKERS: Mapping[str, Maker] = {"deepspeed": zero, "verl": verl}
+"""Layouts whose newest step is named in a file of the run; make the steps in their order."""
