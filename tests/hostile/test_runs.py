@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import random
+import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
 
-from dcpconv import find_checkpoints, resolve_checkpoint
+from dcpconv import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
+from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError
-from dcpconv.runs import Best, Retention, prune, verify_checkpoints
+from dcpconv.runs import Best, Retention, prune, strip, verify_checkpoints
+from support.machine.counting import lines_run
 from support.runs import run_dirs
-from support.runs.run_dirs import hf_trainer, write
+from support.runs.run_dirs import hf_trainer, safetensors, saved, write
 
 DEEP = "[" * 100_000
 
@@ -99,3 +107,317 @@ def test_absurd_rank_numbers_do_not_allocate(tmp_path: Path) -> None:
     problems = [step.problems for step in find_checkpoints(tmp_path)]
 
     assert all(0 < len(found) <= 8 for found in problems)
+
+
+def dcpconv(*words: object) -> Result:
+    return CliRunner().invoke(app, ["runs", *map(str, words)])
+
+
+BEST = Best("eval_loss", "min")
+ASKED: dict[str, Callable[[Path], object]] = {
+    "list": find_checkpoints,
+    "latest": lambda run: find_latest_checkpoint(run, verify=True),
+    "resolve": lambda run: resolve_checkpoint("latest", run),
+    "best": lambda run: resolve_checkpoint("best:eval_loss:min", run, verify=True),
+    "number": lambda run: resolve_checkpoint(2, run, verify=True),
+    "verify": lambda run: list(verify_checkpoints(run)),
+    "prune": lambda run: prune(run, Retention(keep_last=1)),
+    "prune best": lambda run: prune(run, Retention(keep_best=(BEST,))),
+    "strip": strip,
+}
+"""Everything that is asked about a run, by name."""
+
+
+def only_our_errors(run: Path) -> None:
+    """The last resort: whatever the input, the answer is a result or an error of ours."""
+    for ask in ASKED.values():
+        with contextlib.suppress(DcpconvError):
+            ask(run)
+
+
+MAKERS = {
+    **run_dirs.MAKERS,
+    **run_dirs.WITH_TRACKERS,
+    "hf-zero": run_dirs.hf_zero,
+    "minimind": run_dirs.minimind,
+}
+LAYOUTS = sorted(MAKERS)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Bytes that are wrong in one of the ways in which bytes are."""
+    place = rng.randrange(len(data) + 1)
+    match rng.randrange(7):
+        case 0:
+            return data[:place]
+        case 1:
+            return data[:place] + rng.randbytes(rng.randrange(1, 9)) + data[place:]
+        case 2:
+            return bytes(len(data))
+        case 3:
+            return data[:place] + data[place + rng.randrange(1, 40) :]
+        case 4:
+            number = struct.pack("<Q", rng.choice([0, 1, 1 << 31, 1 << 62, (1 << 64) - 1]))
+            return data[:place] + number + data[place + 8 :]
+        case 5:
+            words = [b"[" * 5000, b"1e999", b"9" * 5000, b"null", b'"', b"\\ud800", b"\x1b]0;t\x07"]
+            return data[:place] + rng.choice(words) + data[place:]
+        case _:
+            return rng.randbytes(len(data))
+
+
+@pytest.fixture
+def inputs(request: pytest.FixtureRequest) -> int:
+    """Runs that are mutated per layout: 300 in all, or as many as ``--fuzz`` says."""
+    return -(-int(request.config.getoption("--fuzz", default=300)) // len(LAYOUTS))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_other_error_leaves_for_any_mutation(layout: str, inputs: int, tmp_path: Path) -> None:
+    for seed in range(inputs):
+        rng = random.Random(f"{layout} {seed}")
+        run = tmp_path / str(seed)
+        for step in (1, 2):
+            MAKERS[layout](run, step)
+        whole = [step.step for step in find_checkpoints(run) if step.is_complete]
+        assert whole
+        files = sorted(path for path in run.rglob("*") if path.is_file())
+        for path in rng.sample(files, min(len(files), rng.randrange(1, 4))):
+            path.write_bytes(mutated(path.read_bytes(), rng))
+
+        only_our_errors(run)
+
+        count = 1 if layout == "minimind" else 2
+        assert len(find_checkpoints(run)) == count, seed
+
+
+def empty_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w"):
+        pass
+
+
+def zip_of_others(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/b", b"x")
+
+
+def no_entries(path: Path) -> None:
+    """A file of torch.save whose end says that its directory has no entries."""
+    data = saved()
+    at = data.rindex(b"PK\x06\x06")
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, at, 0)
+    path.write_bytes(data[:at] + end)
+
+
+def huge_directory(path: Path) -> None:
+    """A hole of a terabyte, all of it directory as its end says."""
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 0xFFFFFFF0, 64, 0)
+    with path.open("wb") as file:
+        file.write(saved())
+        file.truncate(1 << 40)
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+
+
+@pytest.mark.parametrize("make", [empty_zip, zip_of_others, no_entries, huge_directory])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_one_odd_zip_is_one_line(make: Callable[[Path], None], name: str, tmp_path: Path) -> None:
+    hf_trainer(tmp_path, 1)
+    path = hf_trainer(tmp_path, 2)
+    if name == "pytorch_model.bin":
+        (path / "model.safetensors").unlink()
+    make(path / name)
+
+    only_our_errors(tmp_path)
+
+    first, second = find_checkpoints(tmp_path)
+    assert first.is_complete
+    assert any(problem.startswith(f"{name}: ") for problem in second.problems)
+
+
+@pytest.mark.parametrize("make", [empty_zip, zip_of_others, no_entries])
+def test_an_odd_zip_as_minimind_file_is_one_line(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    hf_trainer(tmp_path, 1)
+    make(tmp_path / "pretrain_512_resume.pth")
+
+    only_our_errors(tmp_path)
+
+    assert [step.is_complete for step in find_checkpoints(tmp_path)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trainer_state.json", "metrics.json", "model.safetensors.index.json", ".metadata", "latest"],
+)
+def test_a_text_of_a_terabyte_is_not_read(name: str, tmp_path: Path) -> None:
+    for path in (hf_trainer(tmp_path, 1), run_dirs.lingua(tmp_path, 2)):
+        with (path / name).open("wb") as file:
+            file.truncate(1 << 40)
+
+    only_our_errors(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.eval.jsonl", "latest"])
+@pytest.mark.parametrize("kind", ["pipe", "zeros without end", "directory"])
+def test_files_of_the_run_are_regular_files_or_none(name: str, kind: str, tmp_path: Path) -> None:
+    hf_trainer(tmp_path, 1, {"eval_loss": 1.0})
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "directory":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+
+    only_our_errors(tmp_path)
+
+    assert resolve_checkpoint("best:eval_loss:min", tmp_path) is not None
+
+
+ODD_LOGS = [
+    '{"global_step": [1], "eval_loss": 1}',
+    '{"global_step": {"a": 1}, "eval_loss": 1}',
+    '{"global_step": 1, "eval_loss": 1' + "0" * 400 + "}",
+    '{"global_step": 1, "eval_loss": 1' + "0" * 5000 + "}",
+    '{"global_step": true, "eval_loss": [[]]}',
+    '{"global_step": 1, "eval_loss": ' + "[" * 9000,
+]
+
+
+@pytest.mark.parametrize("line", ODD_LOGS, ids=lambda line: line[:40])
+def test_odd_logs_are_passed_over(line: str, tmp_path: Path) -> None:
+    hf_trainer(tmp_path, 1, {"eval_loss": 1.0})
+    write(tmp_path, {"metrics.jsonl": line + "\n"})
+
+    only_our_errors(tmp_path)
+
+    assert resolve_checkpoint("best:eval_loss:min", tmp_path) is not None
+
+
+def test_links_that_multiply_are_followed_once(tmp_path: Path) -> None:
+    def work(links: int) -> int:
+        run = tmp_path / str(links)
+        path = hf_trainer(run, 1)
+        for number in range(links):
+            (path / f"loop{number}").symlink_to(path)
+            (path / f"up{number}").symlink_to(run)
+        return lines_run(lambda: find_checkpoints(run))
+
+    assert work(40) < 6 * work(10)  # followed again at every depth, it would be 256 times
+
+
+def test_a_run_directory_that_cannot_be_named(tmp_path: Path) -> None:
+    for run in (
+        Path("a\0b"),
+        Path("~nobody-of-this-name/run"),
+        Path("x" * 5000),
+        Path("/".join(["x" * 200] * 50)),
+        tmp_path / "loop",
+    ):
+        if run.name == "loop":
+            run.symlink_to(run)
+        only_our_errors(run)
+        for command in ("list", "latest", "verify", "strip"):
+            result = dcpconv(command, run)
+            assert result.exit_code in {1, 2}
+            assert "mistake in dcpconv" not in result.stderr
+    for wanted in ("a\0b/c", "~nobody-of-this-name/x", "x" * 5000, "./" + "y" * 5000):
+        with pytest.raises(DcpconvError):
+            resolve_checkpoint(wanted, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    hf_trainer(tmp_path, 1)
+    path = hf_trainer(tmp_path, 2)
+    path.chmod(0)
+    try:
+        only_our_errors(tmp_path)
+        assert [step.is_complete for step in find_checkpoints(tmp_path)] == [True, False]
+    finally:
+        path.chmod(0o700)
+
+
+def test_a_step_that_cannot_be_listed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        hf_trainer(tmp_path, step)
+    scandir = os.scandir
+
+    def refuses(path: str | Path) -> object:
+        if str(path).endswith("checkpoint-2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+
+    steps = find_checkpoints(tmp_path)
+
+    assert [step.problems for step in steps] == [
+        (),
+        ("it cannot be read (Permission denied)",),
+        (),
+    ]
+    with pytest.raises(DcpconvError, match="cannot be read"):
+        prune(tmp_path, Retention(keep_last=1))  # whose links nobody knows
+
+
+ESCAPE = "\x1b]0;title\x07\x1b[31m"
+
+
+def test_control_characters_are_escaped_in_what_is_printed(tmp_path: Path) -> None:
+    run = tmp_path / f"run{ESCAPE}\n"
+    path = hf_trainer(run, 1)
+    hf_trainer(run, 2)
+    write(path, {f"x{ESCAPE}.pt": b"no", "model.safetensors": safetensors(**{ESCAPE: EMPTY})})
+    run_dirs.minimind(run, 3, name=f"pre{ESCAPE}")
+
+    for words in (
+        ("list", run),
+        ("list", run, "--json"),
+        ("verify", run),
+        ("verify", run, "--json"),
+        ("latest", run),
+        ("latest", run, "--json"),
+        ("resolve", run, "1"),
+        ("resolve", run, "2"),
+        ("resolve", run, ESCAPE),
+        ("prune", run, "--keep-last", "1"),
+        ("strip", run),
+    ):
+        result = dcpconv(*words)
+        assert not {"\x1b", "\x07"} & set(result.stdout), words
+        assert "mistake in dcpconv" not in result.stderr
+
+
+EMPTY = torch.empty(0)
+
+
+def test_names_that_are_not_utf8_are_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"lauf-\xe4")
+    try:
+        hf_trainer(tmp_path / name, 1)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+
+    assert "lauf-\\udce4" in dcpconv("list", tmp_path / name).stdout
+    assert dcpconv("list", tmp_path / name, "--json").exit_code == 0
+    for words in (("latest", tmp_path / name), ("resolve", tmp_path / name, "1")):
+        result = dcpconv(*words)
+        assert result.stdout_bytes == os.fsencode(tmp_path / name / "checkpoint-1") + b"\n"
+
+
+@pytest.mark.parametrize("seconds", [2**55, -(2**55), 2**40])
+def test_times_that_no_calendar_has(seconds: int, tmp_path: Path) -> None:
+    path = hf_trainer(tmp_path, 1)
+    try:
+        for file in path.iterdir():
+            os.utime(file, (seconds, seconds))
+    except (OSError, OverflowError):
+        pytest.skip("this file system has no such times")
+
+    assert dcpconv("list", tmp_path).exit_code == 0
+    assert dcpconv("list", tmp_path, "--json").exit_code == 0
