@@ -25,8 +25,8 @@ _LARGEST_HEADER: Final = 100_000_000
 _DIRECTORY: Final = 1 << 26
 """Bytes of a zip directory: half a million records."""
 
-_PICKLE: Final = 1 << 24
-"""Bytes of a pickle that are looked through."""
+_PICKLE: Final = 1 << 20
+"""Bytes at the end of a pickle that are looked through."""
 
 _ZIP: Final = b"PK\x03\x04"
 _LEGACY: Final = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -65,11 +65,12 @@ def glance(listing: Listing, name: str, *, strict: bool = False) -> Iterator[str
 
 
 def pickle_of(listing: Listing, name: str) -> bytes:
-    """The beginning of the ``data.pkl`` in a file of ``torch.save``; empty where there is none."""
+    """The end of the ``data.pkl`` in a file of ``torch.save``; empty where there is none."""
     try:
         with listing.opened(name) as read:
             offset, nbytes = _archive(read, listing.files[name]).extent("data.pkl")
-            return read(offset, min(nbytes, _PICKLE))
+            length = min(nbytes, _PICKLE)
+            return read(offset + nbytes - length, length)
     except (OSError, FormatError):
         return b""
 

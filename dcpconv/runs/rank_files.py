@@ -23,6 +23,14 @@ _OPTIMIZER = re.compile(
 )
 _MODEL = re.compile(r"zero_pp_rank_([0-9]{1,9})_mp_rank_([0-9]{1,9})_model_states\.pt")
 _WHOLE = re.compile(r"mp_rank_([0-9]{1,9})_model_states\.pt")
+_WORLD = re.compile(
+    # A string, its place in the memo, and a whole number of one, two or four bytes.
+    rb"dp_world_size(?:q.|r.{4}|\x94)?(?:K(.)|M(..)|J(.{4}))",
+    re.DOTALL,
+)
+"""How many ranks saved, in the pickle of every model file."""
+
+_MOST_RANKS: Final = 1 << 20
 _EXPERTS = re.compile(r"expp_rank_[0-9]{1,9}_mp_rank_[0-9]{1,9}_optim_states\.pt")
 _LAYER = re.compile(r"layer_[0-9]+-model_[0-9]+-model_states\.pt")
 _VERL = re.compile(
@@ -84,7 +92,11 @@ def tag_problems(listing: Listing, prefix: str, *, ranks: int) -> list[str]:
     lost = absent_ranks(columns, at_least=1)
     problems = [f"{prefix}files of mp_rank_{column:02} are missing" for column in lost]
     rows = {int(found[2]) for found in optimizers} | {int(found[1]) for found in parts}
-    world = max([ranks // max(1, len(columns)), *(row + 1 for row in rows)])
+    inside = pickle_of(listing, prefix + (whole or parts)[0][0]) if whole or parts else b""
+    said = _WORLD.search(inside)
+    stated = int.from_bytes(said[1] or said[2] or said[3], "little") if said else 0
+    least = max(ranks // max(1, len(columns)), min(stated, _MOST_RANKS))
+    world = max([least, *(row + 1 for row in rows)])
     for column in sorted(columns) if optimizers else ():
         there = {int(found[2]) for found in optimizers if int(found[3]) == column}
         start = f"{prefix}{optimizers[0][1]}zero_pp_rank_"
@@ -100,8 +112,8 @@ def tag_problems(listing: Listing, prefix: str, *, ranks: int) -> list[str]:
         ]
     if not optimizers and not any(map(_EXPERTS.fullmatch, names)):
         # Without ZeRO the optimizer is in the model's file.
-        inside = b"param_groups" in pickle_of(listing, prefix + whole[0][0]) if whole else False
-        problems += [] if inside else [f"{where} holds no optimizer states of any rank"]
+        is_there = whole and b"param_groups" in inside
+        problems += [] if is_there else [f"{where} holds no optimizer states of any rank"]
     return problems
 
 

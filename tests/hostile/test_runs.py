@@ -135,7 +135,7 @@ def only_our_errors(run: Path) -> None:
             ask(run)
 
 
-MAKERS = {
+MAKERS: dict[str, run_dirs.Maker] = {
     **run_dirs.MAKERS,
     **run_dirs.WITH_TRACKERS,
     "hf-zero": run_dirs.hf_zero,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
 
 @functools.cache
@@ -32,8 +33,8 @@ def dcp_files() -> Mapping[str, bytes]:
         "train_state": {"step": torch.tensor(1)},
     }
     with tempfile.TemporaryDirectory() as name:
-        writer = dcp.FileSystemWriter(name, thread_count=2, sync_files=False)
-        dcp.save(state, storage_writer=writer, no_dist=True)
+        writer = FileSystemWriter(name, thread_count=2, sync_files=False)
+        save_dcp(state, storage_writer=writer, no_dist=True)
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     renamed = {"__0_1.distcp": "__1_0.distcp"}
     metadata = files[".metadata"].replace(b"__0_1.distcp", b"__1_0.distcp")
@@ -47,7 +48,8 @@ def inside(directory: str, files: Mapping[str, bytes]) -> Files:
 
 def safetensors(**tensors: torch.Tensor) -> bytes:
     """A file of safetensors."""
-    return save(tensors or {"w": torch.ones(3)})
+    data: bytes = save(tensors or {"w": torch.ones(3)})
+    return data
 
 
 Files = dict[str, bytes | str]

@@ -122,9 +122,9 @@ def test_verify_finds_what_a_listing_cannot(tmp_path: Path) -> None:
     for word in ("latest", "auto"):
         found = dcpconv("resolve", tmp_path, word, "--verify")
         assert found.stdout == f"{tmp_path / 'checkpoint-1'}\n"
-        step = resolve_checkpoint(word, tmp_path, verify=True)
-        assert step is not None
-        assert step.step == 1
+        resolved = resolve_checkpoint(word, tmp_path, verify=True)
+        assert resolved is not None
+        assert resolved.step == 1
     assert dcpconv("resolve", tmp_path, "2", "--verify").exit_code == 1
     assert dcpconv("resolve", tmp_path, "2").exit_code == 0
 

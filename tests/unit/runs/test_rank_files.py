@@ -83,6 +83,18 @@ def test_without_zero_the_optimizer_is_in_the_models_file(tmp_path: Path) -> Non
     assert find_checkpoints(tmp_path)[0].problems == ()
 
 
+@pytest.mark.parametrize("ranks", [3, 300, 70_000])
+def test_the_models_file_says_how_many_ranks_there_were(ranks: int, tmp_path: Path) -> None:
+    path = zero(tmp_path, 4, ranks=2)
+    state = {"module": {"w": torch.ones(2)}, "dp_world_size": ranks, "mp_world_size": 1}
+    torch.save(state, path / "mp_rank_00_model_states.pt")
+
+    problems = find_checkpoints(tmp_path)[0].problems
+
+    assert problems[0] == "bf16_zero_pp_rank_2_mp_rank_00_optim_states.pt is missing"
+    assert len(problems) == min(8, ranks - 2)
+
+
 def test_tensor_parallel_ranks_each_have_their_files(tmp_path: Path) -> None:
     path = zero(tmp_path, 4)
     for file in list(path.iterdir()):
