@@ -220,7 +220,7 @@ def _at_path(path: Path, run_dir: str | os.PathLike[str]) -> FoundStep:
 
 def _complete(step: FoundStep) -> FoundStep:
     has_name = step.layout == "minimind" or layout_of(step.path.name) is not None
-    others = f"{command('list', step.path.parent)} tells the others" if has_name else None
+    others = f"{command('list', step.path.parent)} lists the steps" if has_name else None
     if step.problems:
         raise RunError(
             "the checkpoint is not complete",

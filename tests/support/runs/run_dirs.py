@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -170,3 +172,16 @@ def verl(run: Path, step: int, *, ranks: int = 2, roles: tuple[str, ...] = ("act
 
 WITH_TRACKERS: Mapping[str, Maker] = {"deepspeed": zero, "verl": verl}
 """Layouts whose newest step is named in a file of the run; make the steps in their order."""
+
+
+def example(run: Path) -> None:
+    """The run that docs/runs.md shows: four steps, the newest of which was interrupted."""
+    begun = datetime(2026, 3, 1, 10, tzinfo=timezone.utc).timestamp()
+    for number, loss in enumerate((2.9, 2.4, 2.6, 2.7)):
+        step = 100 * (number + 1)
+        path = hf_trainer(run, step, {"eval_loss": loss})
+        if step == 400:
+            optimizer = path / "optimizer.pt"
+            optimizer.write_bytes(optimizer.read_bytes()[:700])
+        for file in path.iterdir():
+            os.utime(file, (begun + 1200 * number,) * 2)
