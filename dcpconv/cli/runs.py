@@ -373,14 +373,14 @@ def carry(
     if as_json:
         say_json(report.to_json())
         return
-    say(f"source    {report.source_kind:<10} {report.source_family:<12} {report.source}")
-    say(f"target    {report.target_kind:<10} {report.target_family:<12} {report.target}")
+    say(printable(f"source    {report.source_kind:<10} {report.source_family:<12} {report.source}"))
+    say(printable(f"target    {report.target_kind:<10} {report.target_family:<12} {report.target}"))
     say(f"weights   {count(report.weights, 'tensor')}, {report.relabelled:,} relabelled")
     groups = " + ".join(f"{number:,}" for number in report.groups)
-    say(f"optimizer {', '.join(report.moments)} of {groups} parameters")
-    say(f"beside    {', '.join(report.beside) or '-'}")
+    say(printable(f"optimizer {', '.join(report.moments)} of {groups} parameters"))
+    say(printable(f"beside    {', '.join(report.beside) or '-'}"))
     for name, why in report.left:
-        say(f"left      {name}  {why}")
+        say(printable(f"left      {name}  {why}"))
     say(f"tensors   {size(report.nbytes)}{'; nothing was written' if report.is_dry_run else ''}")
     for text in report.notes:
-        note(text)
+        note(printable(text))

@@ -295,6 +295,11 @@ def _verl(listing: Listing) -> _Found:
     files = listing.files
     only = {"model"} if STRIPPED in files else {"model", "optim", "extra_state"}
     there, problems = rank_files.verl_problems(listing, kinds=frozenset(only))
+    megatron = [name for name in files if name.endswith(f"/dist_ckpt/{METADATA}")]
+    if megatron and not there:  # its ranks write one DCP directory
+        there, problems = {"model", "optim"}, []
+    for name in megatron:
+        problems += dcp_problems(listing, name.removesuffix(METADATA))[0]
     named = (("model", "weights"), ("optim", "optimizer"), ("extra_state", "rng"))
     holds = {held for kind, held in named if kind in there}
     holds |= {"scheduler"} if "extra_state" in there else set()

@@ -34,7 +34,8 @@ class StepCheck:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return {**self.step.to_json(), "complete": bool(self), "problems": list(self.problems)}
+        is_complete = bool(self) and not self.step.is_stripped
+        return {**self.step.to_json(), "complete": is_complete, "problems": list(self.problems)}
 
 
 def verify_checkpoints(run_dir: str | os.PathLike[str]) -> Iterator[StepCheck]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcpconv import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
-from support.runs.run_dirs import WITH_TRACKERS, hf_zero, saved, verl, write, zero
+from support.runs.run_dirs import WITH_TRACKERS, dcp_files, hf_zero, saved, verl, write, zero
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -167,6 +167,18 @@ def test_a_file_that_verl_needs_is_named(
     assert any(why in problem for problem in problems), problems
     assert latest is not None
     assert latest.path == older
+
+
+def test_a_step_of_verls_megatron_workers(tmp_path: Path) -> None:
+    files = {f"actor/dist_ckpt/{name}": data for name, data in dcp_files().items()}
+    path = write(tmp_path / "global_step_4", {**files, "data.pt": saved()})
+    write(tmp_path, {"latest_checkpointed_iteration.txt": "4"})
+    assert find_checkpoints(tmp_path)[0].problems == ()
+
+    (path / "actor/dist_ckpt/__1_0.distcp").unlink()
+
+    problems = find_checkpoints(tmp_path)[0].problems
+    assert problems == ("actor/dist_ckpt/__1_0.distcp is missing",)
 
 
 def test_a_step_named_by_its_path_is_judged_by_itself(tmp_path: Path) -> None:
