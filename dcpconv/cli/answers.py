@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
 import typer
+
+_RAW: Final = re.compile("[\x7f-\x9f\ud800-\udfff]")
+"""What JSON lets stand: more control characters, and halves of a pair, which no encoding prints."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,8 +59,9 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """The whole result as JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """The whole result as JSON, with what a terminal would act on escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    say(_RAW.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def note(text: str) -> None:

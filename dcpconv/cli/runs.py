@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +14,10 @@ import typer
 from dcpconv.cli.answers import answers, note, say, say_json
 from dcpconv.cli.options import Assets, From, Spec
 from dcpconv.cli.words import count, size
+from dcpconv.core.printing import printable
 
 if TYPE_CHECKING:
-    from dcpconv.runs import FoundStep, Pruning
+    from dcpconv.runs import FoundStep, Pruning, Stripping
 
 runs = typer.Typer(
     name="runs",
@@ -28,6 +31,10 @@ runs = typer.Typer(
 
 RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Where a run keeps its steps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything as JSON.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Open every form first, as `runs verify` does.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
 
 
 @runs.command("list")
@@ -44,9 +51,9 @@ def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
         say_json([step.to_json() for step in steps])
     else:
         for line in lines(steps):
-            say(line)
+            say(printable(line))
     if not steps:
-        note(f"no step of a known layout in {run_dir}")
+        note(printable(f"no step of a known layout in {run_dir}"))
         raise typer.Exit(1)
 
 
@@ -54,25 +61,29 @@ def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
 @answers
 def latest(
     run_dir: RunDir,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Which of several runs of MiniMind: pretrain."),
+    ] = None,
     as_json: AsJson = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Open every form first, as `runs verify` does.")
-    ] = False,
+    verify: Verify = False,
 ) -> None:
     """Print the path of the latest complete step, and nothing else.
 
     Incomplete steps are skipped, each with a note.  Exit code 1 where none is complete.
+
+    dcpconv runs latest checkpoints pretrain      # where MiniMind keeps several runs
     """
     from dcpconv.runs.finding import latest_first
-    from dcpconv.runs.verifying import verify_step
+    from dcpconv.runs.verifying import verified
 
-    for step in latest_first(_existing(run_dir)):
-        problems = verify_step(step).problems if verify else step.problems
-        if not problems:
-            say_json(step.to_json()) if as_json else say(str(step.path))
+    for step in latest_first(_existing(run_dir), run):
+        judged = verified(step) if verify and step.is_complete else step
+        if judged.is_complete:
+            say_json(step.to_json()) if as_json else _say_path(step.path)
             return
-        note(f"{step.path.name} was skipped: {'; '.join(problems)}")
-    note(f"no complete step in {run_dir}")
+        note(printable(f"{step.path.name} was skipped: {judged.why_not}"))
+    note(printable(f"no complete step in {run_dir}"))
     raise typer.Exit(1)
 
 
@@ -81,23 +92,30 @@ def latest(
 def resolve(
     run_dir: RunDir,
     wanted: Annotated[
-        str, typer.Argument(metavar="WANTED", help="latest, auto, a step's number, a path, or no.")
+        str,
+        typer.Argument(
+            metavar="WANTED",
+            help="latest, auto, best:METRIC:min, a step's number, a path, or no.",
+        ),
     ],
     as_json: AsJson = False,
+    verify: Verify = False,
 ) -> None:
     """Print the path of the step that WANTED means; nothing for a fresh start.
 
     dcpconv runs resolve out auto      # the latest complete step, or nothing
 
     dcpconv runs resolve out 500       # that step, or an error
+
+    dcpconv runs resolve out best:eval_loss:min
     """
     from dcpconv.runs import resolve_checkpoint
 
-    step = resolve_checkpoint(wanted, run_dir)
+    step = resolve_checkpoint(wanted, run_dir, verify=verify)
     if as_json:
         say_json(step.to_json() if step else None)
     elif step is not None:
-        say(str(step.path))
+        _say_path(step.path)
     else:
         note("a fresh start")
 
@@ -116,13 +134,13 @@ def verify(run_dir: RunDir, as_json: AsJson = False) -> None:
         is_good = is_good and bool(checked)
         found.append(checked.to_json())
         if not as_json:
-            say(f"{'ok' if checked else 'problem':<9} {checked.step.path}")
+            say(printable(f"{'ok' if checked else 'problem':<9} {checked.step.path}"))
             for problem in checked.problems:
-                say(f"  {checked.step.path.name}: {problem}")
+                say(printable(f"  {checked.step.path.name}: {problem}"))
     if as_json:
         say_json(found)
     if not found:
-        note(f"no step of a known layout in {run_dir}")
+        note(printable(f"no step of a known layout in {run_dir}"))
     if not (found and is_good):
         raise typer.Exit(1)
 
@@ -144,14 +162,13 @@ def prune(
             metavar="METRIC:min|max",
         ),
     ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Delete; without it, only say what would go.")
-    ] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete complete steps that no rule keeps; without --yes only say which.
 
-    Never the newest complete step, an incomplete one, or through a symbolic link.
+    Never the newest complete step, an incomplete one, or one that a symbolic link needs.  What
+    stays is opened first, as `runs verify` does.
 
     dcpconv runs prune out --keep-last 3 --keep-every 1000 --keep-best eval_loss:min
     """
@@ -168,9 +185,36 @@ def prune(
         say_json(pruning.to_json())
         return
     for line in _pruning_lines(pruning):
-        say(line)
+        say(printable(line))
     for text in pruning.decision.notes:
-        note(text)
+        note(printable(text))
+
+
+@runs.command()
+@answers
+def strip(
+    run_dir: RunDir,
+    keep_last: Annotated[
+        int,
+        typer.Option(help="The newest so many complete steps stay whole.", metavar="N", min=1),
+    ] = 1,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the optimizers of finished steps, keep the weights; without --yes only say which.
+
+    Never of the newest complete steps, and never the weights.
+
+    dcpconv runs strip out --keep-last 2
+    """
+    from dcpconv.runs import strip as run
+
+    stripping = run(_existing(run_dir), keep_last=keep_last, yes=yes)
+    if as_json:
+        say_json(stripping.to_json())
+        return
+    for line in _stripping_lines(stripping):
+        say(printable(line))
 
 
 def lines(steps: tuple[FoundStep, ...]) -> Iterator[str]:
@@ -180,7 +224,7 @@ def lines(steps: tuple[FoundStep, ...]) -> Iterator[str]:
             "-" if step.step is None else str(step.step),
             step.layout,
             step.form or "-",
-            "complete" if step.is_complete else "incomplete",
+            _state(step),
             size(step.nbytes),
             _time(step.modified),
             "+".join(name.replace(" ", "_") for name in step.holds) or "-",
@@ -213,16 +257,52 @@ def _pruning_lines(pruning: Pruning) -> Iterator[str]:
         yield f"would     delete {steps}, {size(pruning.nbytes)}; --yes does it"
 
 
+def _stripping_lines(stripping: Stripping) -> Iterator[str]:
+    for step, reason in stripping.left:
+        yield f"leave     {step.path}  ({reason})"
+    word = "stripped" if stripping.is_done else "strip"
+    for row in stripping.stripped:
+        yield f"{word:<9} {row.step.path}  {size(row.nbytes)}  {' '.join(row.names)}"
+    steps = count(len(stripping.stripped), "step")
+    if stripping.is_done:
+        yield f"stripped  {steps}, {size(stripping.nbytes)}"
+    else:
+        yield f"would     strip {steps}, {size(stripping.nbytes)}; --yes does it"
+
+
+def _state(step: FoundStep) -> str:
+    if step.problems:
+        return "incomplete"
+    return "stripped" if step.is_stripped else "complete"
+
+
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "-"  # no calendar has it
+
+
+def _say_path(path: Path) -> None:
+    """A path for a script: its bytes as they are, but nothing that a terminal acts on."""
+    text = str(path)
+    shown = "".join(c if "\ud800" <= c <= "\udfff" else printable(c) for c in text)
+    if shown.isprintable():
+        say(shown)
+    else:  # a name that is not UTF-8
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(shown) + b"\n")
 
 
 def _existing(run_dir: str) -> Path:
     from dcpconv.core.errors import NotACheckpointError
+    from dcpconv.runs.errors import told
     from dcpconv.runs.listing import typed_path
 
-    path = typed_path(run_dir)
-    if not path.exists():
+    with told(run_dir):
+        path = typed_path(run_dir)
+        is_there = path.exists()
+    if not is_there:
         raise NotACheckpointError("there is no such directory", [("path", run_dir)])
     return path
 
@@ -296,14 +376,14 @@ def carry(
     if as_json:
         say_json(report.to_json())
         return
-    say(f"source    {report.source_kind:<10} {report.source_family:<12} {report.source}")
-    say(f"target    {report.target_kind:<10} {report.target_family:<12} {report.target}")
+    say(printable(f"source    {report.source_kind:<10} {report.source_family:<12} {report.source}"))
+    say(printable(f"target    {report.target_kind:<10} {report.target_family:<12} {report.target}"))
     say(f"weights   {count(report.weights, 'tensor')}, {report.relabelled:,} relabelled")
     groups = " + ".join(f"{number:,}" for number in report.groups)
-    say(f"optimizer {', '.join(report.moments)} of {groups} parameters")
-    say(f"beside    {', '.join(report.beside) or '-'}")
+    say(printable(f"optimizer {', '.join(report.moments)} of {groups} parameters"))
+    say(printable(f"beside    {', '.join(report.beside) or '-'}"))
     for name, why in report.left:
-        say(f"left      {name}  {why}")
+        say(printable(f"left      {name}  {why}"))
     say(f"tensors   {size(report.nbytes)}{'; nothing was written' if report.is_dry_run else ''}")
     for text in report.notes:
-        note(text)
+        note(printable(text))

@@ -1,14 +1,16 @@
-"""The steps of a run directory: all of them, or the latest that is complete.
+"""The steps of a run directory: all of them, or from the latest down.
 
-A run directory is read once; each step directory once more.  Names decide what is a step and
-numbers decide the order: times of files only say when.
+A run directory is read once, each step directory once more, and of its files the ends.  Names
+decide what is a step and numbers decide the order: times of files only say when.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +18,7 @@ from typing import Any, Final
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.formats import torchfile
+from dcpconv.runs.errors import RunError, WantedError, command, in_one_line, told
 from dcpconv.runs.layouts import (
     HELD,
     Layout,
@@ -24,9 +27,10 @@ from dcpconv.runs.layouts import (
     layout_by_contents,
     layout_of,
 )
-from dcpconv.runs.listing import list_step, typed_path
+from dcpconv.runs.listing import list_step, read_regular, typed_path
+from dcpconv.runs.rank_files import TRACKERS, tracked
 
-_INNER: Final = ("checkpoints", "checkpoint")
+INNER: Final = ("checkpoints", "checkpoint")
 """Where Lingua, MiniMind, accelerate and torchtitan put the steps inside a run directory."""
 
 
@@ -40,13 +44,15 @@ class FoundStep:
         layout: Whose directory it is.
         form: How its weights are stored; ``None`` where no form of ours holds them.
         weights: What ``open_checkpoint`` opens for the weights.
-        holds: What it has, of ``weights``, ``optimizer``, ``scheduler``, ``scaler``, ``rng`` and
-            ``trainer state``.
+        holds: What it has, of ``weights``, ``adapter``, ``optimizer``, ``scheduler``, ``scaler``,
+            ``rng`` and ``trainer state``.
         problems: Why it is not complete, one sentence each.
         nbytes: Bytes of all its files.
         modified: When its youngest file changed, in seconds since 1970.
         epoch: Of a MiniMind file, whose steps start again with every epoch; else 0.
         is_link: Whether a symbolic link leads to it.
+        is_stripped: Whether its optimizer was deleted on purpose.
+        target: Where the link leads, with the path of a neighbour where it is one.
     """
 
     step: int | None
@@ -60,11 +66,19 @@ class FoundStep:
     modified: float = 0.0
     epoch: int = 0
     is_link: bool = False
+    is_stripped: bool = False
+    target: Path | None = None
 
     @property
     def is_complete(self) -> bool:
         """Whether a run can go on from here."""
-        return not self.problems
+        return not self.problems and not self.is_stripped
+
+    @property
+    def why_not(self) -> str:
+        """Why a run cannot go on from here, in one line."""
+        stripped = ["it was stripped: its optimizer is gone"] if self.is_stripped else []
+        return "; ".join([*self.problems, *stripped])
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -81,11 +95,20 @@ class FoundStep:
             "form": self.form,
             "weights": str(self.weights),
             "complete": self.is_complete,
+            "stripped": self.is_stripped,
             "problems": list(self.problems),
             "holds": list(self.holds),
             "nbytes": self.nbytes,
-            "modified": datetime.fromtimestamp(self.modified, timezone.utc).isoformat(),
+            "modified": when(self.modified),
         }
+
+
+def when(seconds: float) -> str | None:
+    """A time since 1970 as text; ``None`` for one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +120,7 @@ class Named:
     layout: Layout
     step: int
     is_link: bool
+    problems: tuple[str, ...] = ()
 
 
 def find_checkpoints(run_dir: str | os.PathLike[str]) -> tuple[FoundStep, ...]:
@@ -108,90 +132,152 @@ def find_checkpoints(run_dir: str | os.PathLike[str]) -> tuple[FoundStep, ...]:
         run_dir: Where a run keeps its steps; a directory that does not exist has none.
 
     Raises:
-        NotACheckpointError: ``run_dir`` is a file.
+        NotACheckpointError: ``run_dir`` is a file, or cannot be read.
     """
     found = [step for named in names_in(run_dir) if (step := look_into(named)) is not None]
     return tuple(sorted(found, key=lambda step: step.order))
 
 
-def find_latest_checkpoint(run_dir: str | os.PathLike[str]) -> FoundStep | None:
-    """The complete step with the highest number, or ``None`` where there is none.
-
-    Raises:
-        NotACheckpointError: ``run_dir`` is a file.
-        DcpconvError: MiniMind files of several runs lie in ``run_dir``: which is meant?
-    """
-    for step in latest_first(run_dir):
-        if step.is_complete:
-            return step
-    return None
-
-
-def latest_first(run_dir: str | os.PathLike[str]) -> Iterator[FoundStep]:
+def latest_first(run_dir: str | os.PathLike[str], run: str | None = None) -> Iterator[FoundStep]:
     """Steps from the highest number down, each looked into only when it is asked for.
 
+    Args:
+        run_dir: Where a run keeps its steps.
+        run: Which of several runs of MiniMind: ``pretrain`` or ``pretrain_512``.
+
     Raises:
-        NotACheckpointError: ``run_dir`` is a file.
-        DcpconvError: MiniMind files of several runs lie in ``run_dir``.
+        NotACheckpointError: ``run_dir`` is a file, or cannot be read.
+        RunError: There is no such run.
+        WantedError: MiniMind files of several runs lie in ``run_dir``: which is meant?
     """
     names = names_in(run_dir)
-    files = [named.name for named in names if named.layout == "minimind"]
-    if len(files) > 1:
-        raise DcpconvError(
+    files = sorted(named.name for named in names if named.layout == "minimind")
+    if run is not None:
+        names = [named for named in names if _is_of_run(named, run)]
+        if not names:
+            raise RunError(
+                f"no run {run!r} has a resume file here",
+                [("directory", run_dir), *(("found", _run_of(name)) for name in files)],
+                hint=command("latest", run_dir, _run_of(files[0])) if files else None,
+            )
+    several = sorted(_run_of(named.name) for named in names if named.layout == "minimind")
+    if len(several) > 1:
+        raise WantedError(
             "resume files of several runs lie here, and their steps do not compare",
-            [("directory", run_dir), *(("found", name) for name in sorted(files))],
-            hint="name the file",
+            [("directory", run_dir), *(("found", name) for name in several)],
+            hint=f"name one: {command('latest', run_dir, several[0])}",
         )
     names.sort(key=lambda named: (named.step, named.name), reverse=True)
     return (step for named in names if (step := look_into(named)) is not None)
+
+
+def _run_of(name: str) -> str:
+    return name.removesuffix("_resume.pth")
+
+
+def _is_of_run(named: Named, run: str) -> bool:
+    if named.layout != "minimind":
+        return False
+    return run in {named.name, own := _run_of(named.name)} or (
+        # MiniMind puts the width behind the name, and _moe behind that.
+        re.fullmatch(re.escape(run) + r"_[0-9]+(_moe)?", own) is not None
+    )
 
 
 def names_in(run_dir: str | os.PathLike[str]) -> list[Named]:
     """What is a step by its name, in the order of the directory.
 
     Raises:
-        NotACheckpointError: ``run_dir`` is a file.
+        NotACheckpointError: ``run_dir`` is a file, or cannot be read.
     """
-    directory = typed_path(run_dir)
-    names, inner = _scan(directory, is_link=False)
-    for name in _INNER:
-        if not names and name in inner:
-            names, _ = _scan(directory / name, is_link=inner[name])
-    return names
+    with told(run_dir):
+        directory = typed_path(run_dir)
+        names, inner = _scan(directory, is_link=False)
+        for name in INNER:
+            if not names and name in inner:
+                names, _ = _scan(directory / name, is_link=inner[name])
+        return names
 
 
 def _scan(directory: Path, *, is_link: bool) -> tuple[list[Named], dict[str, bool]]:
     names: list[Named] = []
     inner: dict[str, bool] = {}
+    trackers: dict[str, bytes] = {}
     try:
         with os.scandir(directory) as entries:
             for entry in entries:
-                known = layout_of(entry.name)
-                if known is not None and entry.is_dir():
-                    link = is_link or entry.is_symlink()
-                    names.append(Named(entry.path, entry.name, *known, link))
-                elif is_minimind_name(entry.name) and entry.is_file():
-                    link = is_link or entry.is_symlink()
-                    names.append(Named(entry.path, entry.name, "minimind", -1, link))
-                elif entry.name in _INNER and entry.is_dir():
-                    inner[entry.name] = entry.is_symlink()
+                with suppress(OSError):  # a link in a circle, or to where we may not look
+                    named = _named(entry, is_link=is_link)
+                    if named is not None:
+                        names.append(named)
+                    elif entry.name in INNER and entry.is_dir():
+                        inner[entry.name] = entry.is_symlink()
+                    elif entry.name in TRACKERS and entry.is_file():
+                        trackers[entry.name] = read_regular(Path(entry.path))
     except FileNotFoundError:
         return [], {}
     except NotADirectoryError as error:
         raise NotACheckpointError(
             "a run directory is expected, this is a file", [("path", directory)]
         ) from error
-    return names, inner
+    return _with_trackers(names, trackers), inner
+
+
+def _named(entry: os.DirEntry[str], *, is_link: bool) -> Named | None:
+    known = layout_of(entry.name)
+    if known is not None and entry.is_dir():
+        return Named(entry.path, entry.name, *known, is_link or entry.is_symlink())
+    if is_minimind_name(entry.name) and entry.is_file():
+        return Named(entry.path, entry.name, "minimind", -1, is_link or entry.is_symlink())
+    return None
+
+
+def _with_trackers(names: list[Named], trackers: dict[str, bytes]) -> list[Named]:
+    """Steps that their trainer has not finished: it names the newest in a file beside them."""
+    finished = {layout: (file, step) for layout, file, step in tracked(trackers)}
+    found = []
+    for named in names:
+        file, newest = finished.get(named.layout, ("", -1))
+        if newest is None:
+            why = f"no {file} with the number of a step lies beside it: the trainer writes it last"
+            found.append(replace(named, problems=(why,)))
+        elif file and named.step > newest:
+            why = f"{file} says {newest}: the save was interrupted"
+            found.append(replace(named, problems=(why,)))
+        else:
+            found.append(named)
+    return found
 
 
 def look_into(named: Named) -> FoundStep | None:
-    """What a step holds; ``None`` where it has disappeared meanwhile."""
+    """What a step holds; ``None`` where it has disappeared meanwhile.
+
+    Whatever its files are, the step is one line of a list and never the end of it.
+    """
+    path = Path(named.path)
     try:
         if named.layout == "minimind":
-            return look_at_file(Path(named.path), is_link=named.is_link)
+            return look_at_file(path, is_link=named.is_link)
         return _look(named)
-    except FileNotFoundError:
-        return None
+    except Exception as error:  # noqa: BLE001  files of strangers; the other steps still count
+        if not os.path.lexists(named.path):
+            return None
+        return FoundStep(
+            step=named.step if named.step >= 0 else None,
+            path=path,
+            layout=named.layout,
+            form=None,
+            weights=path,
+            problems=(f"it cannot be read ({in_one_line(error)})",),
+            is_link=named.is_link,
+            target=_target(path) if named.is_link else None,
+        )
+
+
+def _target(path: Path) -> Path:
+    target = Path(os.path.realpath(path))
+    is_near = target.parent == Path(os.path.realpath(path.parent))
+    return path.with_name(target.name) if is_near else target
 
 
 def look_at(path: Path) -> FoundStep | None:
@@ -205,13 +291,15 @@ def look_at(path: Path) -> FoundStep | None:
     is_link = path.is_symlink()
     if path.is_file():
         return look_at_file(path, is_link=is_link) if torchfile.is_torch_file(path) else None
+    if not path.is_dir():
+        return None
     known = layout_of(path.resolve().name if path.name in {"", ".", ".."} else path.name)
     if known is not None:
-        return _look(Named(str(path), path.name, *known, is_link))
+        return look_into(Named(str(path), path.name, *known, is_link))
     layout = layout_by_contents(list_step(str(path)))
     if layout is None:
         return None
-    return _look(Named(str(path), path.name, layout, -1, is_link))
+    return look_into(Named(str(path), path.name, layout, -1, is_link))
 
 
 def _look(named: Named) -> FoundStep:
@@ -225,10 +313,12 @@ def _look(named: Named) -> FoundStep:
         form=judged.form,
         weights=path / judged.weights if judged.weights else path,
         holds=judged.holds,
-        problems=judged.problems,
+        problems=(*judged.problems, *named.problems),
         nbytes=listing.nbytes,
         modified=listing.modified,
         is_link=named.is_link,
+        is_stripped=judged.is_stripped,
+        target=_target(path) if named.is_link else None,
     )
 
 
@@ -247,6 +337,8 @@ def look_at_file(path: Path, *, is_link: bool) -> FoundStep:
         catalog = torchfile.read_catalog(path)
     except DcpconvError as error:
         problems.append(error.headline)
+    except Exception as error:  # noqa: BLE001  a pickle of strangers
+        problems.append(f"it cannot be read ({in_one_line(error)})")
     else:
         objects = catalog.objects
         tops = {str(catalog.path_of(key)[0]) for key in (*catalog.tensors, *objects)}
@@ -270,6 +362,7 @@ def look_at_file(path: Path, *, is_link: bool) -> FoundStep:
         modified=stat.st_mtime,
         epoch=epoch,
         is_link=is_link,
+        target=_target(path) if is_link else None,
     )
 
 

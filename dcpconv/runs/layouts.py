@@ -3,6 +3,7 @@
 Source: transformers 5.23 ``trainer.py``, ``trainer_utils.py``; facebookresearch/lingua@437d680
 ``lingua/checkpoint.py``; accelerate 1.15 ``accelerator.py``, ``utils/fsdp_utils.py``;
 jingyaogong/minimind@d65ef2c ``trainer/trainer_utils.py``; torchtitan ``checkpoint.py``.
+DeepSpeed's and verl's are in ``rank_files``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from dcpconv.core.catalog import Form
+from dcpconv.runs import rank_files
+from dcpconv.runs.glance import glance
 from dcpconv.runs.listing import (
     METADATA,
     Listing,
@@ -23,11 +26,13 @@ from dcpconv.runs.listing import (
     ranks_that_saved,
 )
 
-Layout = Literal["hf-trainer", "lingua", "torchtitan", "accelerate", "minimind", "dcp"]
+Layout = Literal[
+    "hf-trainer", "lingua", "torchtitan", "accelerate", "minimind", "deepspeed", "verl", "dcp"
+]
 """Whose directory a step is; ``dcp`` is a plain DCP directory that was named by its path."""
 
-HELD: Final = ("weights", "optimizer", "scheduler", "scaler", "rng", "trainer state")
-"""What a step can hold, in the order it is told."""
+HELD: Final = ("weights", "adapter", "optimizer", "scheduler", "scaler", "rng", "trainer state")
+"""What a step can hold, in the order it is told; an adapter is weights without their base."""
 
 # Matched whole: ``checkpoint-500.tmp``, ``checkpoint-best``, ``.ipynb_checkpoints`` are no steps.
 # At most 18 digits, for Python refuses to read thousands of them as one number.
@@ -36,11 +41,16 @@ _DIRECTORIES: Final[tuple[tuple[Layout, re.Pattern[str]], ...]] = (
     ("lingua", re.compile(r"([0-9]{10})")),
     ("torchtitan", re.compile(r"step-([0-9]{1,18})")),
     ("accelerate", re.compile(r"checkpoint_([0-9]{1,18})")),
+    ("deepspeed", rank_files.TAG),
+    ("verl", re.compile(r"global_step_([0-9]{1,18})")),
 )
 _MINIMIND: Final = re.compile(r".+_resume\.pth")
 
 SENTINEL: Final = "checkpoint-is-incomplete.txt"
 """Trainer's mark of a save that a signal started and that has not ended."""
+
+STRIPPED: Final = "dcpconv-stripped.json"
+"""Our mark of a step whose optimizer was deleted, or is being deleted."""
 
 TRAINER_STATE: Final = "trainer_state.json"
 _RNG = re.compile(r"rng_state_([0-9]{1,9})\.pth")
@@ -51,6 +61,7 @@ _INDEXED = {
     "model.safetensors.index.json": "hf",
     "pytorch_model.bin.index.json": "torch",
 }
+_ADAPTERS: Final = frozenset({"adapter_model.safetensors", "adapter_model.bin"})
 _NEVER_EMPTY = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".json", METADATA)
 
 
@@ -63,12 +74,14 @@ class Judged:
         weights: Where they are, relative to the step; empty for the step itself.
         holds: Some of ``HELD``.
         problems: Why the step is not complete, one sentence each.
+        is_stripped: Whether its optimizer was deleted on purpose.
     """
 
     form: Form | None
     weights: str
     holds: tuple[str, ...]
     problems: tuple[str, ...]
+    is_stripped: bool = False
 
 
 def layout_of(name: str) -> tuple[Layout, int] | None:
@@ -98,22 +111,30 @@ def layout_by_contents(listing: Listing) -> Layout | None:
         return "hf-trainer"
     if any(_RANDOM.fullmatch(name) for name in files):
         return "accelerate"
+    if rank_files.is_deepspeed(listing):
+        return "deepspeed"
+    if rank_files.is_verl(listing):
+        return "verl"
     return "dcp" if METADATA in files else None
 
 
 def judge(layout: Layout, listing: Listing) -> Judged:
-    """What a step directory holds, and whether it is complete."""
+    """What a step directory holds, and whether it is complete, as far as ends of files tell."""
     form, weights, holds, problems = _JUDGES[layout](listing)
-    empty = [
-        f"{name} is empty"
-        for name, nbytes in listing.files.items()
-        if nbytes == 0 and name.endswith(_NEVER_EMPTY)
-    ]
+    problems += [f"{name} is no regular file" for name in listing.odd]
+    if listing.is_cut:
+        problems.append(f"it holds more than {len(listing.files):,} files")
+    for name, nbytes in listing.files.items():
+        if nbytes == 0 and name.endswith(_NEVER_EMPTY):
+            problems.append(f"{name} is empty")
+        problems += glance(listing, name)
     metadata = f"{weights}/{METADATA}" if weights else METADATA
     if form is not None and (form != "dcp" or metadata in listing.files):
         holds.add("weights")
+    if weights.rpartition("/")[2] in _ADAPTERS:
+        holds = holds - {"weights"} | {"adapter"}
     held = tuple(name for name in HELD if name in holds)
-    return Judged(form, weights, held, (*problems, *empty))
+    return Judged(form, weights, held, tuple(problems), is_stripped=STRIPPED in listing.files)
 
 
 _Found = tuple[Form | None, str, set[str], list[str]]
@@ -130,7 +151,9 @@ def _hf_trainer(listing: Listing) -> _Found:
         problems.append(f"{TRAINER_STATE} was cut short")
     form, weights = _weights(listing, problems)
     holds = {"trainer state"} if TRAINER_STATE in files else set()
-    deepspeed = any(name.startswith("global_step") for name in listing.directories)
+    if STRIPPED in files:
+        return form, weights, holds, problems
+    deepspeed = bool(rank_files.tags(listing)) or rank_files.LATEST in files
     sharded = [name for name in listing.directories if name.startswith("optimizer_")]
     for name in sharded:
         problems += dcp_problems(listing, f"{name}/")[0]
@@ -139,6 +162,8 @@ def _hf_trainer(listing: Listing) -> _Found:
         holds.add("optimizer")
     if deepspeed:
         holds.add("weights")
+        ranks = [int(found[1]) for name in files if (found := _RNG.fullmatch(name))]
+        problems += rank_files.zero_problems(listing, ranks=max(ranks, default=-1) + 1)
     if "scheduler.pt" in files:
         holds.add("scheduler")
     if has_optimizer != ("scheduler.pt" in files) and not deepspeed:
@@ -178,12 +203,12 @@ def _weights(listing: Listing, problems: list[str]) -> tuple[Form | None, str]:
         if name.startswith("pytorch_model_fsdp"):
             problems += dcp_problems(listing, f"{name}/")[0]
             return "dcp", name
+    for name in files:
+        if name.rpartition("/")[2] in _ADAPTERS:
+            return ("hf" if name.endswith("safetensors") else "torch"), name
     if "pytorch_model_fsdp.bin" in files:
         return "torch", "pytorch_model_fsdp.bin"
-    for name in files:
-        if name.rpartition("/")[2] in {"adapter_model.safetensors", "adapter_model.bin"}:
-            return ("hf" if name.endswith("safetensors") else "torch"), name
-    if any(name.startswith("global_step") for name in listing.directories):
+    if rank_files.tags(listing):
         return None, ""
     problems.append("no weights: neither a model file nor an adapter nor an FSDP directory")
     return None, ""
@@ -241,6 +266,8 @@ def _accelerate(listing: Listing) -> _Found:
     problems: list[str] = []
     form, weights = _weights(listing, problems)
     holds: set[str] = set()
+    if STRIPPED in files:
+        return form, weights, holds, problems
     sharded = [name for name in listing.directories if name.startswith("optimizer_")]
     for name in sharded:
         problems += dcp_problems(listing, f"{name}/")[0]
@@ -257,6 +284,27 @@ def _accelerate(listing: Listing) -> _Found:
         holds.add("rng")
     problems += [f"random_states_{rank}.pkl is missing" for rank in missing]
     return form, weights, holds, problems
+
+
+def _deepspeed(listing: Listing) -> _Found:
+    problems = rank_files.tag_problems(listing, "", ranks=0)
+    return None, "", {"weights", "optimizer"}, problems
+
+
+def _verl(listing: Listing) -> _Found:
+    files = listing.files
+    only = {"model"} if STRIPPED in files else {"model", "optim", "extra_state"}
+    there, problems = rank_files.verl_problems(listing, kinds=frozenset(only))
+    megatron = [name for name in files if name.endswith(f"/dist_ckpt/{METADATA}")]
+    if megatron and not there:  # its ranks write one DCP directory
+        there, problems = {"model", "optim"}, []
+    for name in megatron:
+        problems += dcp_problems(listing, name.removesuffix(METADATA))[0]
+    named = (("model", "weights"), ("optim", "optimizer"), ("extra_state", "rng"))
+    holds = {held for kind, held in named if kind in there}
+    holds |= {"scheduler"} if "extra_state" in there else set()
+    holds |= {"trainer state"} if "data.pt" in files or "trainer_state.pt" in files else set()
+    return None, "", holds, problems
 
 
 _IN_METADATA: Final = {
@@ -278,5 +326,7 @@ _JUDGES: Final[dict[Layout, Callable[[Listing], _Found]]] = {
     "lingua": _lingua,
     "torchtitan": _torchtitan,
     "accelerate": _accelerate,
+    "deepspeed": _deepspeed,
+    "verl": _verl,
     "dcp": _torchtitan,
 }

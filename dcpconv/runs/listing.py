@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from dcpconv.formats.torchfile.zip_records import Read
+
 METADATA: Final = ".metadata"
 
+LARGEST_TEXT: Final = 1 << 28
+"""Bytes of a JSON file, a log or a ``.metadata`` that is read whole; a log of millions of lines."""
+
 _DEEPEST: Final = 4
-"""Directories below a step: none of the layouts nests deeper, and a link may lead in a circle."""
+"""Directories below a step: none of the layouts nests deeper."""
+
+_MOST: Final = 100_000
+"""Files of one step that are looked at; 4,096 ranks with three files each are far below."""
 
 _LISTED: Final = 8
 """Missing ranks that are named; who lost more has lost the step anyway."""
 
 _DISTCP = re.compile(rb"__[0-9]+_[0-9]+\.distcp")
 _RANK = re.compile(r"__([0-9]{1,9})_[0-9]+\.distcp")
+
+# Not blocking: what was a file a moment ago may be a pipe now.
+_READ: Final = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 @dataclass(slots=True)
@@ -27,14 +41,18 @@ class Listing:
 
     Attributes:
         path: The directory.
-        files: Bytes of every file by its relative name, with ``/`` between the parts.
+        files: Bytes of every regular file by its relative name, with ``/`` between the parts.
         directories: Names directly inside ``path``.
+        odd: What is neither a regular file nor a directory: pipes, devices, sockets.
+        is_cut: Whether there are more files than are looked at.
         modified: When the youngest file changed, in seconds since 1970.
     """
 
     path: str
     files: dict[str, int] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    is_cut: bool = False
     modified: float = 0.0
 
     @property
@@ -43,20 +61,30 @@ class Listing:
         return sum(self.files.values())
 
     def read(self, name: str, *, last: int | None = None) -> bytes:
-        """The bytes of one file, or only its ``last``; empty where it cannot be read."""
+        """The bytes of one file, or only its ``last``; empty where it cannot be read.
+
+        A file of more than ``LARGEST_TEXT`` bytes is none of those that are read whole.
+        """
         nbytes = self.files.get(name, 0)
-        skip = 0 if last is None else max(0, nbytes - last)
-        try:
-            # Not a file object: 10,000 steps are listed in a second.
-            descriptor = os.open(f"{self.path}/{name}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError:
+        wanted = nbytes if last is None else min(nbytes, last)
+        if wanted > LARGEST_TEXT:
             return b""
         try:
-            if skip:
-                os.lseek(descriptor, skip, os.SEEK_SET)
-            return os.read(descriptor, nbytes - skip)
+            with self.opened(name) as read:
+                return read(nbytes - wanted, wanted)
         except OSError:
             return b""
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Read]:
+        """Bytes of one file by offset.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        descriptor = os.open(f"{self.path}/{name}", _READ)
+        try:
+            yield lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
         finally:
             os.close(descriptor)
 
@@ -68,25 +96,63 @@ def list_step(path: str) -> Listing:
         OSError: The directory cannot be read.
     """
     found = Listing(path)
-    _list_into(found, path, "", 0)
+    _list_into(found, path, "", [])
     return found
 
 
-def _list_into(found: Listing, path: str, prefix: str, depth: int) -> None:
+def _list_into(found: Listing, path: str, prefix: str, linked: list[tuple[int, int]]) -> None:
     with os.scandir(path) as entries:
         for entry in entries:
+            if len(found.files) >= _MOST:
+                found.is_cut = True
+                return
             try:
                 if entry.is_dir():
                     if not prefix:
                         found.directories.append(entry.name)
-                    if depth < _DEEPEST:
-                        _list_into(found, entry.path, f"{prefix}{entry.name}/", depth + 1)
+                    if prefix.count("/") < _DEEPEST and not _is_seen(found, entry, linked):
+                        _list_into(found, entry.path, f"{prefix}{entry.name}/", linked)
                     continue
-                stat = entry.stat()
+                status = entry.stat()
             except OSError:
                 continue  # a link to nowhere, or a file that is being replaced: as good as absent
-            found.files[prefix + entry.name] = stat.st_size
-            found.modified = max(found.modified, stat.st_mtime)
+            if not stat.S_ISREG(status.st_mode):
+                found.odd.append(prefix + entry.name)
+                continue
+            found.files[prefix + entry.name] = status.st_size
+            found.modified = max(found.modified, status.st_mtime)
+
+
+def _is_seen(found: Listing, entry: os.DirEntry[str], linked: list[tuple[int, int]]) -> bool:
+    """Whether a link leads to a directory that was listed: links may lead in circles."""
+    if not entry.is_symlink():
+        return False
+    if not linked:
+        root = Path(found.path).stat()
+        linked.append((root.st_dev, root.st_ino))
+    status = entry.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in linked:
+        return True
+    linked.append(identity)
+    return False
+
+
+def read_regular(path: Path) -> bytes:
+    """A whole file; empty where it is no regular file, larger than a text or not to be read."""
+    try:
+        descriptor = os.open(path, _READ)
+    except (OSError, ValueError):
+        return b""
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_TEXT:
+            return b""
+        return os.pread(descriptor, status.st_size, 0)
+    except OSError:
+        return b""
+    finally:
+        os.close(descriptor)
 
 
 def is_whole_json(listing: Listing, name: str) -> bool:
@@ -99,15 +165,20 @@ def dcp_problems(listing: Listing, prefix: str = "") -> tuple[list[str], bytes]:
 
     The files that ``.metadata`` names are found by their names' shape, without unpickling it.
 
-    Source: torch 2.13 ``distributed/checkpoint/filesystem.py``: files are ``__{rank}_{n}.distcp``.
+    Source: torch 2.13 ``distributed/checkpoint/filesystem.py``: files are ``__{rank}_{n}.distcp``,
+    ``.metadata`` is one pickle.
     """
     name = prefix + METADATA
     if name not in listing.files:
         return [f"no {name}: the save was interrupted"], b""
+    if listing.files[name] > LARGEST_TEXT:
+        return [f"{name} is larger than {LARGEST_TEXT:,} bytes"], b""
     data = listing.read(name)
     named = sorted({match.decode() for match in _DISTCP.findall(data)})
     if not named:
         return [f"{name} names no .distcp file"], data
+    if not (data.startswith(b"\x80") and data.endswith(b".")):
+        return [f"{name} was cut short: it is no whole pickle"], data
     absent = [file for file in named if prefix + file not in listing.files]
     return [f"{prefix}{file} is missing" for file in absent], data
 
@@ -133,9 +204,13 @@ def missing_ranks(
         at_least: Ranks that there must have been.
     """
     ranks = {int(match.group(1)) for name in listing.files if (match := pattern.fullmatch(name))}
+    return len(ranks), absent_ranks(ranks, at_least=at_least)
+
+
+def absent_ranks(ranks: set[int], *, at_least: int) -> list[int]:
+    """The first ranks that are not among ``ranks``, which count from 0 without a gap."""
     expected = max([at_least, *(rank + 1 for rank in ranks)])
-    absent = (rank for rank in range(expected) if rank not in ranks)
-    return len(ranks), list(islice(absent, _LISTED))
+    return list(islice((rank for rank in range(expected) if rank not in ranks), _LISTED))
 
 
 def typed_path(text: str | os.PathLike[str]) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcpconv.runs.finding import FoundStep
 from dcpconv.runs.layouts import TRAINER_STATE
-from dcpconv.runs.listing import typed_path
+from dcpconv.runs.listing import read_regular, typed_path
 
 _LOGS = ("metrics.jsonl", "metrics.eval.jsonl")
 _STEP_NAMES = ("global_step", "step")
@@ -28,7 +28,7 @@ def read_metrics(
     """
     found: dict[int, dict[str, float]] = {step.step: {} for step in steps if step.step is not None}
     for number, values in _records(typed_path(run_dir), steps):
-        if number in found:
+        if isinstance(number, int) and number in found:
             found[number] |= dict(_numbers(values))
     return found
 
@@ -58,8 +58,8 @@ def _number_of(values: Mapping[str, object]) -> object:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_regular(path).decode("utf-8")
+    except UnicodeDecodeError:
         return ""
 
 
@@ -76,4 +76,7 @@ def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield prefix + name, float(value)
+            try:
+                yield prefix + name, float(value)
+            except OverflowError:  # 10 ** 400 is a whole number in JSON, and no metric
+                continue

@@ -1,5 +1,8 @@
 """Deletes steps that a retention does not keep, so that an interruption breaks none of the rest.
 
+What is to stay is opened before anything is deleted: a step that does not verify counts for
+nothing.  No step is deleted that a link needs.
+
 A step first gets a hidden name, in one rename; only then are its files deleted.  At every moment a
 step is either whole under its own name or no step at all.  What an interrupted pruning left under
 hidden names, the next one removes.
@@ -10,16 +13,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from dcpconv.core.errors import DcpconvError
+from dcpconv.runs.errors import in_one_line, told
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.layouts import layout_of
+from dcpconv.runs.links import Link, find_links, needed
 from dcpconv.runs.listing import typed_path
 from dcpconv.runs.metrics import read_metrics
 from dcpconv.runs.retention import Decision, Retention
+from dcpconv.runs.verifying import verified
 
 _SUFFIX: Final = ".dcpconv-trash"
 _TRASH = re.compile(r"\.(.+)" + re.escape(_SUFFIX))
@@ -65,12 +72,15 @@ def prune(run_dir: str | os.PathLike[str], retention: Retention, *, yes: bool = 
         yes: Delete; without it nothing is touched.
 
     Raises:
-        DcpconvError: A metric is nowhere to be found, or a step changed under our hands.
-        OSError: Something cannot be deleted; it then is no step any more, and the rest is whole.
+        NotACheckpointError: ``run_dir`` is a file, or something in it cannot be read.
+        DcpconvError: A metric is nowhere to be found; a step changed under our hands; or something
+            cannot be deleted: it then is no step any more, and the rest is whole.
     """
-    steps = find_checkpoints(run_dir)
+    with told(run_dir):
+        steps = find_checkpoints(run_dir)
+        links = find_links(run_dir)
     metrics = read_metrics(run_dir, steps) if retention.keep_best else {}
-    decision = retention.decide(steps, metrics)
+    decision = _decide(retention, list(steps), metrics, links)
     if yes:
         for directory in {step.path.parent for step in steps} | {typed_path(run_dir)}:
             _empty_trash(directory)
@@ -79,11 +89,39 @@ def prune(run_dir: str | os.PathLike[str], retention: Retention, *, yes: bool = 
     return Pruning(decision, yes)
 
 
+def _decide(
+    retention: Retention,
+    steps: list[FoundStep],
+    metrics: Mapping[int, Mapping[str, float]],
+    links: Collection[Link],
+) -> Decision:
+    """A decision in which everything that counts was opened, and nothing goes that a link needs."""
+    opened: set[Path] = set()
+    linked: set[Path] = set()
+    while True:
+        decision = retention.decide(steps, metrics, linked=linked)
+        kept = {row.step.path for row in decision.kept if row.step.is_complete} - opened
+        if kept:
+            steps = [verified(step) if step.path in kept else step for step in steps]
+            opened |= kept
+            continue
+        more = needed(links, decision.removed)
+        if not more:
+            return decision
+        linked |= more
+
+
 def _remove(step: FoundStep) -> None:
     if step.path.is_symlink() or not step.path.is_dir():
         raise DcpconvError("the step is no longer a directory of its own", [("path", step.path)])
     trash = step.path.with_name(f".{step.path.name}{_SUFFIX}")
-    step.path.rename(trash)
+    try:
+        step.path.rename(trash)
+    except OSError as error:
+        raise DcpconvError(
+            "the step cannot be deleted; nothing of it was touched",
+            [("path", step.path), ("because", in_one_line(error))],
+        ) from error
     _delete(trash)
 
 
@@ -105,4 +143,11 @@ def _empty_trash(directory: Path) -> None:
 
 def _delete(trash: Path) -> None:
     # Links inside are unlinked, not followed: rmtree's promise.
-    shutil.rmtree(trash)
+    try:
+        shutil.rmtree(trash)
+    except OSError as error:
+        raise DcpconvError(
+            "what was renamed cannot be deleted; every step under its own name is whole",
+            [("path", error.filename or trash), ("because", in_one_line(error))],
+            hint="the next prune --yes goes on with it",
+        ) from error

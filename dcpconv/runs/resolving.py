@@ -8,53 +8,79 @@ from pathlib import Path
 from typing import Final
 
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
+from dcpconv.runs.errors import RunError, WantedError, command, told
 from dcpconv.runs.finding import (
     FoundStep,
-    find_latest_checkpoint,
+    find_checkpoints,
     latest_first,
     look_at,
     look_into,
     names_in,
 )
+from dcpconv.runs.layouts import layout_of
 from dcpconv.runs.listing import typed_path
+from dcpconv.runs.metrics import read_metrics
+from dcpconv.runs.retention import Best, choose_best, counted
+from dcpconv.runs.verifying import verified
 
 _NO: Final = frozenset({"no", "none", "false"})
 _LATEST: Final = frozenset({"latest", "last", "yes", "true"})
 _UNDERSTOOD: Final = (
     ("latest", "the complete step with the highest number; an error where there is none"),
     ("auto", "the same, or a fresh start where there is none"),
+    ("latest pretrain", "the latest of that run, where MiniMind keeps several"),
+    ("best:eval_loss:min", "the step with the least (or max: greatest) value of a metric"),
     ("a number", "that step"),
     ("a path", "that step, wherever it is"),
     ("no, none", "a fresh start"),
 )
 
 
-class RunError(DcpconvError, ValueError):
-    """The step that was asked for is not there, or not complete."""
+def find_latest_checkpoint(
+    run_dir: str | os.PathLike[str], run: str | None = None, *, verify: bool = False
+) -> FoundStep | None:
+    """The complete step with the highest number, or ``None`` where there is none.
 
-    exit_code = 1
+    Args:
+        run_dir: Where a run keeps its steps.
+        run: Which of several runs of MiniMind: ``pretrain`` or ``pretrain_512``.
+        verify: Open every form of a step before it is the answer, down to the headers.
+
+    Raises:
+        NotACheckpointError: ``run_dir`` is a file, or cannot be read.
+        RunError: There is no such run.
+        WantedError: MiniMind files of several runs lie in ``run_dir``: which is meant?
+    """
+    for step in latest_first(run_dir, run):
+        if _judged(step, verify=verify).is_complete:
+            return step
+    return None
 
 
-class WantedError(RunError):
-    """Which step was asked for cannot be told: not understood, or there are several."""
-
-    exit_code = 2
+def _judged(step: FoundStep, *, verify: bool) -> FoundStep:
+    return verified(step) if verify and step.is_complete else step
 
 
 def resolve_checkpoint(
-    wanted: str | int | os.PathLike[str] | None, run_dir: str | os.PathLike[str]
+    wanted: str | int | os.PathLike[str] | None,
+    run_dir: str | os.PathLike[str],
+    *,
+    verify: bool = False,
 ) -> FoundStep | None:
     """The step that ``wanted`` means, or ``None`` for a fresh start.
 
     A path is looked at by itself: the run directory is then never read.
 
     Args:
-        wanted: ``latest``, ``auto``, a step's number, a path (also one relative to ``run_dir``, or
-            with the other system's separators), ``no``, ``none`` or ``None``.
+        wanted: ``latest``, ``auto``, either with the name of one of MiniMind's runs behind it,
+            ``best:METRIC:min`` or ``max``, a step's number, a path (also one relative to
+            ``run_dir``, or with the other system's separators), ``no``, ``none`` or ``None``.
         run_dir: Where the run keeps its steps.
+        verify: Open every form of the step first, down to the headers; ``latest`` and ``best``
+            then pass over a damaged one.
 
     Raises:
-        RunError: The step is absent or incomplete.
+        RunError: The step is absent, incomplete or damaged.
         WantedError: It is none of these, or several steps have this number.
         NotACheckpointError: The path does not exist or is no checkpoint.
     """
@@ -62,25 +88,37 @@ def resolve_checkpoint(
         return None
     if isinstance(wanted, bool):
         wanted = "latest" if wanted else "no"
-    if isinstance(wanted, int):
-        return _numbered(wanted, run_dir)
-    if not isinstance(wanted, str):
-        return _at_path(Path(wanted), run_dir)
+    with told(run_dir):
+        if isinstance(wanted, int):
+            found = _numbered(wanted, run_dir)
+        elif isinstance(wanted, str):
+            return _said(wanted, run_dir, verify=verify)
+        else:
+            found = _at_path(Path(wanted), run_dir)
+        return _complete(_judged(found, verify=verify))
+
+
+def _said(wanted: str, run_dir: str | os.PathLike[str], *, verify: bool) -> FoundStep | None:
     word = wanted.strip()
     if word.lower() in _NO:
         return None
-    if word.lower() == "auto":
-        return find_latest_checkpoint(run_dir)
-    if word.lower() in _LATEST:
-        return _latest(run_dir)
+    first, _, run = word.partition(" ")
+    if first.lower() == "auto":
+        return find_latest_checkpoint(run_dir, run.strip() or None, verify=verify)
+    if first.lower() in _LATEST:
+        return _latest(run_dir, run.strip() or None, verify=verify)
+    if word.startswith("best:"):
+        return _best(Best.parse(word.removeprefix("best:")), run_dir, verify=verify)
     if re.fullmatch(r"[0-9]{1,18}", word) and not _is_lingua_name(word):
-        return _numbered(int(word), run_dir)
-    if word and (_looks_like_path(word) or _exists(word, run_dir)):
-        return _at_path(typed_path(word), run_dir)
-    raise WantedError(
-        f"cannot tell which checkpoint {wanted!r} means",
-        [("understood", f"{word}: {meaning}") for word, meaning in _UNDERSTOOD],
-    )
+        found = _numbered(int(word), run_dir)
+    elif word and (_looks_like_path(word) or _exists(word, run_dir)):
+        found = _at_path(typed_path(word), run_dir)
+    else:
+        raise WantedError(
+            f"cannot tell which checkpoint {wanted!r} means",
+            [("understood", f"{word}: {meaning}") for word, meaning in _UNDERSTOOD],
+        )
+    return _complete(_judged(found, verify=verify))
 
 
 def _is_lingua_name(word: str) -> bool:
@@ -96,17 +134,32 @@ def _exists(word: str, run_dir: str | os.PathLike[str]) -> bool:
     return Path(word).exists() or (typed_path(run_dir) / word).exists()
 
 
-def _latest(run_dir: str | os.PathLike[str]) -> FoundStep:
+def _latest(run_dir: str | os.PathLike[str], run: str | None, *, verify: bool) -> FoundStep:
     skipped = []
-    for step in latest_first(run_dir):
-        if step.is_complete:
+    for step in latest_first(run_dir, run):
+        judged = _judged(step, verify=verify)
+        if judged.is_complete:
             return step
-        skipped.append(("incomplete", f"{step.path.name}: {'; '.join(step.problems)}"))
+        skipped.append(("incomplete", f"{step.path.name}: {judged.why_not}"))
     raise RunError(
         "the run has no complete checkpoint",
         [("directory", run_dir), *skipped[:8]],
-        hint="auto starts afresh where there is none",
+        hint=f"{command('resolve', run_dir, 'auto')} means a fresh start then",
     )
+
+
+def _best(best: Best, run_dir: str | os.PathLike[str], *, verify: bool) -> FoundStep:
+    """The best step; one that was stripped too, for it is the weights that are best."""
+    steps = [step for step in counted(find_checkpoints(run_dir)) if not step.problems]
+    metrics = read_metrics(run_dir, steps)
+    while True:
+        try:
+            found, _ = choose_best(best, steps, metrics)
+        except DcpconvError as error:
+            raise RunError(error.headline, [("directory", run_dir), *error.facts]) from error
+        if not verify or not verified(found).problems:
+            return found
+        steps = [step for step in steps if step.path != found.path]
 
 
 def _numbered(step: int, run_dir: str | os.PathLike[str]) -> FoundStep:
@@ -129,9 +182,9 @@ def _numbered(step: int, run_dir: str | os.PathLike[str]) -> FoundStep:
         raise WantedError(
             f"step {step} is there more than once",
             [("found", look.path) for look in sorted(found, key=lambda look: look.order)],
-            hint="name the path",
+            hint=f"name the path: {command('resolve', run_dir, found[0].path)}",
         )
-    return _complete(found[0])
+    return found[0]
 
 
 def _at_path(path: Path, run_dir: str | os.PathLike[str]) -> FoundStep:
@@ -152,19 +205,32 @@ def _at_path(path: Path, run_dir: str | os.PathLike[str]) -> FoundStep:
             "this is no checkpoint of a run",
             [
                 ("path", path),
-                ("expected", "checkpoint-N, a ten-digit name, step-N, checkpoint_N, *_resume.pth"),
+                ("expected", "checkpoint-N, a ten-digit name, step-N, checkpoint_N"),
+                ("or", "global_stepN, global_step_N, *_resume.pth"),
                 ("or", "a directory with trainer_state.json or .metadata"),
             ],
-            hint="for the latest step in a run directory say latest" if path.is_dir() else None,
+            hint=(
+                f"a directory of steps: {command('list', path)}"
+                if path.is_dir() and names_in(path)
+                else None
+            ),
         )
-    return _complete(found)
+    return found
 
 
 def _complete(step: FoundStep) -> FoundStep:
+    has_name = step.layout == "minimind" or layout_of(step.path.name) is not None
+    others = f"{command('list', step.path.parent)} lists the steps" if has_name else None
     if step.problems:
         raise RunError(
             "the checkpoint is not complete",
             [("path", step.path), *(("problem", problem) for problem in step.problems)],
-            hint="take another step: `dcpconv runs list` shows which are complete",
+            hint=others,
+        )
+    if step.is_stripped:
+        raise RunError(
+            "the checkpoint was stripped: its weights are there, its optimizer is gone",
+            [("path", step.path), ("weights", step.weights)],
+            hint=others,
         )
     return step

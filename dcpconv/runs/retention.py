@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dcpconv.core.errors import DcpconvError
@@ -67,8 +68,8 @@ class Decision:
 class Retention:
     """Rules that keep steps; a step that any rule keeps stays.
 
-    The newest complete step always stays, and so does what is incomplete, reached through a
-    symbolic link, or the only file of its run.
+    The newest complete step always stays, and so does what is incomplete, stripped, reached
+    through a symbolic link, or the only file of its run.  A link and its target are one step.
 
     Attributes:
         keep_last: The newest so many complete steps; 0 for no such rule.
@@ -90,22 +91,30 @@ class Retention:
             )
 
     def decide(
-        self, steps: Sequence[FoundStep], metrics: Mapping[int, Metrics] | None = None
+        self,
+        steps: Sequence[FoundStep],
+        metrics: Mapping[int, Metrics] | None = None,
+        *,
+        linked: Collection[Path] = (),
     ) -> Decision:
         """What stays and what goes.
 
         Args:
             steps: Every step of the run.
             metrics: By step, for ``keep_best``.
+            linked: Paths of steps into which links lead that stay.
 
         Raises:
             DcpconvError: No step has a metric that ``keep_best`` names.
         """
         ordered = sorted(steps, key=lambda step: step.order)
-        complete = [step for step in ordered if step.is_complete and step.step is not None]
+        complete = [step for step in counted(ordered) if step.is_complete]
+        targets = {step.target for step in ordered if step.is_link} | set(linked)
         reasons: dict[int, list[str]] = {id(step): [] for step in ordered}
         for step in ordered:
             reasons[id(step)] += _untouchable(step)
+            if step.path in targets:
+                reasons[id(step)].append("linked")
         if complete:
             reasons[id(complete[-1])].append("newest")
         for step in complete[-self.keep_last :] if self.keep_last else ():
@@ -115,7 +124,7 @@ class Retention:
                 reasons[id(step)].append(f"every {self.keep_every}")
         notes = []
         for best in self.keep_best:
-            found, note = _best(best, complete, metrics or {})
+            found, note = choose_best(best, complete, metrics or {})
             reasons[id(found)].append(f"best {best.metric}")
             notes += [note] if note else []
         return Decision(
@@ -125,7 +134,22 @@ class Retention:
         )
 
 
+def counted(steps: Sequence[FoundStep]) -> list[FoundStep]:
+    """Steps that have a number, in their order, each once: a link to another of them is no step."""
+    ordered = sorted(steps, key=lambda step: (step.is_link, step.order))
+    seen: set[Path] = set()
+    found = []
+    for step in ordered:
+        place = step.target or step.path
+        if step.step is not None and place not in seen:
+            found.append(step)
+        seen.add(place)
+    return sorted(found, key=lambda step: step.order)
+
+
 def _untouchable(step: FoundStep) -> list[str]:
+    if step.is_stripped and not step.problems:
+        return ["stripped"]
     if not step.is_complete or step.step is None:
         return ["incomplete"]
     if step.is_link:
@@ -133,20 +157,25 @@ def _untouchable(step: FoundStep) -> list[str]:
     return ["only one of its run"] if step.layout == "minimind" else []
 
 
-def _best(
+def choose_best(
     best: Best, steps: Sequence[FoundStep], metrics: Mapping[int, Metrics]
 ) -> tuple[FoundStep, str]:
+    """The best of these steps, the newest of several, and a note on those without the metric.
+
+    Raises:
+        DcpconvError: No step has the metric, or a value that compares.
+    """
     valued = [
         (value, step)
         for step in steps
         if step.step is not None
         and (value := metrics.get(step.step, {}).get(best.metric)) is not None
-        and not math.isnan(value)
+        and math.isfinite(value)
     ]
     if not valued:
         known = sorted({name for found in metrics.values() for name in found})
         raise DcpconvError(
-            f"no step has the metric {best.metric!r}; nothing was deleted",
+            f"no step has the metric {best.metric!r}",
             [("found", name) for name in known[:12]] or [("found", "no metric at all")],
             hint="trainer_state.json, metrics.json and metrics*.jsonl are read",
         )

@@ -8,20 +8,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from dcpconv.core.errors import DcpconvError
-from dcpconv.formats import dcp, torchfile
+from dcpconv.core.catalog import Catalog
+from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.formats.torchfile.archive import read_archive
+from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.finding import FoundStep, find_checkpoints
+from dcpconv.runs.glance import emptied, glance, is_emptied
 from dcpconv.runs.layouts import TRAINER_STATE
-
-_ARCHIVES: Final = (".pt", ".pth", ".bin")
-_LARGEST_JSON: Final = 1 << 28
-"""Bytes; a log of millions of lines."""
+from dcpconv.runs.listing import LARGEST_TEXT, METADATA, Listing, list_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,66 +34,84 @@ class StepCheck:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return {**self.step.to_json(), "complete": bool(self), "problems": list(self.problems)}
+        is_complete = bool(self) and not self.step.is_stripped
+        return {**self.step.to_json(), "complete": is_complete, "problems": list(self.problems)}
 
 
 def verify_checkpoints(run_dir: str | os.PathLike[str]) -> Iterator[StepCheck]:
     """Every step of a run with its problems, one after the other.
 
     Raises:
-        NotACheckpointError: ``run_dir`` is a file.
+        NotACheckpointError: ``run_dir`` is a file, or cannot be read.
     """
     return map(verify_step, find_checkpoints(run_dir))
 
 
+def verified(step: FoundStep) -> FoundStep:
+    """The step with all problems that its headers tell."""
+    return replace(step, problems=verify_step(step).problems)
+
+
 def verify_step(step: FoundStep) -> StepCheck:
-    """Opens the weights and everything beside them."""
+    """Opens the weights and everything beside them; never raises what a file made it raise."""
     problems = list(step.problems)
-    if step.form is not None and not problems:
-        found: list[str] = []
-        try:
-            open_checkpoint(step.weights, problems=found)
-        except DcpconvError as error:
-            found.append(error.in_one_line)
-        problems += found
-    if step.path.is_dir():
-        for file in sorted(path for path in step.path.rglob("*") if path.is_file()):
-            name = file.relative_to(step.path).as_posix()
-            problems += [f"{name}: {reason}" for reason in _file_problems(file, step)]
-        for directory in sorted(path for path in step.path.iterdir() if dcp.is_dcp(path)):
-            if directory != step.weights:
-                problems += _directory_problems(directory)
+    try:
+        if step.form is not None and not problems:
+            problems += _weights_problems(step)
+        if step.path.is_dir():
+            listing = list_step(str(step.path))
+            for name in sorted(listing.files):
+                problems += _file_problems(listing, name, step)
+            for directory in sorted(listing.directories):
+                path = step.path / directory
+                # Of an optimizer that is being deleted nothing is asked.
+                is_going = step.is_stripped and directory.startswith("optimizer_")
+                if dcp.is_dcp(path) and path != step.weights and not is_going:
+                    problems += [f"{directory}: {why}" for why in _opening_problems(path)]
+    except Exception as error:  # noqa: BLE001  files of strangers; the other steps still count
+        problems.append(f"it cannot be read ({in_one_line(error)})")
     return StepCheck(step, tuple(dict.fromkeys(problems)))
 
 
-def _directory_problems(directory: Path) -> list[str]:
+def _weights_problems(step: FoundStep) -> list[str]:
     found: list[str] = []
+    catalog = _open(step.weights, found)
+    if catalog is not None and not found and step.form != "dcp":
+        empty = [key for key, entry in catalog.tensors.items() if is_emptied(key, entry.shape)]
+        found += emptied(empty)
+    return found
+
+
+def _opening_problems(path: Path) -> list[str]:
+    found: list[str] = []
+    _open(path, found)
+    return found
+
+
+def _open(path: Path, found: list[str]) -> Catalog | None:
+    metadata = path / METADATA
+    if metadata.is_file() and metadata.stat().st_size > LARGEST_TEXT:
+        found.append(f"{METADATA} is larger than {LARGEST_TEXT:,} bytes")
+        return None
     try:
-        dcp.read_catalog(directory, problems=found)
-    except DcpconvError as error:
-        found.append(error.in_one_line)
-    return [f"{directory.name}: {problem}" for problem in found]
+        return open_checkpoint(path, problems=found)
+    except Exception as error:  # noqa: BLE001  files of strangers
+        found.append(in_one_line(error))
+        return None
 
 
-def _file_problems(file: Path, step: FoundStep) -> Iterator[str]:
-    size = file.stat().st_size
-    if size == 0:
-        return
-    if file.suffix == ".json" and size <= _LARGEST_JSON:
+def _file_problems(listing: Listing, name: str, step: FoundStep) -> Iterator[str]:
+    nbytes = listing.files[name]
+    if name.endswith(".json") and 0 < nbytes <= LARGEST_TEXT:
         try:
-            values = json.loads(file.read_bytes())
+            values = json.loads(listing.read(name))
         except (ValueError, RecursionError) as error:
-            yield f"is not JSON ({error})"
+            yield f"{name}: is not JSON ({str(error)[:200]})"
             return
         number = values.get("global_step") if isinstance(values, dict) else None
-        if file.name == TRAINER_STATE and step.step is not None and number != step.step:
-            yield f"says global_step {number}, but the directory is step {step.step}"
-    elif file.suffix in _ARCHIVES and file != step.weights and torchfile.is_torch_file(file):
-        with file.open("rb") as opened:
-            descriptor = opened.fileno()
-            try:
-                read_archive(
-                    lambda offset, nbytes: os.pread(descriptor, nbytes, offset), size, str(file)
-                )
-            except DcpconvError as error:
-                yield error.headline
+        is_own = name == TRAINER_STATE and not step.is_link  # a link may have any number
+        if is_own and step.step is not None and number != step.step:
+            said = str(number)[:40]
+            yield f"{name}: says global_step {said}, but the directory is step {step.step}"
+    else:
+        yield from glance(listing, name, strict=True)

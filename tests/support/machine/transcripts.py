@@ -1,7 +1,8 @@
 """Transcripts in Markdown: run again, and compared or written anew.
 
 A block fenced with ``console`` holds commands after ``$`` and what they printed.  All blocks of a
-page run in order in one directory, where ``weights/tiny-llama`` is a small checkpoint.
+page run in order in one directory, where ``weights/tiny-llama`` is a small checkpoint and ``run`` a
+training run.
 
     python tests/support/machine/transcripts.py README.md        # writes what is printed today
 """
@@ -27,8 +28,10 @@ VARYING = (
 def prepare(directory: Path) -> None:
     """The checkpoints that the pages speak of."""
     from support.models.hf_models import save_hf, tiny
+    from support.runs.run_dirs import example
 
     save_hf(tiny("llama", tie_word_embeddings=True), directory / "weights/tiny-llama")
+    example(directory / "run")
 
 
 def run_page(text: str, directory: Path) -> Iterator[tuple[str, str]]:
@@ -53,6 +56,7 @@ def _run(command: str, directory: Path) -> str:
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "COLUMNS": "100",
         "NO_COLOR": "1",
+        "TZ": "UTC",
     }
     found = subprocess.run(
         ["bash", "-c", command],

@@ -1,4 +1,4 @@
-"""The README is true: its transcripts are run, its files exist."""
+"""The pages are true: their transcripts are run, their files exist."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/runs.md"])
+def test_transcripts_are_what_the_commands_print(page: str, tmp_path: Path) -> None:
     prepare(tmp_path)
-    for expected, found in run_page((ROOT / "README.md").read_text(), tmp_path):
+    blocks = list(run_page((ROOT / page).read_text(), tmp_path))
+    assert blocks
+    for expected, found in blocks:
         assert normalised(found) == normalised(expected)
 
 

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
+from dcpconv import resolve_checkpoint
 from dcpconv.cli.app import app
 from support.runs import run_dirs
 from support.runs.run_dirs import hf_trainer, write
@@ -103,14 +102,13 @@ def test_prune_prints_what_goes_and_deletes_only_with_yes(run: Path) -> None:
 
 def test_verify_finds_what_a_listing_cannot(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        path = hf_trainer(tmp_path, step)
-        save_file({"w": torch.arange(100.0)}, path / "model.safetensors")
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.save({"x": torch.ones(500)}, path / name)
-    cut = tmp_path / "checkpoint-2" / "model.safetensors"
-    cut.write_bytes(cut.read_bytes()[:-8])
-    cut = tmp_path / "checkpoint-3" / "optimizer.pt"
-    cut.write_bytes(cut.read_bytes()[:-300])
+        hf_trainer(tmp_path, step)
+    rows = {"a": [0, 12], "b": [8, 20]}  # the end is right, the tensors overlap
+    header = json.dumps(
+        {key: {"dtype": "F32", "shape": [3], "data_offsets": row} for key, row in rows.items()}
+    )
+    data = len(header).to_bytes(8, "little") + header.encode() + bytes(20)
+    write(tmp_path / "checkpoint-2", {"model.safetensors": data})
     write(tmp_path / "checkpoint-3", {"trainer_state.json": run_dirs.trainer_state(2)})
 
     result = dcpconv("verify", tmp_path)
@@ -118,10 +116,17 @@ def test_verify_finds_what_a_listing_cannot(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert f"ok        {tmp_path / 'checkpoint-1'}" in result.stdout
     assert f"problem   {tmp_path / 'checkpoint-2'}" in result.stdout
-    assert "checkpoint-3: optimizer.pt" in result.stdout
     assert "checkpoint-3: trainer_state.json: says global_step 2" in result.stdout
     assert dcpconv("latest", tmp_path).stdout == f"{tmp_path / 'checkpoint-3'}\n"
     assert dcpconv("latest", tmp_path, "--verify").stdout == f"{tmp_path / 'checkpoint-1'}\n"
+    for word in ("latest", "auto"):
+        found = dcpconv("resolve", tmp_path, word, "--verify")
+        assert found.stdout == f"{tmp_path / 'checkpoint-1'}\n"
+        resolved = resolve_checkpoint(word, tmp_path, verify=True)
+        assert resolved is not None
+        assert resolved.step == 1
+    assert dcpconv("resolve", tmp_path, "2", "--verify").exit_code == 1
+    assert dcpconv("resolve", tmp_path, "2").exit_code == 0
 
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dcpconv import find_checkpoints, find_latest_checkpoint
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from support.runs import run_dirs
-from support.runs.run_dirs import MAKERS, hf_trainer, write
+from support.runs.run_dirs import MAKERS, hf_trainer, safetensors, saved, write
 
 
 @pytest.mark.parametrize("layout", MAKERS)
@@ -22,7 +25,6 @@ def test_every_layout_is_found_complete_and_in_order_of_numbers(
 ) -> None:
     for step in (9, 1000, 200):
         MAKERS[layout](tmp_path, step)
-        time.sleep(0.01)
 
     steps = find_checkpoints(tmp_path)
 
@@ -153,11 +155,11 @@ def test_all_shard_files_of_an_index_must_be_there(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     one, two = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
     index = json.dumps({"weight_map": {"a": one, "b": two}})
-    write(path, {"model.safetensors.index.json": index, one: "w"})
+    write(path, {"model.safetensors.index.json": index, one: safetensors()})
 
     assert find_checkpoints(tmp_path)[0].problems == (f"{two} is missing",)
 
-    write(path, {two: "w"})
+    write(path, {two: safetensors()})
     assert find_checkpoints(tmp_path)[0].is_complete
 
 
@@ -180,12 +182,17 @@ def test_weights_alone_are_a_complete_step_that_says_so(tmp_path: Path) -> None:
 
 
 def test_adapters_count_as_weights_also_in_directories_of_their_own(tmp_path: Path) -> None:
-    for step, name in ((5, "adapter_model.safetensors"), (6, "default/adapter_model.bin")):
+    files = {"adapter_model.safetensors": safetensors(), "default/adapter_model.bin": saved()}
+    for step, name in enumerate(files):
         path = hf_trainer(tmp_path, step)
         (path / "model.safetensors").unlink()
-        write(path, {name: "w"})
+        write(path, {name: files[name]})
 
-    assert all(step.is_complete for step in find_checkpoints(tmp_path))
+    steps = find_checkpoints(tmp_path)
+
+    assert all(step.is_complete for step in steps)
+    assert {step.holds[0] for step in steps} == {"adapter"}
+    assert not any("weights" in step.holds for step in steps)
 
 
 def test_a_minimind_file_says_its_epoch_and_step(tmp_path: Path) -> None:
@@ -242,23 +249,65 @@ def test_times_do_not_decide(tmp_path: Path) -> None:
     assert [step.step for step in find_checkpoints(tmp_path)] == [9, 10, 11]
 
 
-@pytest.mark.parametrize("layout", ["hf-trainer", "lingua"])
-def test_ten_thousand_steps_are_listed_within_a_second(layout: str, tmp_path: Path) -> None:
-    first = MAKERS[layout](tmp_path, 1)
-    files = [file.name for file in first.iterdir()]
-    for step in range(2, 10_001):
-        name = f"checkpoint-{step}" if layout == "hf-trainer" else f"{step:010d}"
-        directory = tmp_path / name
-        directory.mkdir()
-        for file in files:
-            os.link(first / file, directory / file)
+class Counted:
+    """Calls of the system that a listing makes, and the bytes that it reads."""
 
-    seconds = []
-    for _ in range(3):  # best of three, in processor time: the machine may be busy
-        started = time.process_time()
-        steps = find_checkpoints(tmp_path)
-        seconds.append(time.process_time() - started)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: Counter[str] = Counter()
+        self.nbytes = 0
+        for name in ("scandir", "open", "pread", "stat"):
+            monkeypatch.setattr(os, name, self._count(name, getattr(os, name)))
 
-    assert len(steps) == 10_000
-    assert all(step.is_complete for step in steps)
-    assert min(seconds) < 1.0, seconds
+    def _count(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            found = function(*args, **kwargs)
+            self.nbytes += len(found) if name == "pread" else 0
+            return found
+
+        return call
+
+
+@pytest.mark.parametrize("layout", MAKERS)
+def test_the_cost_of_a_step_does_not_grow_with_their_number(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = []
+    for several in (5, 10, 20):
+        run = tmp_path / str(several)
+        for step in range(1, several + 1):
+            MAKERS[layout](run, step)
+        with monkeypatch.context() as patch:
+            counted = Counted(patch)
+            steps = find_checkpoints(run)
+        assert all(step.is_complete for step in steps)
+        costs.append((*(counted.calls[name] for name in counted.calls), counted.nbytes))
+        files = sum(1 for path in (run / steps[0].path.name).rglob("*") if path.is_file())
+        assert counted.calls["open"] <= several * (files + 3)
+        assert counted.calls["pread"] <= several * files * 8
+        directories = 1 + sum(1 for path in steps[0].path.rglob("*") if path.is_dir())
+        assert counted.calls["scandir"] == 1 + several * directories
+
+    first, second, third = (dict(enumerate(cost)) for cost in costs)
+    for index in first:  # what comes with each step comes as often again with twice as many
+        assert third[index] - second[index] == 2 * (second[index] - first[index])
+
+
+def test_of_a_large_file_only_the_ends_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hf_trainer(tmp_path, 1)
+    numel = 1 << 28  # a gibibyte, most of it a hole
+    torch.save({"w": torch.zeros(2)}, path / "scheduler.pt")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [numel], "data_offsets": [0, 4 * numel]}})
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 4 * numel)
+    with (path / "optimizer.pt").open("r+b") as file:
+        file.truncate(1 << 30)
+    counted = Counted(monkeypatch)
+
+    (step,) = find_checkpoints(tmp_path)
+
+    assert step.problems == ("optimizer.pt: file has no zip directory at its end",)
+    assert counted.nbytes < 1 << 19

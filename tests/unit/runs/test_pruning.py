@@ -11,7 +11,7 @@ import pytest
 
 from dcpconv import find_checkpoints
 from dcpconv.core.errors import DcpconvError
-from dcpconv.runs import Best, Retention, prune
+from dcpconv.runs import Best, Retention, prune, pruning
 from support.runs import run_dirs
 from support.runs.run_dirs import MAKERS, hf_trainer, write
 
@@ -154,15 +154,12 @@ def test_interrupted_pruning_leaves_every_remaining_step_whole(
 def test_a_step_that_became_a_link_meanwhile_is_not_deleted(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decide = Retention.decide
+    def swap(directory: Path) -> None:
+        if (directory / "checkpoint-100").is_dir():
+            shutil.move(run / "checkpoint-100", run / "moved")
+            (run / "checkpoint-100").symlink_to(run / "moved")
 
-    def swap(*args: object, **kwargs: object) -> object:
-        decision = decide(*args, **kwargs)  # type: ignore[arg-type]
-        shutil.move(run / "checkpoint-100", run / "moved")
-        (run / "checkpoint-100").symlink_to(run / "moved")
-        return decision
-
-    monkeypatch.setattr(Retention, "decide", swap)
+    monkeypatch.setattr(pruning, "_empty_trash", swap)  # what comes between decision and deed
 
     with pytest.raises(DcpconvError, match="no longer"):
         prune(run, Retention(keep_last=1), yes=True)

@@ -85,7 +85,15 @@ def test_what_is_not_understood_is_an_error_that_says_what_is(
     if why == "cannot tell":
         understood = [str(value) for label, value in caught.value.facts if label == "understood"]
         words = {line.partition(":")[0] for line in understood}
-        assert words == {"latest", "auto", "a number", "a path", "no, none"}
+        assert words == {
+            "latest",
+            "auto",
+            "latest pretrain",
+            "best",
+            "a number",
+            "a path",
+            "no, none",
+        }
 
 
 def test_auto_starts_afresh_where_latest_refuses(tmp_path: Path) -> None:
