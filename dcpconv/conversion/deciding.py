@@ -69,7 +69,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
     wanted = _target_keymap(request.to, own, weights, spec, form)
     weights, spec = without_idle(weights, spec, wanted, allow=request.allow)
     weights, kept_notes = taken_up(weights, wanted)
-    if request.dequantize:
+    if request.dequantize and weights.keymap is not None:
         wanted = wanted or weights.require_keymap()
     job = Job(
         catalog=catalog,

@@ -18,6 +18,7 @@ from dcpconv.families.keymaps import Keymap
 from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.torchfile.nesting import key_of
+from dcpconv.plan.block_scales import multiplied_out, not_in_blocks, stated_block
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import refused_features, require_expressible
@@ -65,9 +66,9 @@ class Job:
             whole = replace(
                 self.weights, entries=self.catalog.tensors, tied=self.catalog.tied, rest=()
             )
-            return cover_as_stored(whole), ()
+            return self._as_stored(whole), ()
         if self.wanted is None:
-            return cover_as_stored(self.weights), ()
+            return self._as_stored(self.weights), ()
         require_expressible(
             self.wanted,
             self._refusals(),
@@ -89,6 +90,14 @@ class Job:
             note = f"{key} and {owner} differ, so they are converted as two tensors"
             return self._cover(self.spec.model_copy(update={"tied": False})), (note,)
         return coverage, ()
+
+    def _as_stored(self, weights: Weights) -> Coverage:
+        coverage = cover_as_stored(weights)
+        if not self.dequantize:
+            return coverage
+        block = stated_block(self.catalog, self.assets)
+        coverage = multiplied_out(coverage, BY_NAME["bfloat16"], block)
+        return replace(coverage, misshapen=(*coverage.misshapen, *not_in_blocks(coverage)))
 
     def _cover(self, spec: ModelSpec | None) -> Coverage:
         if self.wanted is None:

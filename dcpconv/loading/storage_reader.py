@@ -9,12 +9,12 @@ buffers of ``dcpconv.loading.reading``; with the default planner tensors are rea
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpconv.core.errors import FormatError
+from dcpconv.loading.objects import Objects
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
-from dcpconv.plan.account import Options, Supply, prepare
-from dcpconv.plan.block_scales import FACTORS
+from dcpconv.plan.account import PRODUCT, Options, Supply, prepare
+from dcpconv.plan.block_scales import FACTORS, multiplied_out, stated_block
 from dcpconv.plan.coverage import Target, cover_as_stored
 from dcpconv.plan.fills import fill_of
 from dcpconv.plan.refusals import parse_allowed
@@ -64,7 +65,10 @@ class CheckpointReader(StorageReader):
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
-            fp32; without ``to``, keys are then those of the source's own naming.
+            fp32, whatever their names; without ``to`` every key stays as it is stored.
+        trust: Hand objects of any class to ``torch.load``, which imports and calls what they name.
+            Otherwise an object is handed on only where its pickle names harmless globals: torch's
+            own safe ones, NumPy's, the plain containers and values of the standard library.
         jobs: Threads.
     """
 
@@ -80,6 +84,7 @@ class CheckpointReader(StorageReader):
         spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         dequantize: bool = False,
+        trust: bool = False,
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -94,8 +99,11 @@ class CheckpointReader(StorageReader):
             dequantize=dequantize,
         )
         self._root = root
+        self._trust = trust
         self._jobs = jobs
+        self._load_id = str(uuid4())
         self._supply: Supply | None = None
+        self._objects: Objects | None = None
         self._targets: dict[str, Target] = {}
 
     @property
@@ -105,7 +113,8 @@ class CheckpointReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget what was read, and read ``checkpoint_id`` from now on if there is one."""
-        self._supply = None
+        self._supply = self._objects = None
+        self._load_id = str(uuid4())
         if checkpoint_id:
             self._source = checkpoint_id
 
@@ -133,19 +142,23 @@ class CheckpointReader(StorageReader):
             key: supply.catalog.path_of(target.key) if stored else (*prefix, target.key)
             for key, target in self._targets.items()
         }
-        paths |= {key: supply.catalog.path_of(key) for key in objects}
+        paths |= {key: supply.catalog.path_of(key) for key in objects.keys}
         entries: dict[str, Any] = {
             key: _tensor_metadata(target) for key, target in self._targets.items()
         }
-        entries |= {key: BytesStorageMetadata() for key in objects}
+        entries |= {key: BytesStorageMetadata() for key in objects.keys}
         return Metadata(
             state_dict_metadata=entries,
             planner_data=paths,
             storage_data={
                 MetadataIndex(key, _origin(target), 0): key for key, target in self._targets.items()
             }
-            | {MetadataIndex(key): key for key in objects},
-            storage_meta=StorageMeta(checkpoint_id=os.fspath(self._source)),
+            | {MetadataIndex(key): key for key in objects.keys},
+            storage_meta=StorageMeta(
+                checkpoint_id=os.fspath(self._source),
+                save_id=objects.save_id,
+                load_id=self._load_id,
+            ),
         )
 
     def set_up_storage_reader(
@@ -176,7 +189,7 @@ class CheckpointReader(StorageReader):
                 for item in batch:
                     key = item.storage_index.fqn
                     if item.type == LoadItemType.BYTE_IO:
-                        planner.load_bytes(item, _saved(objects[key]))
+                        planner.load_bytes(item, objects.saved(key))
                         continue
                     tensor = planner.resolve_tensor(item).detach()
                     landed.append((item, tensor))
@@ -191,23 +204,29 @@ class CheckpointReader(StorageReader):
     @property
     def _is_as_stored(self) -> bool:
         options = self._options
-        return options.to is None and options.keymap is None and not options.dequantize
+        return options.to is None and options.keymap is None
 
-    def _open(self) -> tuple[Supply, dict[str, object]]:
+    def _open(self) -> tuple[Supply, Objects]:
         """What can be supplied, and the values that are no tensors."""
-        if self._supply is None:
-            supply = prepare(locate(self._source), self._options)
-            if self._is_as_stored and self._root is None:
+        if self._supply is None or self._objects is None:
+            options = self._options
+            supply = prepare(locate(self._source), options)
+            is_whole = self._is_as_stored and self._root is None
+            if is_whole:
                 weights = replace(
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
                 )
-                supply = replace(supply, coverage=cover_as_stored(weights))
+                coverage = cover_as_stored(weights)
+                if options.dequantize:
+                    block = stated_block(supply.catalog, options.assets)
+                    coverage = multiplied_out(coverage, PRODUCT, block)
+                supply = replace(supply, coverage=coverage)
             torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
             hint = self._options.advice if torn else "to= names another naming"
             supply.coverage.require(self._source, hint=hint)
             self._supply = supply
-        has_objects = self._is_as_stored and self._root is None
-        return self._supply, dict(self._supply.catalog.objects) if has_objects else {}
+            self._objects = Objects(supply.catalog, are_wanted=is_whole, trust=self._trust)
+        return self._supply, self._objects
 
     def _landing(self, supply: Supply, item: ReadItem, tensor: Tensor) -> Landing:
         target = self._targets[item.storage_index.fqn]
@@ -238,14 +257,6 @@ def _tensor_metadata(target: Target) -> TensorStorageMetadata:
         size=size,
         chunks=[ChunkStorageMetadata(offsets=_origin(target), sizes=size)],
     )
-
-
-def _saved(value: object) -> io.BytesIO:
-    """A value as a planner expects it: what ``torch.save`` writes."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    return stream
 
 
 def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:

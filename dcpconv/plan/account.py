@@ -13,7 +13,7 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.block_scales import FACTORS, SCALE
+from dcpconv.plan.block_scales import FACTORS, SCALE, multiplied_out, stated_block
 from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
@@ -24,7 +24,7 @@ from dcpconv.sources.settling import find_spec, settle, target_keymap
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
 
-_PRODUCT = BY_NAME["float32"]
+PRODUCT = BY_NAME["float32"]
 """What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
 
 
@@ -116,13 +116,14 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         target = own
     if target is None and model is not None:
         target = _table_of(model, weights, spec)
-    if target is None and options.dequantize:
-        target = weights.require_keymap()
     weights, spec = without_idle(weights, spec, target, allow=options.allow)
     root = ""
     if target is None:
         weights = _as_wanted(weights, wanted)
         coverage = cover_as_stored(weights)
+        if options.dequantize:
+            block = stated_block(catalog, options.assets)
+            coverage = multiplied_out(coverage, PRODUCT, block)
     else:
         is_renamed = target is not weights.keymap
         features = refused_features(target, spec) if spec and is_renamed else ()
@@ -136,7 +137,7 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         )
         notes = (*notes, *(f"{f.key} is left out ({f.why})" for f in features))
         coverage = cover(
-            weights, target, spec=spec, dequantize=_PRODUCT if options.dequantize else None
+            weights, target, spec=spec, dequantize=PRODUCT if options.dequantize else None
         )
         if model is not None:
             root = _root_of(model, target)
