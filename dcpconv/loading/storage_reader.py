@@ -70,6 +70,10 @@ class CheckpointReader(StorageReader):
             Otherwise an object is handed on only where its pickle names harmless globals: torch's
             own safe ones, NumPy's, the plain containers and values of the standard library.
         jobs: Threads.
+
+    Attributes:
+        nbytes_read: Bytes of tensors that were read, by this rank.
+        losses: ``(overflowed, underflowed)`` values by key, for casts that lost some.
     """
 
     def __init__(
@@ -105,6 +109,16 @@ class CheckpointReader(StorageReader):
         self._supply: Supply | None = None
         self._objects: Objects | None = None
         self._targets: dict[str, Target] = {}
+        self.nbytes_read = 0
+        self.losses: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, supply: Supply, *, jobs: int | None = None) -> CheckpointReader:
+        """A reader of what has been accounted for already, under the keys that are wanted."""
+        reader = cls(supply.catalog.source, root="", jobs=jobs)
+        reader._supply = supply
+        reader._objects = Objects(supply.catalog, are_wanted=False, trust=False)
+        return reader
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -136,7 +150,7 @@ class CheckpointReader(StorageReader):
         prefix = (*(part for part in (self._root or "").split(".") if part),)
         stored = self._root is None and self._is_as_stored
         self._targets = {
-            ".".join((*prefix, target.key)): target for target in supply.coverage.targets
+            ".".join((*prefix, key)): target for key, target in supply.targets().items()
         }
         paths = {
             key: supply.catalog.path_of(target.key) if stored else (*prefix, target.key)
@@ -194,7 +208,8 @@ class CheckpointReader(StorageReader):
                     tensor = planner.resolve_tensor(item).detach()
                     landed.append((item, tensor))
                     landings.append(self._landing(supply, item, tensor))
-                read_landings(landings, sources=sources, jobs=self._jobs)
+                self.losses |= read_landings(landings, sources=sources, jobs=self._jobs)
+                self.nbytes_read += sum(landing.nbytes for landing in landings)
                 for item, tensor in landed:
                     planner.commit_tensor(item, tensor)
         done: Future[None] = Future()
