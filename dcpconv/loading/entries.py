@@ -1,4 +1,8 @@
-"""The tensors of a model's state dict as hooks make it, in the shape of places of the model."""
+"""The tensors of a model's state dict as hooks make it, in the shape of places of the model.
+
+``get_model_state_dict`` looks every key up as an attribute of the model, so hooks that rename keys
+defeat it: the module's own ``state_dict`` and ``load_state_dict`` are asked then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from dcpconv.loading.model import Place
 
@@ -36,6 +45,38 @@ class Entry(Place):
         return tuple(self.held.size())
 
 
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """A model's state dict, as its hooks make it."""
+    try:
+        return dict(get_model_state_dict(model))
+    except AttributeError:
+        return dict(_bare(model).state_dict())
+
+
+def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give a model its state dict, or the part of it that has memory."""
+    kept = {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(value, Tensor) and value.is_meta)
+    }
+    try:
+        set_model_state_dict(model, kept, options=StateDictOptions(strict=False))
+    except AttributeError:
+        _bare(model).load_state_dict(kept, strict=False)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that put components before every key."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # noqa: SLF001
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
 def entries(model: nn.Module, found: tuple[Place, ...]) -> tuple[Entry, ...]:
     """The tensors of a model's state dict, tied ones once.
 
@@ -43,7 +84,7 @@ def entries(model: nn.Module, found: tuple[Place, ...]) -> tuple[Entry, ...]:
         model: The model.
         found: Its parameters and buffers, which know what is tied.
     """
-    state: Mapping[str, Any] = get_model_state_dict(model)
+    state = state_of(model)
     tied = {fqn: place.fqns for place in found for fqn in place.fqns}
     keys = {key.replace(_COMPILED, ""): key for key in state}
     made: dict[str, Entry] = {}

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
 
-_SAMPLES = 256
-"""Places that are looked at in all files together; a small checkpoint is read whole."""
+_PLACES = 64
+"""Places that are looked at in all files together, evenly."""
 _LEAST = 4
 """Places in each file, whatever their number: both ends and two between."""
 _NBYTES = 64
-"""Bytes at a place."""
+"""Bytes at such a place; a file that is no larger than its share is read whole."""
+_TENSORS = 512
+"""Tensors that are looked at besides, evenly chosen: a fine-tuned model may differ in few."""
+_NBYTES_OF_TENSOR = 16
+"""Bytes in the middle of each: 8 KiB in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +47,15 @@ def sample(catalog: Catalog) -> tuple[Sampled, ...]:
     Raises:
         FormatError: A file cannot be read, or has become shorter.
     """
-    count = max(_LEAST, _SAMPLES // max(1, len(catalog.files)))
+    count = max(_LEAST, _PLACES // max(1, len(catalog.files)))
+    inside = _in_tensors(catalog)
     found = []
     for file, nbytes in sorted(catalog.files.items()):
         path = catalog.path / file
         hasher = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as opened:
-                for offset, length in _places(nbytes, count):
+                for offset, length in (*_places(nbytes, count), *inside.get(file, ())):
                     hasher.update(os.pread(opened.fileno(), length, offset))
         except OSError as error:
             raise FormatError(
@@ -58,6 +63,17 @@ def sample(catalog: Catalog) -> tuple[Sampled, ...]:
             ) from error
         found.append(Sampled(file, nbytes, hasher.hexdigest()[:16]))
     return tuple(found)
+
+
+def _in_tensors(catalog: Catalog) -> dict[str, list[tuple[int, int]]]:
+    """Middles of tensors, by file."""
+    extents = [chunk.extent for entry in catalog.tensors.values() for chunk in entry.chunks[:1]]
+    found: dict[str, list[tuple[int, int]]] = {}
+    for extent in extents[:: -(-len(extents) // _TENSORS) or 1]:
+        length = min(extent.nbytes, _NBYTES_OF_TENSOR)
+        middle = extent.offset + (extent.nbytes - length) // 2
+        found.setdefault(extent.file, []).append((middle, length))
+    return found
 
 
 def _places(nbytes: int, count: int) -> Iterator[tuple[int, int]]:

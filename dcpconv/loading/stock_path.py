@@ -11,15 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.loading.decision import Decision, Request
+from dcpconv.loading.entries import set_state, state_of
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, agree_on_end
@@ -54,7 +50,7 @@ def load_by_state_dict(
     wanted: dict[str, Tensor] = {}
     try:
         _materialise(model, decision, request)
-        state = dict(get_model_state_dict(model))
+        state = state_of(model)
         wanted = {key: state[place.name] for place, key in decision.account.chosen}
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
@@ -69,8 +65,7 @@ def load_by_state_dict(
             if init_missing is not None and request.initialises:
                 for place in decision.missing():
                     init_missing(place.fqn, state[place.name])
-            kept = {key: value for key, value in state.items() if not _is_meta(value)}
-            set_model_state_dict(model, kept, options=StateDictOptions(strict=False))
+            set_state(model, state)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             failure = error
     agree_on_end(world, failure)
@@ -102,7 +97,3 @@ def _materialise(model: nn.Module, decision: Decision, request: Request) -> None
         if (place.is_parameter or place.is_persistent) and not alone & {*place.fqns}
     ]
     materialise(model, wanted, device=request.device, dtypes={})
-
-
-def _is_meta(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_meta

@@ -1,4 +1,4 @@
-"""Both engines of ``load_init_weights`` give the same bits, and every rank its own part of a model."""
+"""Both engines of ``load_init_weights`` give the same bits, and every rank its own part."""
 
 from __future__ import annotations
 

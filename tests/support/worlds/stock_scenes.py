@@ -59,13 +59,13 @@ def _stock(wrap: Wrap, *, meta: bool) -> Scene:
     return scene
 
 
-def _as_thirds(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _as_thirds(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What a module writes that keeps a third of its weights: only its hooks can undo it."""
     key = f"{prefix}weight"
     state[key] = state[key] * 3
 
 
-def _from_thirds(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _from_thirds(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     key = f"{prefix}weight"
     if key in state:
         state[key] = state[key] / 3
@@ -260,7 +260,6 @@ SCENES[2] |= {
     "foreign-group": _foreign_group,
     "other-values/direct": _other_values(),
     "other-values/torch": _other_values(engine="torch"),
-    "other-values/rank0": _other_values(read="rank0"),
 }
 
 if __name__ == "__main__":
