@@ -53,7 +53,8 @@ class Objects:
     @property
     def save_id(self) -> str | None:
         """What a DCP was called when it was saved."""
-        return self._contents.save_id if self._catalog.form == "dcp" else None
+        found = self._contents.save_id if self._catalog.form == "dcp" else None
+        return found if isinstance(found, str) else None
 
     def saved(self, key: str) -> io.BytesIO:
         """The archive of one value, for ``planner.load_bytes``.
@@ -196,6 +197,12 @@ class _Bytes(_Made):
             raise ValueError("bytes by their number")
 
 
+_OF_OBJECTS: Final = 0x3F
+_OF_POINTERS: Final = 0x07
+"""Flags of NumPy's type of Python objects, and those that only it may have: counted references,
+pickled as a list, items are pointers.  Source: numpy ``ndarraytypes.h``, ``NPY_ITEM_REFCOUNT``."""
+
+
 class _Dtype(_Made):
     """A NumPy dtype; with flags that are not its own, raw bytes would be taken for pointers.
 
@@ -207,16 +214,17 @@ class _Dtype(_Made):
         name = args[0] if args else None
         if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[A-Za-z][0-9]{0,6}", name):
             raise ValueError("a NumPy type of several fields, or of none")
-        self._name = name
+        self._holds_objects = name.lstrip("<>|=").startswith("O")
 
     def __setstate__(self, state: object) -> None:
-        import numpy as np  # noqa: PLC0415 - torch works without it
-
         if not isinstance(state, tuple) or len(state) not in {8, 9}:
             raise ValueError("the state of a NumPy type has another form")
         if state[2:5] != (None, None, None):
             raise ValueError("a NumPy type of several fields")
-        if state[7] != np.dtype(self._name).flags:
+        flags = state[7]
+        if not isinstance(flags, int):
+            raise ValueError("the flags of a NumPy type are no number")  # noqa: TRY004
+        if flags != _OF_OBJECTS if self._holds_objects else flags & _OF_POINTERS:
             raise ValueError("a NumPy type with the flags of another")
 
 

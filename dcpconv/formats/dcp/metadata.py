@@ -56,7 +56,7 @@ class Contents:
         paths: How a key is nested, where that is more than ``(key,)``.
         is_nesting_known: Whether ``paths`` can be relied on; else every key looks flat.
         problems: What is wrong with single keys, one line each; those keys are left out.
-        save_id: What the save was called by whoever wrote it.
+        save_id: What the writer called the save: a string, or not to be relied on.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -64,7 +64,7 @@ class Contents:
     paths: Mapping[str, KeyPath]
     is_nesting_known: bool
     problems: tuple[str, ...]
-    save_id: str | None = None
+    save_id: object = None
 
 
 def read_metadata(data: bytes, *, where: str) -> Contents:
@@ -114,7 +114,8 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
             case str(problem):
                 problems.append(f"{_show(key)}: {problem}")
     paths = _read_paths(nesting, listed, problems)
-    save_id = _read_save_id(fields.get("storage_meta"))
+    about = getattr(fields.get("storage_meta"), "state", None)
+    save_id = about.get("save_id") if isinstance(about, dict) else None
     return Contents(tensors, objects, paths, bool(nesting), tuple(problems), save_id)
 
 
@@ -160,7 +161,7 @@ class _Info(_Record):
     __slots__ = ()
 
 
-class _Storage(_Record):
+class _Ignored(_Record):
     __slots__ = ()
 
 
@@ -192,7 +193,7 @@ _ALLOWED: Final[dict[tuple[str, str], Callable[..., object]]] = {
     # Source: CPython pull request 105519, which went back to the value.
     ("builtins", "getattr"): _ignored,
     (_CHECKPOINT, "MetadataIndex"): _Index,
-    (_CHECKPOINT, "StorageMeta"): _Storage,
+    (_CHECKPOINT, "StorageMeta"): _Ignored,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Info,
     ("torch.serialization", "_get_layout"): _ignored,
     ("torch", "Size"): tuple,
@@ -379,14 +380,6 @@ def _read_dtype(properties: object) -> DType:
     if dtype is None:
         raise _MalformedError(f"element type {ref} is not supported")
     return dtype
-
-
-def _read_save_id(record: object) -> str | None:
-    state = getattr(record, "state", None)
-    name = (
-        state.get("save_id") if isinstance(record, _Storage) and isinstance(state, dict) else None
-    )
-    return name if isinstance(name, str) else None
 
 
 def _read_paths(

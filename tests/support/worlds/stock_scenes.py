@@ -72,7 +72,7 @@ def _from_thirds(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def _hook(model: nn.Module) -> None:
-    norm = model.get_submodule("norm")
+    norm: Any = model.get_submodule("norm")
     norm.register_state_dict_post_hook(_as_thirds)
     norm.register_load_state_dict_pre_hook(_from_thirds)
 

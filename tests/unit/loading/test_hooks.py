@@ -26,7 +26,7 @@ class Method:
     def hook(self, *_args: Any, **_options: Any) -> None: ...
 
 
-def with_hook(register: Callable[[nn.Module], object]) -> nn.Module:
+def with_hook(register: Callable[[Any], object]) -> nn.Module:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     register(model[0])
     return model
@@ -49,7 +49,7 @@ class Pops(nn.Linear):
 
 def patched() -> nn.Module:
     model = nn.Linear(2, 3)
-    model.state_dict = hook  # type: ignore[method-assign]
+    model.state_dict = hook  # type: ignore[assignment]
     return model
 
 

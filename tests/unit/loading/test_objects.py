@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile.unpickling import loads
 from dcpconv.loading import objects
 from dcpconv.loading.storage_reader import CheckpointReader
 
@@ -217,6 +218,7 @@ HARM: dict[str, Callable[[], object]] = {
     "endless-list": lambda: Calls(list, (range(10**15),)),
     "memory": lambda: Calls(bytearray, (10**15,)),
     "pointers": lambda: Calls(np.dtype, ("O8", False, True), (*PLAIN, 0)),
+    "pointers-under-another-name": lambda: Calls(np.dtype, ("i8", False, True), (*PLAIN, 63)),
     "pointers-in-fields": lambda: np.dtype([("a", "O"), ("b", "i4")]),
     "array-of-a-buffer": lambda: Calls(np.ndarray, ((1,), "O", b"12345678")),
     "altered-class": lambda: Calls(
@@ -235,7 +237,7 @@ def test_a_class_cannot_be_altered() -> None:
     """BUILD on a class that is only named would set its attributes."""
     data = b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb."
     with pytest.raises(FormatError, match="damaged"):
-        objects.loads(data, allowed=objects._allowed(), where="it")
+        loads(data, allowed=objects._allowed(), where="it")
 
 
 def test_what_torch_load_would_take_for_something_else_is_refused() -> None:
@@ -244,7 +246,7 @@ def test_what_torch_load_would_take_for_something_else_is_refused() -> None:
         objects._require_harmless(legacy, "it")
     stream = io.BytesIO()
     with pytest.warns(DeprecationWarning, match="torch.jit"):
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), stream)  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), stream)
     stream.seek(0)
     with pytest.raises(FormatError, match="TorchScript"):
         objects._require_harmless(stream, "it")

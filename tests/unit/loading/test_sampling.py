@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.loading import sampling
 from dcpconv.loading.sampling import sample
 
 
@@ -56,12 +56,12 @@ def test_a_file_whose_second_half_is_a_hole_is_told(tmp_path: Path) -> None:
 def test_few_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = open_checkpoint(saved(tmp_path / "a"))
     read: list[int] = []
-    pread = sampling.os.pread
+    pread = os.pread
 
     def count(fd: int, nbytes: int, offset: int) -> bytes:
         read.append(nbytes)
         return pread(fd, nbytes, offset)
 
-    monkeypatch.setattr(sampling.os, "pread", count)
+    monkeypatch.setattr(os, "pread", count)
     sample(catalog)
     assert sum(read) <= 8 << 10
