@@ -45,6 +45,11 @@ class Entry(Place):
         return tuple(self.held.size())
 
 
+def fqn_of(key: str) -> str:
+    """A key of a state dict as the model spells it."""
+    return key.replace(_COMPILED, "")
+
+
 def state_of(model: nn.Module) -> dict[str, Any]:
     """A model's state dict, as its hooks make it."""
     try:
@@ -86,7 +91,7 @@ def entries(model: nn.Module, found: tuple[Place, ...]) -> tuple[Entry, ...]:
     """
     state = state_of(model)
     tied = {fqn: place.fqns for place in found for fqn in place.fqns}
-    keys = {key.replace(_COMPILED, ""): key for key in state}
+    keys = {fqn_of(key): key for key in state}
     made: dict[str, Entry] = {}
     for fqn, key in keys.items():
         value = state[key]

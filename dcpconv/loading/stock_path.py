@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.loading.decision import Decision, Request
-from dcpconv.loading.entries import set_state, state_of
+from dcpconv.loading.entries import fqn_of, set_state, state_of
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, agree_on_end
@@ -65,7 +65,8 @@ def load_by_state_dict(
             if init_missing is not None and request.initialises:
                 for place in decision.missing():
                     init_missing(place.fqn, state[place.name])
-            set_state(model, state)
+            second = {name for place, _ in decision.account.chosen for name in place.fqns[1:]}
+            set_state(model, {k: v for k, v in state.items() if fqn_of(k) not in second})
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             failure = error
     agree_on_end(world, failure)

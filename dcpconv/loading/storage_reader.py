@@ -258,7 +258,8 @@ class CheckpointReader(StorageReader):
                 [("key", target.key), *(("factors", key) for key in factors)],
                 hint=f"{self._options.advice}; a tensor of {target.dtype} takes them as they are",
             )
-        return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
+        fill = fill_of(target, tuple(item.storage_offsets), sizes)
+        return Landing(item.storage_index.fqn, fill, 0, tensor)
 
 
 def _origin(target: Target) -> torch.Size:

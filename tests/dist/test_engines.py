@@ -78,6 +78,11 @@ def test_hooks_choose_the_stock_path_and_the_report_says_so(worlds: Worlds, wrap
             assert note == f"{NAMED}; state dict hooks {ran}: engine='{chosen}'"
 
 
+def test_a_tied_tensor_is_set_once(worlds: Worlds) -> None:
+    tied = [["tok_embeddings.weight", "output.tied_module.weight"]]
+    assert values(worlds, 2, "tied") == [{"engine": "torch", "tied": tied}] * 2
+
+
 def test_hooks_of_one_rank_choose_for_all(worlds: Worlds) -> None:
     found = values(worlds, 2, "hooked-on-one-rank")
     assert found == [{"engine": "torch", "loaded": 10}, {"engine": "torch", "loaded": 20}]

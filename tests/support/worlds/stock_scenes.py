@@ -59,6 +59,21 @@ def _stock(wrap: Wrap, *, meta: bool) -> Scene:
     return scene
 
 
+def _tied(directory: Path) -> Any:
+    """A tied head whose hooks make a copy of it: the copy has not been loaded, and must not win."""
+
+    def copies(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        key = f"{prefix}output.tied_module.weight"
+        state[key] = state[key] * 1
+
+    bare: Any = build(meta=True, tied=True)
+    bare.register_state_dict_post_hook(copies)
+    model = fsdp2()(bare)
+    report = load_init_weights(model, directory / "hf-tied")
+    _equal(model, fsdp2()(expected(directory, tied=True)))
+    return {"engine": report.engine, "tied": report.tied}
+
+
 def _as_thirds(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """What a module writes that keeps a third of its weights: only its hooks can undo it."""
     key = f"{prefix}weight"
@@ -251,6 +266,7 @@ SCENES[2] |= {
         for name, wrap in HOOKED.items()
         for engine in ("auto", "direct", "torch")
     },
+    "tied": _tied,
     "hooked-on-one-rank": _hooked_on_one_rank,
     **{f"experts/{engine}": _experts(engine) for engine in ("direct", "torch")},
     "nobody-has": _nobody_has,
