@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -64,7 +64,7 @@ class Contents:
     paths: Mapping[str, KeyPath]
     is_nesting_known: bool
     problems: tuple[str, ...]
-    save_id: object = None
+    save_id: object = field(default=None, compare=False)
 
 
 def read_metadata(data: bytes, *, where: str) -> Contents:
