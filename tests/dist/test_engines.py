@@ -120,6 +120,11 @@ def test_ranks_of_other_groups_do_not_meet(worlds: Worlds, engine: str) -> None:
     values(worlds, 2, f"group/{engine}")
 
 
+@pytest.mark.parametrize("way", ["all", "once", "rank0", "torch"])
+def test_two_groups_load_beside_each_other(worlds: Worlds, way: str) -> None:
+    values(worlds, 4, f"pairs/{way}")
+
+
 def test_a_group_without_this_rank_is_refused(worlds: Worlds) -> None:
     first, second = (world["foreign-group"] for world in worlds[2])
     assert not first.error

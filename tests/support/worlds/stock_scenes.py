@@ -229,6 +229,24 @@ def _group(engine: Any) -> Scene:
     return scene
 
 
+def _pairs(**options: Any) -> Scene:
+    """Two groups of two load two checkpoints, and nothing travels from one to the other."""
+
+    def scene(directory: Path) -> Any:
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        pair = dist.get_rank() // 2
+        source = ("hf-untied", "other-values")[pair]
+        model = build(meta=True)
+        load_init_weights(model, directory / source, process_group=groups[pair], **options)
+        right = expected(directory)
+        if pair:
+            with torch.no_grad():
+                right.norm.weight.add_(1)
+        _equal(model, right)
+
+    return scene
+
+
 def _foreign_group(directory: Path) -> Any:
     group = dist.new_group([0])
     if dist.get_rank() == 1:
@@ -276,6 +294,12 @@ SCENES[2] |= {
     "foreign-group": _foreign_group,
     "other-values/direct": _other_values(),
     "other-values/torch": _other_values(engine="torch"),
+}
+SCENES[4] |= {
+    "pairs/all": _pairs(read="all"),
+    "pairs/once": _pairs(read="once"),
+    "pairs/rank0": _pairs(read="rank0"),
+    "pairs/torch": _pairs(engine="torch"),
 }
 
 if __name__ == "__main__":
