@@ -12,7 +12,18 @@ from support.worlds import load_scenes, stock_scenes
 from support.worlds.dist_worlds import Outcome, launch
 from support.worlds.stock_scenes import SCENES
 
-Worlds = dict[int, list[dict[str, Outcome]]]
+
+class Worlds(dict[int, list[dict[str, Outcome]]]):
+    """What was heard in worlds of some size, each launched when the first test asks."""
+
+    def __init__(self, sources: Path) -> None:
+        super().__init__()
+        self.sources = sources
+
+    def __missing__(self, ranks: int) -> list[dict[str, Outcome]]:
+        self[ranks] = launch(stock_scenes.__file__, ranks, self.sources)
+        return self[ranks]
+
 
 NAMED = "RMSNorm (norm) has state dict hooks"
 
@@ -37,7 +48,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
     load_scenes.prepare(sources, SCENES)
     stock_scenes.prepare_experts(sources)
     other_values(sources)
-    return {ranks: launch(stock_scenes.__file__, ranks, sources) for ranks in SCENES}
+    return Worlds(sources)
 
 
 def values(worlds: Worlds, ranks: int, scene: str) -> list[Any]:

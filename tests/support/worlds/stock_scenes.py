@@ -271,11 +271,7 @@ def _other_values(**options: Any) -> Scene:
 
 
 SCENES: dict[int, dict[str, Scene]] = {
-    ranks: {
-        f"stock/{name}/{'meta' if meta else 'live'}": _stock(wrap, meta=meta)
-        for name, (wrap, metas) in wraps.items()
-        for meta in metas
-    }
+    ranks: {f"stock/{name}": _stock(wrap, meta=metas[0]) for name, (wrap, metas) in wraps.items()}
     for ranks, wraps in WRAPS.items()
 }
 SCENES[2] |= {
