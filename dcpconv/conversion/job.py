@@ -18,8 +18,12 @@ from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.torchfile.nesting import key_of
 from dcpconv.plan.account import Aim
-from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
+from dcpconv.plan.block_scales import not_in_blocks
+from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.sources.numbers import require_said
+
+_PRODUCT = BY_NAME["bfloat16"]
+"""What weights in scaled blocks are multiplied out into, unless the user wants another type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,16 @@ class Job:
     def cover(self) -> tuple[Coverage, tuple[str, ...]]:
         """The account of the conversion, and what to say about it."""
         if self.keeps_nesting:
-            weights = self.aim.weights
-            whole = replace(weights, entries=self.catalog.tensors, tied=self.catalog.tied, rest=())
-            return cover_as_stored(whole), ()
-        self.aim.require_expressible(undone="nothing was written", allow_by="--allow NAME")
-        return self.aim.cover_by_data(product=BY_NAME["bfloat16"])
+            coverage = self.aim.stored(product=_PRODUCT, whole=True)
+        else:
+            self.aim.require_expressible(undone="nothing was written", allow_by="--allow NAME")
+            coverage, notes = self.aim.cover_by_data(product=_PRODUCT)
+            if self.aim.table is not None:
+                return coverage, notes
+        if not self.aim.source.said.dequantize:
+            return coverage, ()
+        torn = not_in_blocks(coverage)
+        return replace(coverage, misshapen=(*coverage.misshapen, *torn)), ()
 
     def path_of(self, key: str) -> KeyPath:
         """Where a target key nests in the result."""

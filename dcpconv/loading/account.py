@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from dcpconv.core.dtypes import DType
 from dcpconv.loading.model import Place
 from dcpconv.loading.reading import dtype_of
+from dcpconv.loading.sampling import Sampled, sample
 from dcpconv.loading.supply import Supply
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Fault
@@ -51,6 +52,7 @@ class Offer:
         misshapen: Keys whose shape or dtype contradicts the config or another tensor.
         ignored: Source keys that are dropped, with the reason.
         left: Entries beside the weights.
+        files: Size and sampled bytes of every file.
         notes: What a user should know.
     """
 
@@ -64,6 +66,7 @@ class Offer:
     misshapen: tuple[Fault, ...]
     ignored: tuple[Fault, ...]
     left: int
+    files: tuple[Sampled, ...]
     notes: tuple[str, ...]
 
     def digest(self) -> str:
@@ -71,6 +74,8 @@ class Offer:
         hasher = hashlib.sha256()
         for key, one in sorted(self.tensors.items()):
             hasher.update(f"{key} {one.kind} {one.shape}\n".encode())
+        for file in self.files:
+            hasher.update(f"{file.file} {file.nbytes} {file.digest}\n".encode())
         return hasher.hexdigest()[:16]
 
 
@@ -121,6 +126,7 @@ def offer_of(supply: Supply, source: str) -> Offer:
         misshapen=coverage.misshapen,
         ignored=coverage.ignored,
         left=len(coverage.left),
+        files=sample(supply.catalog),
         notes=supply.notes,
     )
 

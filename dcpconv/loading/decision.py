@@ -19,16 +19,18 @@ from dcpconv.core.errors import CoverageError, DcpconvError, FormatError
 from dcpconv.core.outline import Fill
 from dcpconv.loading.account import Account, Offer, match, offer_of
 from dcpconv.loading.buffers import Restored, restore_buffers
+from dcpconv.loading.entries import entries
 from dcpconv.loading.model import Place, device_of, places, reshard
 from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.regions import Need, Wish, needs_of
-from dcpconv.loading.supply import Options, prepare
+from dcpconv.loading.supply import Options, Supply, prepare
 from dcpconv.loading.world import World, hostname, portable, raise_first
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.hub import locate
 
 Read = Literal["auto", "all", "once", "rank0"]
+Engine = Literal["auto", "direct", "torch"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Request:
         initialises: Whether the caller fills what is missing.
         read: Which ranks read.
         device: Where tensors on the meta device go that are no DTensors.
+        by_state_dict: Whether the tensors to fill are those of the model's state dict.
     """
 
     source: str | os.PathLike[str]
@@ -54,6 +57,7 @@ class Request:
     initialises: bool
     read: Read
     device: torch.device | None
+    by_state_dict: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class Supplied:
     """Where the bytes are, on ranks that read.
 
     Attributes:
+        supply: What was made of the source.
         directory: What parts' files are relative to.
         targets: Every tensor by FQN.
         fills: Fills made so far.
     """
 
+    supply: Supply | None = None
     directory: Path = field(default_factory=Path)
     targets: Mapping[str, Target] = field(default_factory=dict)
     fills: dict[Wish, Fill] = field(default_factory=dict)
@@ -139,6 +145,40 @@ class _Heard:
     garbage: tuple[Fault, ...] = ()
 
 
+def unlike(source: str, heard: Sequence[tuple[str, Offer]]) -> FormatError:
+    """The error for ranks that see different checkpoints: which rank, which host, which file."""
+    first_host, first = heard[0]
+    right = {file.file: file for file in first.files}
+    facts: list[tuple[str, object]] = [
+        ("source", source),
+        ("rank 0", f"{first_host} {first.digest()}"),
+    ]
+    others = [rank for rank, (_, offer) in enumerate(heard) if offer.digest() != first.digest()]
+    for rank in others[:8]:
+        host, offer = heard[rank]
+        found = {file.file: file for file in offer.files}
+        facts.append((f"rank {rank}", f"{host} {offer.digest()}"))
+        for name in dict.fromkeys([*right, *found]):
+            old, new = right.get(name), found.get(name)
+            if old == new:
+                continue
+            if old is None or new is None:
+                facts.append(("file", f"{name}: only on rank {0 if new is None else rank}"))
+            elif old.nbytes != new.nbytes:
+                facts.append(("file", f"{name}: {new.nbytes} bytes, {old.nbytes} on rank 0"))
+            else:
+                facts.append(("file", f"{name}: {new.nbytes} bytes on both, with other contents"))
+        if offer.files == first.files:
+            facts.append(("shapes", "the files are the same; another config or other options"))
+    if len(others) > 8:
+        facts.append(("ranks", f"{len(others)} of {len(heard)} differ from rank 0"))
+    return FormatError(
+        "ranks see different checkpoints; nothing was loaded",
+        facts,
+        hint="fetch the same files on every host, or read='rank0'",
+    )
+
+
 def decide(model: nn.Module, request: Request, world: World) -> Decision:
     """Look at model and checkpoint and agree with the other ranks on whether they fit.
 
@@ -169,6 +209,8 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     raise_first([one.failure for one in heard], cause=failure)
     if decision is None:
         raise AssertionError("no rank failed, yet this one has nothing to go by")
+    if len({one.digest for one in heard}) > 1:
+        raise unlike(heard[0].source, world.gather((hostname(), decision.offer)))
     unexpected = _judge(heard, request)
     read = decision.read
     if read == "auto":
@@ -181,7 +223,8 @@ def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...
     found = [place for place in places(model) if place.is_parameter or place.is_persistent]
     fallback = next((device_of(p, request.device) for p in found if p.is_parameter), None)
     device = request.device or fallback or torch.device("cpu")
-    return tuple(found), restore_buffers(model, device)
+    restored = restore_buffers(model, device)
+    return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 
 def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offer], Supplied]:
@@ -193,7 +236,7 @@ def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offe
         nothing = (0,) * len(target.shape)
         if any(piece.scale for piece in target.pieces):
             fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
-    return [offer], Supplied(supply.catalog.path, supply.targets())
+    return [offer], Supplied(supply, supply.catalog.path, supply.targets())
 
 
 def _account(
@@ -208,7 +251,8 @@ def _account(
     needs: list[Need] = []
     casts: Counter[tuple[str, str]] = Counter()
     for place, key in account.chosen:
-        needs.extend(needs_of(place, key))
+        if not request.by_state_dict:
+            needs.extend(needs_of(place, key))
         had, now = offer.tensors[key], dtype_of(place.tensor)
         if had.dtype is not now and not request.keeps_dtype:
             _require_renewable(model, place)
@@ -271,15 +315,6 @@ def _judge(heard: Sequence[_Heard], request: Request) -> tuple[Fault, ...]:
 
     Only what all have heard may be told: a rank's own path may be another.
     """
-    if len({one.digest for one in heard}) > 1:
-        raise FormatError(
-            "ranks see different checkpoints; nothing was loaded",
-            [
-                ("source", heard[0].source),
-                *((f"rank {rank}", f"{one.host} {one.digest}") for rank, one in enumerate(heard)),
-            ],
-            hint="fetch the same files on every host, or read='rank0'",
-        )
     # With pipeline parallelism ranks hold different layers: a stored key is unexpected only where
     # nobody has a place for it.
     shared = set.intersection(*({fault.key for fault in one.unexpected} for one in heard))

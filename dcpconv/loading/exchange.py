@@ -111,8 +111,7 @@ class Exchange:
             elif mine:
                 self._take(transfer, mine)
         for sending in self._sending:
-            for work in sending:
-                work.wait()
+            self._wait(sending)
 
     def _give(self, transfer: Transfer, mine: Sequence[Need]) -> None:
         wish, fill, box = transfer.wish, None, None
@@ -143,11 +142,7 @@ class Exchange:
         lands = [_Landing(need, dtype) for need in mine]
         for start, stop in _intervals(wish, dtype):
             tile = self._tile((stop - start) * dtype.itemsize)
-            if transfer.is_for_all(self.world.size):
-                source = self.world.global_rank(transfer.reader)
-                dist.broadcast(tile, src=source, group=self.world.group)
-            else:
-                dist.recv(tile, src=self.world.global_rank(transfer.reader), group=self.world.group)
+            self._receive(tile, transfer)
             self.received += len(tile)
             try:
                 for land in lands:
@@ -156,6 +151,23 @@ class Exchange:
                 self._fail(error)
         for land in lands:
             land.close()
+
+    def _receive(self, tile: Tensor, transfer: Transfer) -> None:
+        source = self.world.global_rank(transfer.reader)
+        try:
+            if transfer.is_for_all(self.world.size):
+                dist.broadcast(tile, src=source, group=self.world.group)
+            else:
+                dist.recv(tile, src=source, group=self.world.group)
+        except RuntimeError as error:
+            raise self.world.lost(error, [transfer.reader]) from error
+
+    def _wait(self, sending: Iterable[Any]) -> None:
+        try:
+            for work in sending:
+                work.wait()
+        except RuntimeError as error:
+            raise self.world.lost(error) from error
 
     def _send(self, tile: Tensor, transfer: Transfer) -> list[Any]:
         others = [rank for rank in transfer.ranks if rank != self.world.rank]
@@ -177,8 +189,7 @@ class Exchange:
     def _tile(self, nbytes: int) -> Tensor:
         """A tile that nothing is being sent from."""
         self._turn = 1 - self._turn
-        for work in self._sending[self._turn]:
-            work.wait()
+        self._wait(self._sending[self._turn])
         self._sending[self._turn] = []
         while len(self._tiles) < 2:
             self._tiles.append(torch.empty(TILE, dtype=torch.uint8, device=self.device))

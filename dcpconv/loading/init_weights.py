@@ -1,11 +1,12 @@
 """Load the weights a training run starts from into a live model, sharded in any way.
 
-``load_init_weights`` is called on every rank once the model is parallelised.  It does not go
-through ``get_model_state_dict`` and ``set_model_state_dict``: the tensors of a sharded state dict
-alias the parameters anyway, so bytes are read into the parameters' own memory, and FSDP1, whose
-state dict gathers whole units, needs no exception.  State dict hooks of modules are therefore not
-run.  What remains of the stock path is its naming: FQNs are those of ``get_model_state_dict``.
-``CheckpointReader`` is the same reading as a storage reader for ``dcp.load``.
+``load_init_weights`` is called on every rank once the model is parallelised.  The direct engine
+does not go through ``get_model_state_dict`` and ``set_model_state_dict``: the tensors of a sharded
+state dict alias the parameters anyway, so bytes are read into the parameters' own memory, and
+FSDP1, whose state dict gathers whole units, needs no exception.  What remains of the stock path is
+its naming: FQNs are those of ``get_model_state_dict``.  Models that register hooks for their state
+dict, or override it, take the stock path itself, which runs them.  ``CheckpointReader`` is the same
+reading as a storage reader for ``dcp.load``.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.execute import LossyCast
-from dcpconv.loading.decision import Decision, Read, Request, decide
+from dcpconv.loading.decision import Decision, Engine, Read, Request, decide
+from dcpconv.loading.hooks import own_state_dict
+from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, move
 from dcpconv.loading.report import LoadReport
+from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
 from dcpconv.loading.world import World
 from dcpconv.sources.said import parse_allowed
@@ -49,6 +55,7 @@ def load_init_weights(
     process_group: Any = None,
     progress: Callable[[int, int], None] | None = None,
     read: Read = "auto",
+    engine: Engine = "auto",
     device: torch.device | str | None = None,
     jobs: int | None = None,
 ) -> LoadReport:
@@ -95,6 +102,11 @@ def load_init_weights(
             that other nodes cannot see.  ``auto``: ``once`` if the ranks are on several hosts,
             where storage is the slowest link; ``all`` on one host, whose page cache is faster than
             any process group.
+        engine: ``direct`` reads into the parameters' own memory.  ``torch`` goes through
+            ``get_model_state_dict``, ``dcp.load`` and ``set_model_state_dict``, every rank reading
+            its own shards.  ``auto`` takes ``torch`` where a module of any rank has hooks for its
+            state dict or overrides it, which the direct engine would not run, and says so in the
+            report's notes.
         device: Where tensors on the meta device go that are no DTensors; the CPU by default.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
 
@@ -103,6 +115,7 @@ def load_init_weights(
             every rank.
         FormatError: A file is truncated, malformed or unsafe, on this rank or another.
         NotExpressibleError: The naming cannot hold this model; all reasons are listed.
+        LostRankError: A rank has died or hangs; raised within the timeout of the process group.
     """
     started = time.perf_counter()
     options = Options(
@@ -114,8 +127,19 @@ def load_init_weights(
         allow=parse_allowed(allow),
         dequantize=dequantize,
     )
-    if dtype not in {"model", "source"} or read not in {"auto", "all", "once", "rank0"}:
-        raise ValueError(f"dtype={dtype!r}, read={read!r}: see load_init_weights.__doc__")
+    if (
+        dtype not in {"model", "source"}
+        or read not in {"auto", "all", "once", "rank0"}
+        or engine not in {"auto", "direct", "torch"}
+    ):
+        raise ValueError(f"{dtype=}, {read=}, {engine=}: see load_init_weights.__doc__")
+    world = World.of(process_group, load=os.fspath(source))
+    reason = own_state_dict(model)
+    if engine == "auto":
+        reason = next(filter(None, world.gather(reason)), "")
+        engine = "torch" if reason else "direct"
+    if engine == "torch":
+        _require_plain(dtype, read, reason)
     request = Request(
         source=source,
         options=options,
@@ -125,21 +149,57 @@ def load_init_weights(
         initialises=init_missing is not None and not strict,
         read=read,
         device=torch.device(device) if device is not None else None,
+        by_state_dict=engine == "torch",
     )
-    world = World.of(process_group)
     decision = decide(model, request, world)
-    arrived = move(model, decision, request, world, jobs=jobs, progress=progress)
     initialised: list[str] = []
-    if init_missing is not None and request.initialises:
-        for place in decision.missing():
-            init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
-            initialised.append(place.fqn)
-    return _report(decision, arrived, tuple(initialised), time.perf_counter() - started)
+    if engine == "torch":
+        arrived = load_by_state_dict(
+            model, decision, request, world, jobs=jobs, init_missing=init_missing
+        )
+        if request.initialises:
+            initialised = [place.fqn for place in decision.missing()]
+    else:
+        arrived = move(model, decision, request, world, jobs=jobs, progress=progress)
+        if init_missing is not None and request.initialises:
+            for place in decision.missing():
+                init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
+                initialised.append(place.fqn)
+    report = _report(decision, arrived, tuple(initialised))
+    ran = "are run: engine='torch'" if engine == "torch" else "are not run: engine='direct'"
+    notes = (*report.notes, *([f"{reason}; state dict hooks {ran}"] if reason else []))
+    return replace(
+        report,
+        nbytes=report.nbytes if engine == "direct" else arrived.read,
+        engine=engine,
+        on_meta=tuple(
+            place.fqn
+            for place in places(model)
+            if place.is_meta and (place.is_parameter or place.is_persistent)
+        ),
+        notes=notes,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _report(
-    decision: Decision, arrived: Arrived, initialised: tuple[str, ...], seconds: float
-) -> LoadReport:
+def _require_plain(dtype: str, read: str, reason: str) -> None:
+    """What the stock path cannot do is an error, and never done in another way in silence."""
+    facts = [("because", reason)] if reason else []
+    if dtype == "source":
+        raise DcpconvError(
+            "dtype='source' has no effect on a state dict that is set",
+            facts,
+            hint="build the model in that dtype, or pass engine='direct'",
+        )
+    if read == "rank0":
+        raise DcpconvError(
+            "with engine='torch' every rank reads its own shards",
+            facts,
+            hint="read='all', or engine='direct' with read='rank0'",
+        )
+
+
+def _report(decision: Decision, arrived: Arrived, initialised: tuple[str, ...]) -> LoadReport:
     offer, account = decision.offer, decision.account
     left = f"{offer.left} entries beside the weights stay behind"
     return LoadReport(
@@ -160,7 +220,8 @@ def _report(
         computed_buffers=decision.restored.computed,
         uninitialised_buffers=decision.restored.uninitialised,
         initialised=initialised,
-        on_meta=tuple(place.fqn for place in decision.places if place.is_meta),
+        on_meta=(),
+        engine="direct",
         notes=(*offer.notes, *((left,) if offer.left else ())),
-        seconds=seconds,
+        seconds=0.0,
     )

@@ -13,7 +13,7 @@ from dcpconv.loading.exchange import Exchange, share_out
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.reading import Landing, read_landings, torch_dtype
 from dcpconv.loading.regions import Need, Wish
-from dcpconv.loading.world import World, portable
+from dcpconv.loading.world import LostRankError, World, portable
 from dcpconv.stores.local import Sources
 
 
@@ -58,20 +58,44 @@ def move(
         world.agree(failure)
     arrived = Arrived(failure=failure)
     if failure is None:
-        tell = _teller(decision, progress)
+        tell = teller(decision, progress)
         try:
             if decision.read == "all":
                 arrived = _read(decision, jobs, tell)
             else:
                 arrived = _exchange(decision, world, tell)
+        except LostRankError:
+            raise
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             arrived = Arrived(failure=error)
-    told = portable(arrived.failure)
+    agree_on_end(world, arrived.failure)
+    return arrived
+
+
+def agree_on_end(world: World, failure: BaseException | None) -> None:
+    """Return if all ranks have what they wanted, else raise the same error on all of them."""
+    told = portable(failure)
     if told is not None:
         facts = [*told.facts, ("model", "its weights are undefined now")]
         told = told.with_facts(facts)
     world.agree(told)
-    return arrived
+
+
+def teller(
+    decision: Decision, progress: Callable[[int, int], None] | None
+) -> Callable[[int], None]:
+    """Counts bytes for the caller; approximate by a tile where threads meet."""
+    if progress is None:
+        return lambda _nbytes: None
+    total = sum(decision.nbytes(need.wish) for need in decision.needs)
+    tell, done = progress, 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        tell(done, total)
+
+    return advance
 
 
 def _materialise(model: nn.Module, decision: Decision, request: Request) -> None:
@@ -126,20 +150,3 @@ def _travel_device(world: World) -> torch.device:
     if "nccl" in backend and "gloo" not in backend:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _teller(
-    decision: Decision, progress: Callable[[int, int], None] | None
-) -> Callable[[int], None]:
-    """Counts bytes for the caller; approximate by a tile where threads meet."""
-    if progress is None:
-        return lambda _nbytes: None
-    total = sum(decision.nbytes(need.wish) for need in decision.needs)
-    tell, done = progress, 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        tell(done, total)
-
-    return advance

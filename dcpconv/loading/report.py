@@ -33,6 +33,7 @@ class LoadReport:
         uninitialised_buffers: Non-persistent buffers that nothing has initialised.
         initialised: FQNs that ``init_missing`` was asked to fill.
         on_meta: FQNs of parameters that still have no memory, because they were ignored.
+        engine: ``direct``, or ``torch`` where the state dict was loaded and set.
         notes: What else a user should know.
         seconds: Wall time.
     """
@@ -55,6 +56,7 @@ class LoadReport:
     uninitialised_buffers: tuple[str, ...]
     initialised: tuple[str, ...]
     on_meta: tuple[str, ...]
+    engine: str
     notes: tuple[str, ...]
     seconds: float
 

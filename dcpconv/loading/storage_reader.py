@@ -9,12 +9,11 @@ buffers of ``dcpconv.loading.reading``; with the default planner tensors are rea
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -32,10 +31,11 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpconv.core.errors import FormatError
+from dcpconv.loading.objects import Objects
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.loading.supply import Options, Supply, prepare
 from dcpconv.plan.block_scales import FACTORS
-from dcpconv.plan.coverage import Target, cover_as_stored
+from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.said import parse_allowed
 from dcpconv.stores.hub import locate
@@ -64,8 +64,15 @@ class CheckpointReader(StorageReader):
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
-            fp32; without ``to``, keys are then those of the source's own naming.
+            fp32, whatever their names; without ``to`` every key stays as it is stored.
+        trust: Hand objects of any class to ``torch.load``, which imports and calls what they name.
+            Otherwise an object is handed on only where its pickle names harmless globals: torch's
+            own safe ones, NumPy's, the plain containers and values of the standard library.
         jobs: Threads.
+
+    Attributes:
+        nbytes_read: Bytes of tensors that were read, by this rank.
+        losses: ``(overflowed, underflowed)`` values by key, for casts that lost some.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class CheckpointReader(StorageReader):
         spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         dequantize: bool = False,
+        trust: bool = False,
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -94,9 +102,22 @@ class CheckpointReader(StorageReader):
             dequantize=dequantize,
         )
         self._root = root
+        self._trust = trust
         self._jobs = jobs
+        self._load_id = str(uuid4())
         self._supply: Supply | None = None
+        self._objects: Objects | None = None
         self._targets: dict[str, Target] = {}
+        self.nbytes_read = 0
+        self.losses: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, supply: Supply, *, jobs: int | None = None) -> CheckpointReader:
+        """A reader of what has been accounted for already, under the keys that are wanted."""
+        reader = cls(supply.catalog.source, root="", jobs=jobs)
+        reader._supply = supply
+        reader._objects = Objects(supply.catalog, are_wanted=False, trust=False)
+        return reader
 
     @property
     def checkpoint_id(self) -> str | os.PathLike[str]:
@@ -105,7 +126,8 @@ class CheckpointReader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget what was read, and read ``checkpoint_id`` from now on if there is one."""
-        self._supply = None
+        self._supply = self._objects = None
+        self._load_id = str(uuid4())
         if checkpoint_id:
             self._source = checkpoint_id
 
@@ -127,25 +149,29 @@ class CheckpointReader(StorageReader):
         prefix = (*(part for part in (self._root or "").split(".") if part),)
         stored = self._root is None and self._is_as_stored
         self._targets = {
-            ".".join((*prefix, target.key)): target for target in supply.coverage.targets
+            ".".join((*prefix, key)): target for key, target in supply.targets().items()
         }
         paths = {
             key: supply.catalog.path_of(target.key) if stored else (*prefix, target.key)
             for key, target in self._targets.items()
         }
-        paths |= {key: supply.catalog.path_of(key) for key in objects}
+        paths |= {key: supply.catalog.path_of(key) for key in objects.keys}
         entries: dict[str, Any] = {
             key: _tensor_metadata(target) for key, target in self._targets.items()
         }
-        entries |= {key: BytesStorageMetadata() for key in objects}
+        entries |= {key: BytesStorageMetadata() for key in objects.keys}
         return Metadata(
             state_dict_metadata=entries,
             planner_data=paths,
             storage_data={
                 MetadataIndex(key, _origin(target), 0): key for key, target in self._targets.items()
             }
-            | {MetadataIndex(key): key for key in objects},
-            storage_meta=StorageMeta(checkpoint_id=os.fspath(self._source)),
+            | {MetadataIndex(key): key for key in objects.keys},
+            storage_meta=StorageMeta(
+                checkpoint_id=os.fspath(self._source),
+                save_id=objects.save_id,
+                load_id=self._load_id,
+            ),
         )
 
     def set_up_storage_reader(
@@ -176,12 +202,13 @@ class CheckpointReader(StorageReader):
                 for item in batch:
                     key = item.storage_index.fqn
                     if item.type == LoadItemType.BYTE_IO:
-                        planner.load_bytes(item, _saved(objects[key]))
+                        planner.load_bytes(item, objects.saved(key))
                         continue
                     tensor = planner.resolve_tensor(item).detach()
                     landed.append((item, tensor))
                     landings.append(self._landing(supply, item, tensor))
-                read_landings(landings, sources=sources, jobs=self._jobs)
+                self.losses |= read_landings(landings, sources=sources, jobs=self._jobs)
+                self.nbytes_read += sum(landing.nbytes for landing in landings)
                 for item, tensor in landed:
                     planner.commit_tensor(item, tensor)
         done: Future[None] = Future()
@@ -191,23 +218,20 @@ class CheckpointReader(StorageReader):
     @property
     def _is_as_stored(self) -> bool:
         options = self._options
-        return options.to is None and options.keymap is None and not options.dequantize
+        return options.to is None and options.keymap is None
 
-    def _open(self) -> tuple[Supply, dict[str, object]]:
+    def _open(self) -> tuple[Supply, Objects]:
         """What can be supplied, and the values that are no tensors."""
-        if self._supply is None:
-            supply = prepare(locate(self._source), self._options)
-            if self._is_as_stored and self._root is None:
-                weights = replace(
-                    supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
-                )
-                supply = replace(supply, coverage=cover_as_stored(weights))
+        if self._supply is None or self._objects is None:
+            options = self._options
+            is_whole = self._is_as_stored and self._root is None
+            supply = prepare(locate(self._source), options, whole=is_whole)
             torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
             hint = self._options.advice if torn else "to= names another naming"
             supply.coverage.require(self._source, hint=hint)
             self._supply = supply
-        has_objects = self._is_as_stored and self._root is None
-        return self._supply, dict(self._supply.catalog.objects) if has_objects else {}
+            self._objects = Objects(supply.catalog, are_wanted=is_whole, trust=self._trust)
+        return self._supply, self._objects
 
     def _landing(self, supply: Supply, item: ReadItem, tensor: Tensor) -> Landing:
         target = self._targets[item.storage_index.fqn]
@@ -224,7 +248,8 @@ class CheckpointReader(StorageReader):
                 [("key", target.key), *(("factors", key) for key in factors)],
                 hint=f"{self._options.advice}; a tensor of {target.dtype} takes them as they are",
             )
-        return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
+        fill = fill_of(target, tuple(item.storage_offsets), sizes)
+        return Landing(item.storage_index.fqn, fill, 0, tensor)
 
 
 def _origin(target: Target) -> torch.Size:
@@ -238,14 +263,6 @@ def _tensor_metadata(target: Target) -> TensorStorageMetadata:
         size=size,
         chunks=[ChunkStorageMetadata(offsets=_origin(target), sizes=size)],
     )
-
-
-def _saved(value: object) -> io.BytesIO:
-    """A value as a planner expects it: what ``torch.save`` writes."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    return stream
 
 
 def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:

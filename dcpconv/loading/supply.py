@@ -16,7 +16,7 @@ from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
 
-_PRODUCT = BY_NAME["float32"]
+PRODUCT = BY_NAME["float32"]
 """What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
 
 
@@ -89,13 +89,16 @@ class Supply:
         return factors_of(self.catalog, target)
 
 
-def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
+def prepare(
+    source: Path, options: Options, *, wanted: Shapes | None = None, whole: bool = False
+) -> Supply:
     """Opens a source and accounts for its keys.
 
     Args:
         source: A checkpoint of any form.
         options: How to understand it.
         wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+        whole: Keep every key as it is stored, with its containers and what stands beside weights.
 
     Raises:
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
@@ -105,6 +108,6 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     """
     going = aim(understand(source, options.said()), to=options.to, form="dcp", wanted=wanted)
     going.require_expressible(undone="nothing was loaded", allow_by="allow=[NAME]")
-    coverage = going.cover(product=_PRODUCT)
+    coverage = going.stored(product=PRODUCT, whole=True) if whole else going.cover(product=PRODUCT)
     notes = (*going.source.notes, *(f"{key} is left out ({why})" for key, why in going.allowed))
     return Supply(going.source.catalog, going.weights, coverage, going.root, notes)

@@ -7,7 +7,7 @@ leaves out, or what it cannot express.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Form, TensorEntry
@@ -15,7 +15,7 @@ from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap
-from dcpconv.plan.block_scales import FACTORS
+from dcpconv.plan.block_scales import FACTORS, multiplied_out, stated_block
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.plan.kept import covered_by_own
 from dcpconv.plan.left_out import without_idle
@@ -94,7 +94,7 @@ class Aim:
             )
 
     def cover(self, *, product: DType | None = None) -> Coverage:
-        """The account of every key on both sides.
+        """The account of every key on both sides; see ``stored`` where the naming is kept.
 
         Args:
             product: Element type of what is multiplied out of scaled blocks, where the user asks
@@ -104,6 +104,23 @@ class Aim:
             LayoutError: A layout needs a size that neither file nor shapes reveal.
         """
         return self._cover(self.spec, product)
+
+    def stored(self, *, product: DType | None = None, whole: bool = False) -> Coverage:
+        """The account of keys that stay as they are stored.
+
+        Args:
+            product: As for ``cover``.
+            whole: Everything in the source, under its containers, and not its weights alone.
+        """
+        weights, catalog = self.weights, self.source.catalog
+        if whole:
+            weights = replace(weights, entries=catalog.tensors, tied=catalog.tied, rest=())
+        coverage = cover_as_stored(weights)
+        if product is None or not self.source.said.dequantize:
+            return coverage
+        parameters = self.source.parameters
+        fields = parameters.fields if parameters is not None else None
+        return multiplied_out(coverage, product, stated_block(fields))
 
     def cover_by_data(self, *, product: DType | None = None) -> tuple[Coverage, tuple[str, ...]]:
         """The same, and what to say about it, where bytes may be read: names of one tensor that
@@ -130,7 +147,7 @@ class Aim:
 
     def _cover(self, spec: ModelSpec | None, product: DType | None) -> Coverage:
         if self.table is None:
-            return cover_as_stored(self.weights)
+            return self.stored(product=product)
         coverage = cover(
             self.weights,
             self.table,
@@ -208,10 +225,7 @@ def _table(
         return own
     if form == "hf" and keymap is not None:
         return keymap if keymap.family == "hf" else source.target_table("hf")
-    found = _table_of(model, source) if model is not None else None
-    if found is None and source.said.dequantize:
-        return keymap
-    return found
+    return _table_of(model, source) if model is not None else None
 
 
 def _as_catalog(wanted: Shapes) -> Catalog:

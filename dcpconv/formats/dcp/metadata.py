@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -56,6 +56,7 @@ class Contents:
         paths: How a key is nested, where that is more than ``(key,)``.
         is_nesting_known: Whether ``paths`` can be relied on; else every key looks flat.
         problems: What is wrong with single keys, one line each; those keys are left out.
+        save_id: What the writer called the save: a string, or not to be relied on.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -63,6 +64,7 @@ class Contents:
     paths: Mapping[str, KeyPath]
     is_nesting_known: bool
     problems: tuple[str, ...]
+    save_id: object = field(default=None, compare=False)
 
 
 def read_metadata(data: bytes, *, where: str) -> Contents:
@@ -112,7 +114,9 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
             case str(problem):
                 problems.append(f"{_show(key)}: {problem}")
     paths = _read_paths(nesting, listed, problems)
-    return Contents(tensors, objects, paths, bool(nesting), tuple(problems))
+    about = getattr(fields.get("storage_meta"), "state", None)
+    save_id = about.get("save_id") if isinstance(about, dict) else None
+    return Contents(tensors, objects, paths, bool(nesting), tuple(problems), save_id)
 
 
 # ------------------------------------------------------------------------- stand-ins for classes

@@ -1,0 +1,77 @@
+"""Pairs of ranks, each a process group of its own, of which the second is lost while loading.
+
+Run as a script by ``run_ranks``; the survivor of every pair writes down what it heard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from dcpconv.loading import decision, moving
+from dcpconv.loading.exchange import Exchange
+from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.storage_reader import CheckpointReader
+
+TIMEOUT_S = 15
+"""Of the pairs' groups; a survivor that waited for longer would not end with the test."""
+
+
+def _dies(*_args: Any, **_options: Any) -> NoReturn:
+    os._exit(0)
+
+
+def _hangs(*_args: Any, **_options: Any) -> NoReturn:
+    time.sleep(3 * TIMEOUT_S)
+    os._exit(0)
+
+
+def _replace(owner: Any, name: str, way: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: setattr(owner, name, way)
+
+
+PAIRS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
+    "deciding": (_replace(decision, "_look_at_source", _dies), {}),
+    "reading": (_replace(moving, "_read", _dies), {"read": "all"}),
+    "sending": (_replace(Exchange, "_read", _dies), {"read": "once"}),
+    "stock": (_replace(CheckpointReader, "read_data", _dies), {"engine": "torch"}),
+    "hanging": (_replace(moving, "_read", _hangs), {"read": "all"}),
+}
+"""How the second of a pair is lost, and how the pair loads."""
+
+
+def main() -> None:
+    rank, ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = f"file://{directory}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    span = timedelta(seconds=TIMEOUT_S)
+    groups = [dist.new_group([n, n + 1], timeout=span) for n in range(0, ranks, 2)]
+    name, (lose, options) = list(PAIRS.items())[rank // 2]
+    if rank % 2:
+        lose()
+    model = torch.nn.Sequential(torch.nn.Linear(300, 7), torch.nn.Linear(7, 300))
+    found = {"error": "", "text": ""}
+    try:
+        load_init_weights(
+            model, directory / "weights.pt", process_group=groups[rank // 2], **options
+        )
+    except Exception as error:  # noqa: BLE001 - its class is what the test looks at
+        found = {"error": type(error).__name__, "text": str(error)}
+    (directory / f"{name}.json").write_text(json.dumps(found))
+    os._exit(0)  # the default group cannot be taken down: half of it is gone
+
+
+if __name__ == "__main__":
+    main()
