@@ -219,6 +219,7 @@ def _write(
                 outline,
                 source=job.catalog.path,
                 target=stage.path,
+                identities=job.catalog.identities,
                 jobs=jobs,
                 progress=advance,
                 labels=labels(decided.planned, outline),

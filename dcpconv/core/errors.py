@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+from dcpconv.core.printing import printable
+
 
 class DcpconvError(Exception):
     """A headline, facts that callers can read without parsing text, and a hint.
@@ -38,7 +40,8 @@ class DcpconvError(Exception):
 
     def __str__(self) -> str:
         rows = [*self.facts, *([("hint", self.hint)] if self.hint else [])]
-        return "\n".join([self.headline, *(f"  {label:<9} {value}" for label, value in rows)])
+        lines = [self.headline, *(f"  {label:<9} {value}" for label, value in rows)]
+        return "\n".join(map(printable, lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Process groups send errors between ranks; the default would drop the keyword argument.
@@ -56,6 +59,10 @@ def _rebuild(
 
 class FormatError(DcpconvError, ValueError):
     """A file does not hold what its form promises: truncated, overlapping, absurd, or unsafe."""
+
+
+class SourceChangedError(DcpconvError, OSError):
+    """A source file is not what it was when its headers were read; facts name each."""
 
 
 class NotACheckpointError(DcpconvError, FileNotFoundError):
