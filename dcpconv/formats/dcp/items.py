@@ -25,6 +25,7 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
+from dcpconv.stores.local import open_regular
 
 _READ_AHEAD: Final = 64 << 10
 """Bytes read at once where items are so small that several heads lie in them."""
@@ -163,7 +164,7 @@ class _Window:
         """Turn to ``item``; ``ahead`` is how many bytes a read should fetch at least."""
         if item.file != self._file:
             self.close()
-            self._fd = os.open(self._path / item.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(self._path / item.file)
             self._file, self._bytes = item.file, b""
         self._item, self._ahead = item, ahead
 

@@ -233,11 +233,19 @@ def _saved_offsets(metadata: object, where: Path) -> dict[str, tuple[int, ...]]:
         return {}
     try:
         info = json.loads(metadata["DCP_SHARDING_INFO"])
-        return {key: tuple(int(n) for n in value["saved_offsets"]) for key, value in info.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return {key: _offsets(value["saved_offsets"]) for key, value in info.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
             "DCP_SHARDING_INFO cannot be read", [("file", where), ("because", error)]
         ) from None
+
+
+def _offsets(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(
+        type(n) is not int or not 0 <= n < 1 << 62 for n in value
+    ):
+        raise ValueError(f"saved_offsets are {value!r:.80}")
+    return tuple(value)
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
+from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.torchfile.archive import (
     Archive,
@@ -25,6 +25,7 @@ from dcpconv.formats.torchfile.archive import (
 )
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.outline import outline
+from dcpconv.stores.local import identity_of, open_regular, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
 
@@ -35,6 +36,9 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """``torch/serialization.py`` ``MAGIC_NUMBER``, pickled: the form before zip archives."""
 
+_LARGEST_INDEX: Final = 1 << 28
+"""Bytes; the index of a 671B model takes 9 MB."""
+
 _LARGEST_PICKLE: Final = 1 << 28
 """Bytes to look through for the pickle of a file whose directory is gone; 16x a 671B model's."""
 
@@ -42,7 +46,7 @@ _LARGEST_PICKLE: Final = 1 << 28
 def is_torch_file(path: Path) -> bool:
     """Whether ``torch.save`` wrote the file, told by its first bytes; cut short or not."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(4096)
             if start.startswith(_LEGACY_MAGIC):
                 return True
@@ -98,21 +102,26 @@ def read_catalog(path: Path) -> Catalog:
 class _Contents:
     """One file, flattened."""
 
-    nbytes: int
+    identity: Identity
     leaves: Mapping[str, tuple[KeyPath, object]]
     notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity[2]
 
 
 def _read_file(path: Path) -> _Contents:
     where = str(path)
     try:
-        file = path.open("rb")
+        file = os.fdopen(open_regular(path), "rb")
     except OSError as error:
         raise NotACheckpointError(
             "file cannot be read", [("file", path), ("reason", error.strerror)]
         ) from error
     with file:
-        nbytes = os.fstat(file.fileno()).st_size
+        identity = identity_of(file.fileno())
+        nbytes = identity[2]
         read = _reader(file.fileno())
         if read(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
             raise FormatError(
@@ -133,7 +142,7 @@ def _read_file(path: Path) -> _Contents:
             [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
             hint="save a state_dict instead",
         )
-    return _flattened(value, nbytes, where)
+    return _flattened(value, identity, where)
 
 
 def _reader(descriptor: int) -> Read:
@@ -189,7 +198,7 @@ def _read_value(archive: Archive) -> object:
         ) from error
 
 
-def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Contents:
+def _flattened(value: dict[object, object], identity: Identity, where: str) -> _Contents:
     leaves: dict[str, tuple[KeyPath, object]] = {}
     refused: list[tuple[str, object]] = []
     hidden: list[str] = []
@@ -210,7 +219,7 @@ def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Content
         f"{key} is a tuple or set that holds tensors: it cannot be written anywhere"
         for key in hidden
     ]
-    return _Contents(nbytes, leaves, tuple(notes))
+    return _Contents(identity, leaves, tuple(notes))
 
 
 def _holds_tensor(leaf: object) -> bool:
@@ -221,7 +230,12 @@ def _holds_tensor(leaf: object) -> bool:
     return False
 
 
-def _catalog(directory: Path, source: Path, files: Mapping[str, _Contents]) -> Catalog:
+def _catalog(
+    directory: Path,
+    source: Path,
+    files: Mapping[str, _Contents],
+    beside: Mapping[str, Identity] | None = None,
+) -> Catalog:
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, object] = {}
     paths: dict[str, KeyPath] = {}
@@ -249,6 +263,8 @@ def _catalog(directory: Path, source: Path, files: Mapping[str, _Contents]) -> C
         paths=paths,
         tied=tied,
         notes=tuple(note for contents in files.values() for note in contents.notes),
+        identities={name: contents.identity for name, contents in files.items()}
+        | dict(beside or {}),
     )
 
 
@@ -264,6 +280,7 @@ def _entry(key: str, file: str, tensor: StoredTensor) -> TensorEntry:
 
 def _read_shard_files(directory: Path) -> Catalog:
     index = directory / INDEX_FILE
+    beside = {INDEX_FILE: identity_of(index)}
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (directory / name).is_file()]
@@ -283,7 +300,7 @@ def _read_shard_files(directory: Path) -> Catalog:
         )
     files = {
         name: _Contents(
-            contents.nbytes,
+            contents.identity,
             # the index decides where a key is that several files hold
             {
                 key: leaf
@@ -294,14 +311,16 @@ def _read_shard_files(directory: Path) -> Catalog:
         )
         for name, contents in read.items()
     }
-    return _catalog(directory, directory, files)
+    return _catalog(directory, directory, files, beside)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_regular(index, most=_LARGEST_INDEX))["weight_map"]
         names = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             "index cannot be read",
             [("file", index), ("reason", f"{type(error).__name__}: {error}")],
