@@ -87,6 +87,8 @@ def check(
     weights, settled, remarks = settle(
         side.catalog, side.spec, from_=named, own=own, sizes=parse_pairs(spec)
     )
+    if side.catalog.tensors and not weights.entries:
+        problems.append("there are no weights in it")
     notes = [*side.notes, *remarks]
     if side.spec is None and weights.keymap is not None:
         notes.append(_NO_CONFIG)

@@ -13,6 +13,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from dcpconv.core.printing import printable_lines
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -50,22 +52,24 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def say(text: str) -> None:
-    """One line of the result."""
-    sys.stdout.write(f"{text}\n")
+    """Lines of the result, with nothing in them that a terminal would act on."""
+    sys.stdout.write(printable_lines(text) + "\n")
 
 
 def say_json(value: Any) -> None:
     """The whole result as JSON."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Inside a string, where alone they can be, both spell the same.
+    sys.stdout.write(printable_lines(text, spelled="\\u{:04x}") + "\n")
 
 
 def note(text: str) -> None:
     """Something worth knowing beside the result."""
-    sys.stderr.write(f"note: {text}\n")
+    sys.stderr.write(f"note: {printable_lines(text)}\n")
 
 
 def _stop(text: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable_lines(text)}\n")
     raise typer.Exit(code)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from dcpconv.conversion.deciding import Decided, decide
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request
+from dcpconv.conversion.request import Request, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.dtypes import BY_LABEL, BY_NAME, DType
@@ -207,7 +207,7 @@ def _write(
         job.target,
         overwrite=overwrite,
         is_file=job.is_one_file,
-        source=job.catalog.source,
+        source=guarded(job.catalog.source, job.target, job.catalog.files),
     ) as stage:
         check_space(
             job.target,

@@ -27,7 +27,7 @@ from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.refusals import SELECTION_BIAS
 from dcpconv.sources.recognition import Weights
-from dcpconv.sources.selection import select
+from dcpconv.sources.selection import require_tensors, select
 from dcpconv.sources.settling import find_spec, settle, target_keymap
 
 
@@ -96,6 +96,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         regions=(lambda shape: row_chunks(shape, request.chunks)) if form == "dcp" else whole,
         dtype_of=job.dtype_of,
     )
+    require_tensors(catalog, tensors)
     planned = tensors
     if job.ranks > 1:
         shares = splitting.shares(

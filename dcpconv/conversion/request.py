@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
+from dcpconv.formats.dcp.metadata import METADATA_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Request:
             self.target,
             overwrite=self.overwrite,
             is_file=form == "torch" and not is_split,
-            source=self.source,
+            source=guarded(self.source, self.target),
         )
 
     def plain_form(self) -> Form | None:
@@ -56,6 +57,27 @@ class Request:
         is_verbatim = not any(change is not None for change in (*changes, self.max_file_size))
         is_verbatim = is_verbatim and self.chunks == 1 and not self.sizes
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
+
+
+def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | None:
+    """What a result must not replace: the source.
+
+    A file of ``torch.save`` beside the files of a DCP is no part of it: torch's own
+    ``dcp_to_torch_save`` writes there, and writes there again.
+
+    Args:
+        source: What is read.
+        target: Where the result goes.
+        files: What the source is known to consist of.
+    """
+    is_beside = (
+        target.suffix in {".pth", ".pt", ".bin"}
+        and target.is_file()
+        and target.resolve().parent == source.resolve()
+        and target.resolve().name not in files
+        and (source / METADATA_FILE).is_file()
+    )
+    return None if is_beside else source
 
 
 def default_form(source: Form, target: Path, to: str | None = None) -> Form:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 from dataclasses import replace
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.dcp import OpaqueObject
+from dcpconv.formats.torchfile.stand_ins import is_array
 
 
 def select(catalog: Catalog, only: str | None) -> Catalog:
@@ -32,4 +35,44 @@ def select(catalog: Catalog, only: str | None) -> Catalog:
         tensors={key: entry for key, entry in catalog.tensors.items() if key in chosen},
         objects={key: value for key, value in catalog.objects.items() if key in chosen},
         tied={k: v for k, v in catalog.tied.items() if k in chosen and v in chosen},
+    )
+
+
+_SHOWN = 6
+"""Keys named of those that are no tensors."""
+
+
+def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
+    """A result without tensors is no result.
+
+    Args:
+        catalog: Where they were looked for.
+        chosen: The tensors that were found to be weights.
+
+    Raises:
+        FormatError: There are none; says what there is instead.
+    """
+    if chosen:
+        return
+    arrays = [key for key, value in catalog.objects.items() if is_array(value)]
+    hint = None
+    if arrays:
+        hint = (
+            "these are NumPy arrays; save tensors:"
+            " torch.save({k: torch.from_numpy(v) for k, v in state.items()}, FILE)"
+        )
+    elif any(isinstance(value, OpaqueObject) for value in catalog.objects.values()):
+        hint = "tensors inside objects are not looked for; save a state_dict of tensors"
+    elif catalog.tensors:
+        hint = "what is there belongs to an optimizer or the like; --only KEY takes a part as it is"
+    others = arrays or [*catalog.objects, *catalog.tensors]
+    more = len(others) - _SHOWN
+    raise FormatError(
+        "there are no weights in it",
+        [
+            ("source", catalog.source),
+            *(("found", key) for key in others[:_SHOWN]),
+            *([("found", f"and {more} more")] if more > 0 else []),
+        ],
+        hint=hint,
     )

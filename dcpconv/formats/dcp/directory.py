@@ -20,6 +20,7 @@ from dcpconv.formats.boxes import inspect_boxes
 from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
+from dcpconv.formats.dcp.unflattened import unfold
 from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "inspect_chunks", "is_dcp", "outline", "read_catalog"]
@@ -103,9 +104,13 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
         ) from error
     files = _measure(path, contents, identities)
     lost = _Lost(files)
-    objects = dict(read_objects(path, [row for row in contents.objects.items() if lost.has(*row)]))
+    whole = [row for row in contents.objects.items() if lost.has(*row)]
+    unfolded = unfold(dict(read_objects(path, whole)), contents.paths)
     found = list(contents.problems)
     tensors = _read_tensors(path, contents, lost, found)
+    found += [f"{key}: two values have this key" for key in unfolded.tensors if key in tensors]
+    found += unfolded.problems
+    tensors |= unfolded.tensors
     found += lost.problems()
     # What .metadata lists is judged here, so that a lost file is one line and not one per tensor.
     for key, tensor in contents.tensors.items():
@@ -117,10 +122,10 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
         source=path,
         files={file: nbytes for file, nbytes in files.items() if nbytes is not None},
         tensors=tensors,
-        objects=objects,
-        paths=contents.paths,
+        objects=unfolded.objects,
+        paths={**contents.paths, **unfolded.paths},
         tied=_find_tied(tensors),
-        notes=() if contents.is_nesting_known else (_NO_NESTING,),
+        notes=() if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING,),
         identities=identities,
     )
     return catalog, found

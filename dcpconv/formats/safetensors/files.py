@@ -220,10 +220,10 @@ def _read_file(
             "cannot read the shard file", [("file", where), ("because", error.strerror)]
         ) from None
     entries = parse_entries(header, start, size, name, where)
-    return size, entries, _saved_offsets(header.get("__metadata__"), where)
+    return size, entries, saved_offsets(header.get("__metadata__"), where)
 
 
-def _saved_offsets(metadata: object, where: Path) -> dict[str, tuple[int, ...]]:
+def saved_offsets(metadata: object, where: object) -> dict[str, tuple[int, ...]]:
     """Where the slices of transformers' distributed form begin, by key; empty for plain files.
 
     Source:
