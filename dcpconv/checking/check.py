@@ -30,6 +30,7 @@ from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import parse_allowed, refused_features, without
 from dcpconv.sources.opening import Named, Side, open_side, open_target
 from dcpconv.sources.recognition import Weights, recognise
+from dcpconv.sources.selection import why_no_weights
 from dcpconv.sources.settling import named_keymap, settle, target_keymap
 
 _NO_CONFIG = (
@@ -81,14 +82,13 @@ def check(
     directory = os.fspath(assets) if assets is not None else None
     own = read_keymap(Path(keymap)) if keymap is not None else None
     side = open_side(source, assets=directory, problems=problems)
-    if not side.catalog.tensors and not problems:
-        problems.append("there are no tensors in it")
     named = from_ if from_ is not None else _known(side.family)
     weights, settled, remarks = settle(
         side.catalog, side.spec, from_=named, own=own, sizes=parse_pairs(spec)
     )
-    if side.catalog.tensors and not weights.entries:
-        problems.append("there are no weights in it")
+    reason = why_no_weights(side.catalog, weights.entries)
+    if reason is not None and not problems:
+        problems.append(reason)
     notes = [*side.notes, *remarks]
     if side.spec is None and weights.keymap is not None:
         notes.append(_NO_CONFIG)

@@ -42,6 +42,27 @@ _SHOWN = 6
 """Keys named of those that are no tensors."""
 
 
+_RANDOM = frozenset({"python", "numpy", "cpu", "cuda", "xla", "npu", "hpu", "mlu", "musa"})
+"""Keys of the random states that transformers and accelerate save (``rng_state.pth``)."""
+_OPTIMIZER = frozenset({"state", "param_groups"})
+"""Keys of ``torch.optim.Optimizer.state_dict()``."""
+
+
+def why_no_weights(catalog: Catalog, chosen: Collection[object]) -> str | None:
+    """What a checkpoint is that holds no model; ``None`` if it may hold one.
+
+    Args:
+        catalog: The checkpoint.
+        chosen: The tensors that were found to be weights.
+    """
+    tops = {catalog.path_of(key)[0] for key in (*catalog.tensors, *catalog.objects)}
+    if tops and tops <= _RANDOM and len(tops) > 1:
+        return "these are the random states of a run, not a model"
+    if tops == _OPTIMIZER:
+        return "this is the state of an optimizer, not a model"
+    return None if chosen else "there are no weights in it"
+
+
 def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
     """A result without tensors is no result.
 
@@ -52,7 +73,8 @@ def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
     Raises:
         FormatError: There are none; says what there is instead.
     """
-    if chosen:
+    reason = why_no_weights(catalog, chosen)
+    if reason is None:
         return
     arrays = [key for key, value in catalog.objects.items() if is_array(value)]
     hint = None
@@ -68,7 +90,7 @@ def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
     others = arrays or [*catalog.objects, *catalog.tensors]
     more = len(others) - _SHOWN
     raise FormatError(
-        "there are no weights in it",
+        reason,
         [
             ("source", catalog.source),
             *(("found", key) for key in others[:_SHOWN]),

@@ -75,7 +75,9 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         raise FormatError(
             "checkpoint is damaged or incomplete",
             [("directory", path), *(("problem", problem) for problem in found)],
-            hint="copy the missing or short files again, or take another step's checkpoint",
+            hint="copy the missing or short files again, or take another step's checkpoint"
+            if any(": file is missing" in text or " bytes, but needs " in text for text in found)
+            else "the save did not end well, or the files were altered; take another step's",
         )
     return catalog
 

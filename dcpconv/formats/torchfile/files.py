@@ -25,6 +25,7 @@ from dcpconv.formats.torchfile.archive import (
 )
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.outline import outline
+from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.stores.local import identity_of, open_regular, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
@@ -64,9 +65,13 @@ def is_torch_file(path: Path) -> bool:
 def is_one_in_a_directory(path: Path) -> bool:
     """Whether a directory holds one checkpoint of this form, by its usual name or as one file."""
     return path.is_dir() and (
-        any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
-        or len([*path.glob("*.pth")]) == 1
+        any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)) or len(_alone(path)) == 1
     )
+
+
+def _alone(directory: Path) -> list[Path]:
+    """Files of the usual ending that may be the one checkpoint in a directory."""
+    return [file for file in directory.glob("*.pth") if not is_beside_a_model(file)]
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -84,7 +89,7 @@ def read_catalog(path: Path) -> Catalog:
         return _catalog(path.parent, path, {path.name: _read_file(path)})
     if (path / INDEX_FILE).is_file():
         return _read_shard_files(path)
-    candidates = [path / SINGLE_FILE] if (path / SINGLE_FILE).is_file() else [*path.glob("*.pth")]
+    candidates = [path / SINGLE_FILE] if (path / SINGLE_FILE).is_file() else _alone(path)
     if len(candidates) != 1:
         raise NotACheckpointError(
             "directory does not hold one torch.save checkpoint",

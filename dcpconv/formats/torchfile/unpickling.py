@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 TRUST_HINT: Final = (
-    "if you trust whoever wrote this file, pass --engine torch --trust and torch itself reads it"
+    "if you trust whoever wrote this file: dcpconv convert SRC DST --engine torch --trust"
 )
 _DAMAGED_HINT: Final = "the file was cut short or altered; fetch or save it again"
 
