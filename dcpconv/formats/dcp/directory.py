@@ -8,15 +8,14 @@ Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (files, items),
 
 from __future__ import annotations
 
-import gc
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
@@ -67,7 +66,7 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         raise NotACheckpointError(
             "not a DCP directory", [("expected", where)], hint=explain(path) or None
         )
-    with _without_garbage_collection():
+    with without_garbage_collection():
         catalog, found = _read(path, where)
     if problems is not None:
         problems += found
@@ -80,18 +79,6 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
             else "the save did not end well, or the files were altered; take another step's",
         )
     return catalog
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Millions of small objects and no cycles: the collector would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:

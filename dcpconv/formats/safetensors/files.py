@@ -20,6 +20,7 @@ from dcpconv.core.catalog import Catalog, Chunk, Identity, TensorEntry
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutFile, Outline, OutTensor
 from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.formats.safetensors.header import parse_entries, parse_header
 from dcpconv.formats.safetensors.index import (
     INDEX,
@@ -44,7 +45,7 @@ def is_hf(path: Path) -> bool:
     """Whether a path is a safetensors file, or a directory that holds some."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return path.is_dir() and any(path.glob("*.safetensors"))
+    return path.is_dir() and any(file.is_file() for file in path.glob("*.safetensors"))
 
 
 def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
@@ -61,6 +62,11 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         FormatError: A file is truncated, malformed or absent, or the index contradicts the files;
             everything found is listed.
     """
+    with without_garbage_collection():
+        return _read_catalog(path, problems)
+
+
+def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
     found = problems if problems is not None else []
     directory = path if path.is_dir() else path.parent
     weight_map = None
