@@ -20,6 +20,7 @@ from typing import Final
 from dcpconv.core.catalog import Extent, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.dcp.transforms import transform_hint
 from dcpconv.formats.torchfile.stand_ins import HARMLESS, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 
@@ -269,7 +270,7 @@ def _read_item(index: object, info: object, items: _Items, where: str) -> str | 
             raise FormatError(
                 "items are compressed or otherwise transformed",
                 [("file", where), ("key", key), ("transform", _names(transform))],
-                hint="--engine torch reads what torch's extensions wrote",
+                hint=transform_hint(_names(transform)),
             )
         items[key, offsets] = Extent(
             _file(fields.get("relative_path")),

@@ -74,7 +74,7 @@ def mutated_json(value: Any, rng: random.Random) -> bytes:
         at = rng.choice(spots)
         data = data[:at] + rng.choice(RAW) + data[at + 1 :]
     if rng.random() < 0.1:
-        data = data.decode("utf-8", "surrogatepass").encode(
+        data = data.decode("utf-8", "replace").encode(
             rng.choice(("utf-16", "utf-16-le", "utf-32", "utf-8-sig")), "surrogatepass"
         )
     return data
