@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import CheckpointReader, convert
-from dcpconv.conversion import convert as conversion
 from dcpconv.core.errors import DcpconvError, SourceChangedError
+from dcpconv.engine.execute import execute
 
+CARRIES_OUT = "dcpconv.conversion.convert.execute"
 SHAPES = {"a.weight": (300, 40), "b.weight": (40, 300), "c.bias": (70,)}
 
 
@@ -104,13 +105,12 @@ def test_a_change_after_planning_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, old, new = both(tmp_path, form)
-    execute = conversion.execute
 
     def late(*args: Any, **kwargs: Any) -> Any:
         change(old, new)
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "execute", late)
+    monkeypatch.setattr(CARRIES_OUT, late)
     with pytest.raises(DcpconvError) as caught:
         convert(source, tmp_path / target, dtype="fp16" if target == "out" else None)
     assert str(old) in str(caught.value)
@@ -122,11 +122,11 @@ def test_a_change_while_bytes_move_is_an_error(
     form: str, change: Callable[[Path, Path], None], tmp_path: Path
 ) -> None:
     source, old, new = both(tmp_path, form)
-    once = iter([lambda: change(old, new)])
+    once = iter([(old, new)])
 
     def meanwhile(_: object) -> None:
-        for action in once:
-            action()
+        for files in once:
+            change(*files)
 
     with pytest.raises(DcpconvError) as caught:
         convert(source, tmp_path / "out", form="dcp", jobs=1, progress=meanwhile)
@@ -138,13 +138,12 @@ def test_a_change_of_what_names_the_files_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _, _ = both(tmp_path, "dcp")
-    execute = conversion.execute
 
     def late(*args: Any, **kwargs: Any) -> Any:
         touch(source / ".metadata", source)
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "execute", late)
+    monkeypatch.setattr(CARRIES_OUT, late)
     with pytest.raises(SourceChangedError, match="was written to"):
         convert(source, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
@@ -156,13 +155,12 @@ def test_an_old_result_stays_when_the_source_changes(
     source, old, new = both(tmp_path, "hf")
     convert(source, tmp_path / "out.pth")
     before = (tmp_path / "out.pth").read_bytes()
-    execute = conversion.execute
 
     def late(*args: Any, **kwargs: Any) -> Any:
         rename_over(old, new)
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr(conversion, "execute", late)
+    monkeypatch.setattr(CARRIES_OUT, late)
     with pytest.raises(SourceChangedError, match="another file has its name"):
         convert(source, tmp_path / "out.pth", overwrite=True)
     assert (tmp_path / "out.pth").read_bytes() == before

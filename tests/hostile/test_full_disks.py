@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from dcpconv import convert
 from dcpconv.cli.app import app
 from dcpconv.core.errors import NoSpaceError
-from dcpconv.engine import publish
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.machine.mounts import tmpfs
 
@@ -74,7 +73,7 @@ def test_where_no_directory_can_be_made(
         make(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.Path, "mkdir", mkdir)
+        patch.setattr(Path, "mkdir", mkdir)
         with pytest.raises(NoSpaceError):
             convert(source, tmp_path / "there/out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

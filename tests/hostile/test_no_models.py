@@ -7,6 +7,7 @@ import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_arrays_get_a_hint_that_works(tmp_path: Path) -> None:
 
 def script(path: Path) -> None:
     with pytest.warns(DeprecationWarning, match=r"jit"):
-        torch.jit.script(torch.nn.Linear(2, 3)).save(str(path))
+        program: Any = torch.jit.script(torch.nn.Linear(2, 3))
+    program.save(str(path))
 
 
 def other_zip(path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import check, convert
 from dcpconv.core.errors import FormatError
@@ -31,8 +32,8 @@ def same(one: Any, other: Any) -> bool:
 
 
 def save_whole(path: Path, state: dict[str, Any]) -> Path:
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(state, checkpoint_id=path, planner=planner, no_dist=True)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    save(state, checkpoint_id=path, planner=planner, no_dist=True)
     return path
 
 
@@ -63,7 +64,7 @@ def test_safetensors_items_are_read(tmp_path: Path) -> None:
         pytest.skip("this torch writes no safetensors items")
     kind = filesystem.SerializationFormat.SAFETENSORS
     writer = FileSystemWriter(tmp_path / "dcp", serialization_format=kind)
-    dcp.save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
     convert(tmp_path / "dcp", tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth")
     assert all(same(found["model"][key], value) for key, value in WEIGHTS.items())
@@ -99,7 +100,7 @@ def test_damaged_safetensors_items_are_told(change: Any, problem: str, tmp_path:
         pytest.skip("this torch writes no safetensors items")
     kind = filesystem.SerializationFormat.SAFETENSORS
     writer = FileSystemWriter(tmp_path, serialization_format=kind)
-    dcp.save({"model": dict(WEIGHTS)}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS)}, storage_writer=writer, no_dist=True)
     assert problem in "\n".join(_break_blob(tmp_path, change))
 
 
@@ -107,7 +108,7 @@ def _zstd(path: Path) -> Path:
     pytest.importorskip("zstandard", reason="needs .[interop]")
     extension = pytest.importorskip("torch.distributed.checkpoint._extension")
     writer = FileSystemWriter(path, _extensions=[extension.ZStandard()])
-    dcp.save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
     return path
 
 
