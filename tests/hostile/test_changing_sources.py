@@ -149,6 +149,28 @@ def test_a_change_of_what_names_the_files_is_an_error(
     assert not (tmp_path / "out.pth").exists()
 
 
+@pytest.mark.parametrize("name", ["torch", "dcp"])
+def test_torchs_own_functions_are_watched_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dcpconv.conversion import torch_engine
+
+    source, old, new = both(tmp_path, name)
+    source = old if name == "torch" else source
+    reading = "_load_file" if name == "torch" else "_load_directory"
+    read = getattr(torch_engine, reading)
+
+    def meanwhile(*args: Any, **kwargs: Any) -> Any:
+        state = read(*args, **kwargs)
+        rename_over(old, new)
+        return state
+
+    monkeypatch.setattr(torch_engine, reading, meanwhile)
+    with pytest.raises(SourceChangedError, match="another file has its name"):
+        convert(source, tmp_path / ("out" if name == "torch" else "out.pth"), engine="torch")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
 def test_an_old_result_stays_when_the_source_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
