@@ -133,7 +133,7 @@ def _changed(changed: Iterable[tuple[Path, str]]) -> SourceChangedError:
     return SourceChangedError(
         "the source changed while it was being read",
         [("changed", f"{path}: {how}") for path, how in changed],
-        hint="run this again once nothing writes to it; nothing was left of this try",
+        hint="run this again once nothing writes to it",
     )
 
 
