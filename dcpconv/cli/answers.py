@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-_RAW: Final = re.compile("[\x7f-\x9f\ud800-\udfff]")
-"""What JSON lets stand: more control characters, and halves of a pair, which no encoding prints."""
+from dcpconv.core.printing import printable_lines
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,23 +52,24 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def say(text: str) -> None:
-    """One line of the result."""
-    sys.stdout.write(f"{text}\n")
+    """Lines of the result, with nothing in them that a terminal would act on."""
+    sys.stdout.write(printable_lines(text) + "\n")
 
 
 def say_json(value: Any) -> None:
-    """The whole result as JSON, with what a terminal would act on escaped."""
+    """The whole result as JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    say(_RAW.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+    # Inside a string, where alone they can be, both spell the same.
+    sys.stdout.write(printable_lines(text, spelled="\\u{:04x}") + "\n")
 
 
 def note(text: str) -> None:
     """Something worth knowing beside the result."""
-    sys.stderr.write(f"note: {text}\n")
+    sys.stderr.write(f"note: {printable_lines(text)}\n")
 
 
 def _stop(text: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable_lines(text)}\n")
     raise typer.Exit(code)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from dcpconv.conversion.deciding import Decided, decide
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request, Wanted
+from dcpconv.conversion.request import Request, Wanted, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
@@ -199,7 +199,7 @@ def _write(
         job.target,
         overwrite=overwrite,
         is_file=job.is_one_file,
-        source=job.catalog.source,
+        source=guarded(job.catalog.source, job.target, job.catalog.files),
     ) as stage:
         check_space(
             job.target,
@@ -211,6 +211,7 @@ def _write(
                 outline,
                 source=job.catalog.path,
                 target=stage.path,
+                identities=job.catalog.identities,
                 jobs=jobs,
                 progress=advance,
                 labels=labels(decided.planned, outline),

@@ -24,6 +24,7 @@ from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.taking_up import take_up
 from dcpconv.sources.said import SELECTION_BIAS
+from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.understanding import understand
 
 
@@ -64,6 +65,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
     coverage, notes = job.cover()
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
     tensors, planned, outline = _laid_out(job, coverage)
+    require_tensors(source.catalog, tensors)
     outline, aside_notes = with_aside(
         outline,
         coverage,

@@ -72,7 +72,7 @@ def torch_save_to_dcp(
     outline = _outline(catalog, modulus=block_size(target))
     with staging(target, overwrite=True, is_file=False, source=source) as stage:
         check_space(target, sum(file.nbytes for file in outline.files))
-        execute(outline, source=catalog.path, target=stage.path)
+        execute(outline, source=catalog.path, target=stage.path, identities=catalog.identities)
         for path in _others(stage.target):
             _keep(path, stage.path / path.name)
         stage.publish(outline.commit)

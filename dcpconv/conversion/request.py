@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
+from dcpconv.formats.dcp.metadata import METADATA_FILE
 from dcpconv.sources.said import Said
 
 
@@ -82,7 +84,7 @@ class Request:
             self.wanted.path,
             overwrite=self.wanted.overwrite,
             is_file=self.wanted.is_one_file(form),
-            source=self.source,
+            source=guarded(self.source, self.wanted.path),
         )
 
     def plain_form(self) -> Form | None:
@@ -97,3 +99,24 @@ class Request:
         is_verbatim = all(change is None for change in (*changed, *stated))
         is_verbatim = is_verbatim and wanted.chunks == 1 and not said.sizes
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
+
+
+def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | None:
+    """What a result must not replace: the source.
+
+    A file of ``torch.save`` beside the files of a DCP is no part of it: torch's own
+    ``dcp_to_torch_save`` writes there, and writes there again.
+
+    Args:
+        source: What is read.
+        target: Where the result goes.
+        files: What the source is known to consist of.
+    """
+    is_beside = (
+        target.suffix in {".pth", ".pt", ".bin"}
+        and target.is_file()
+        and target.resolve().parent == source.resolve()
+        and target.resolve().name not in files
+        and (source / METADATA_FILE).is_file()
+    )
+    return None if is_beside else source

@@ -43,6 +43,7 @@ from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.torchfile.unpickling import TRUST_HINT
 from dcpconv.plan.coverage import AS_STORED
+from dcpconv.stores.local import identity_of, require_unchanged
 
 
 def form_of(source: Path) -> Form:
@@ -154,8 +155,13 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
 
     Raises:
         FormatError: It is damaged, holds no mapping, or needs ``trust``.
+        SourceChangedError: It changed meanwhile.
     """
-    read = _load_directory if form_of(source) == "dcp" else _load_file
+    is_directory = form_of(source) == "dcp"
+    read = _load_directory if is_directory else _load_file
+    directory = source if is_directory else source.parent
+    names = [*source.glob("*.distcp"), source / METADATA_FILE] if is_directory else [source]
+    identities = {file.name: identity_of(file) for file in names}
     try:
         try:
             state = read(source, is_restricted=True)
@@ -165,6 +171,7 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
             state = read(source, is_restricted=False)
     except (Exception, CheckpointException) as error:
         raise _explained(_cause(error), source) from error
+    require_unchanged(directory, identities)
     if not isinstance(state, dict):
         raise FormatError(
             "file holds no mapping of names to tensors",

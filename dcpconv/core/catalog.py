@@ -13,6 +13,8 @@ from dcpconv.core.dtypes import DType
 Form = Literal["hf", "torch", "dcp"]
 KeyPath = tuple[str | int, ...]
 """Where a value sits in nested containers: ``("model", "norm.weight")``; an int is a list index."""
+Identity = tuple[int, int, int, int]
+"""Device, inode, bytes and ``mtime_ns`` of a file: any rewrite of it changes one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Catalog:
         paths: How a key is nested, where that is more than ``(key,)``.
         tied: Key -> key of another tensor of this catalog that shares its storage.
         notes: What a user should know about how this was read, one sentence each.
+        identities: What every file was when its headers were read, by path relative to ``path``;
+            files that name others (an index, ``.metadata``) too.  Empty where files are not here.
     """
 
     form: Form
@@ -92,6 +96,7 @@ class Catalog:
     paths: Mapping[str, KeyPath] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    identities: Mapping[str, Identity] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

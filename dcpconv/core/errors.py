@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+from dcpconv.core.printing import printable
+
 
 class DcpconvError(Exception):
     """A headline, facts that callers can read without parsing text, and a hint.
@@ -42,7 +44,8 @@ class DcpconvError(Exception):
 
     def __str__(self) -> str:
         rows = [*self.facts, *([("hint", self.hint)] if self.hint else [])]
-        return "\n".join([self.headline, *(f"  {label:<9} {value}" for label, value in rows)])
+        lines = [self.headline, *(f"  {label:<9} {value}" for label, value in rows)]
+        return "\n".join(map(printable, lines))
 
     @property
     def in_one_line(self) -> str:
@@ -96,6 +99,10 @@ def _rebuild_format(
     headline: str, facts: tuple[tuple[str, object], ...], hint: str | None, kind: FormatKind
 ) -> FormatError:
     return FormatError(headline, facts, hint=hint, kind=kind)
+
+
+class SourceChangedError(DcpconvError, OSError):
+    """A source file is not what it was when its headers were read; facts name each."""
 
 
 class NotACheckpointError(DcpconvError, FileNotFoundError):

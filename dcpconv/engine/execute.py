@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import LossyCastError
 from dcpconv.core.outline import Fill, Outline
 from dcpconv.engine.boxes import Box
@@ -73,6 +74,7 @@ def execute(
     *,
     source: Path,
     target: Path,
+    identities: Mapping[str, Identity] | None = None,
     jobs: int | None = None,
     budget: int = 64 << 20,
     progress: Callable[[int], None] | None = None,
@@ -88,6 +90,8 @@ def execute(
         outline: What to write.
         source: Directory that ``Part.file`` is relative to.
         target: Existing empty directory.
+        identities: What the source files were when they were planned with (``Catalog.identities``);
+            looked at when one is opened, and once more when all is written.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         budget: Bytes of buffers that all threads may hold together.
         progress: Called from the threads with bytes done since its last call; all calls together
@@ -99,6 +103,7 @@ def execute(
     Raises:
         LossyCastError: Casts overflowed; raised at the end, listing all of them.
         FormatError: A source file is missing, unreadable or too short.
+        SourceChangedError: A source file changed after it was planned with.
         NoSpaceError: The disk is full.
         ValueError: Pieces of a file overlap, exceed it, or leave elements of a box out.
     """
@@ -110,7 +115,7 @@ def execute(
     stat = os.statvfs(target)
     block = stat.f_bsize if stat.f_bsize in {512, 1024, 2048, 8192, 16384, 65536} else 4096
     pool = Pool(budget)
-    with Sources(source, system=system) as sources:
+    with Sources(source, identities=identities, system=system) as sources:
         crew = Crew(
             files=outline.files,
             target=target,
@@ -120,6 +125,7 @@ def execute(
             progress=progress or (lambda _: None),
         )
         crew.run()
+        sources.require_unchanged()
     total = Tally()
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for desk in crew.desks:

@@ -109,7 +109,8 @@ def staging(
             points to is replaced.  An empty directory counts as absent.
         overwrite: Replace an existing target, which stays whole until the moment it is replaced.
         is_file: Whether the target will be one file instead of a directory.
-        source: What is being read, which must not be replaced.
+        source: What is being read, of which nothing is replaced; a new file or directory inside it
+            changes nothing of it.
 
     Raises:
         TargetExistsError: The target exists, or another conversion is writing it.
@@ -118,30 +119,47 @@ def staging(
     target = Path(os.path.realpath(target))
     check_target(target, overwrite=overwrite, is_file=is_file, source=source)
     root = target.parent / f".{target.name}.dcpconv-staging"
+    made = [path for path in target.parents if not path.exists()]
     try:
-        _make_directories(target.parent)
-        lock = _claim(root, target)
+        with _no_room(target):
+            _make_directories(target.parent)
+            lock = _claim(root, target)
+        try:
+            _recover(root, target)
+            # Another conversion may have finished between the first look and the lock.
+            check_target(target, overwrite=overwrite, is_file=is_file, source=source)
+            result = root / _RESULT
+            with _no_room(target):
+                result.mkdir()
+            yield Staging(result, target, is_file=is_file, overwrite=overwrite)
+        finally:
+            _recover(root, target)
+            with suppress(OSError):
+                (root / _OWNER).unlink()
+                root.rmdir()
+            os.close(lock)
+    finally:
+        for path in made:  # the innermost first; one that holds anything stays
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def _no_room(target: Path) -> Iterator[None]:
+    """What it means that no place for a result can be made."""
+    try:
+        yield
     except DcpconvError:
         raise
     except OSError as error:
+        explained = write_error(error, target)
+        if isinstance(explained, NoSpaceError):
+            raise explained from error
         raise TargetError(
             "the result cannot be written beside its target",
             [("target", target), ("reason", error.strerror)],
             hint="choose a directory that you may write to",
         ) from error
-    try:
-        _recover(root, target)
-        # Another conversion may have finished between the first look and the lock.
-        check_target(target, overwrite=overwrite, is_file=is_file, source=source)
-        result = root / _RESULT
-        result.mkdir()
-        yield Staging(result, target, is_file=is_file, overwrite=overwrite)
-    finally:
-        _recover(root, target)
-        with suppress(OSError):
-            (root / _OWNER).unlink()
-            root.rmdir()
-        os.close(lock)
 
 
 def check_target(
@@ -240,8 +258,8 @@ def exchange(one: Path, other: Path) -> bool:
 def _check_apart(target: Path, source: Path) -> None:
     if target == source:
         raise _unfit(target, "it is the source; the source is never changed")
-    if source in target.parents:
-        raise _unfit(target, f"it lies inside the source {source}, which is never changed")
+    if source in target.parents and target.exists():
+        raise _unfit(target, f"it is part of the source {source}, which is never changed")
     if target in source.parents and target.exists():
         raise _unfit(target, f"replacing it would remove the source {source}")
 
@@ -280,6 +298,10 @@ def _claim(root: Path, target: Path) -> int:
                 fd = os.open(root / _OWNER, flags, 0o666)
         except FileNotFoundError:
             continue
+        except OSError:
+            with suppress(OSError):
+                root.rmdir()  # nobody has claimed it: it is empty
+            raise
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -289,7 +311,8 @@ def _claim(root: Path, target: Path) -> int:
                     raise _busy(fd, root, target) from error
             if _is_same(fd, root / _OWNER):
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                with suppress(OSError):  # for people; a disk without a free byte is told later
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                 return fd
         except BaseException:
             os.close(fd)

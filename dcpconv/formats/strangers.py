@@ -2,38 +2,96 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
-from dcpconv.core.errors import NotACheckpointError
-from dcpconv.formats import dcp, torchfile
+from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats.torchfile.roles import is_beside_a_model
+from dcpconv.stores.local import open_regular
 
 _FSDP_DIRECTORY = "pytorch_model_fsdp_0"
+
+_MAGIC: Final = (
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+    (b"GGUF", "a GGUF file", None),
+    (b"\x89HDF", "an HDF5 file", None),
+    (b"\x93NUMPY", "a NumPy array", None),
+    (b"\x1f\x8b", "a gzip file", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "unpack it first"),
+    (
+        b"\x80",
+        "a bare pickle, which torch.save did not write",
+        "load it where it was written, and save its tensors with torch.save",
+    ),
+)
+"""First bytes, what they say, and what to do."""
 
 
 def explain(path: Path) -> NotACheckpointError:
     """The error for a path that exists and holds no checkpoint."""
+    found, hint = _file(path) if not path.is_dir() else (_contents(path), _hint(path))
     return NotACheckpointError(
         "this is no checkpoint of a form we know",
         [
             ("path", path),
             ("expected", "*.safetensors, a torch.save file, or a DCP directory with .metadata"),
-            ("found", _contents(path)),
+            ("found", found),
         ],
-        hint=_hint(path),
+        hint=hint,
     )
 
 
+def _file(path: Path) -> tuple[str, str | None]:
+    """What a file is, and what to do about it."""
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            start = file.read(64)
+            if start.startswith(b"PK"):
+                return _zip(path)
+    except FormatError:
+        return f"{_kind(path)}, not a file", None
+    except OSError as error:
+        return f"a file that cannot be read: {error.strerror}", None
+    for magic, what, hint in _MAGIC:
+        if start.startswith(magic):
+            return what, hint
+    return f"a file of {path.stat().st_size:,} bytes that is neither zip nor pickle", None
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def _zip(path: Path) -> tuple[str, str | None]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        hint = "the download or save was interrupted; fetch or save it again"
+        return "the beginning of a zip file, without its directory", hint
+    if any(name.endswith("/constants.pkl") for name in names):
+        hint = "load it with torch.jit.load, and save its state_dict() with torch.save"
+        return "a TorchScript program", hint
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (npz)", None
+    return "a zip file that torch.save did not write", None
+
+
 def _contents(path: Path) -> str:
-    if path.is_file():
-        return f"a file of {path.stat().st_size:,} bytes that is neither zip nor pickle"
     names = sorted(item.name for item in path.iterdir())
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return ", ".join(names[:6]) + more if names else "an empty directory"
 
 
 def _hint(path: Path) -> str | None:
-    if path.is_file():
-        return None
     names = {item.name for item in path.iterdir()}
     if _FSDP_DIRECTORY in names:
         return f"accelerate keeps the weights in {path / _FSDP_DIRECTORY}; name that directory"
@@ -46,10 +104,29 @@ def _hint(path: Path) -> str | None:
     explained = dcp.explain(path)
     if explained:
         return explained
-    inner = [item for item in path.iterdir() if item.is_dir() and dcp.is_dcp(item)]
+    if any((item / "model_optim_rng.pt").is_file() for item in path.glob("*mp_rank_*")):
+        return "this is Megatron's form of its own; its tools write torch_dist, which is a DCP"
+    inner = sorted(_checkpoints(path))
     if inner:
-        return f"{len(inner)} DCP directories are inside, such as {max(inner)}; name one"
-    files = [item for item in sorted(path.iterdir()) if torchfile.is_torch_file(item)]
+        what = "checkpoint is" if len(inner) == 1 else "checkpoints are"
+        return f"{len(inner)} {what} inside; name one, such as {inner[-1]}"
+    files = [
+        item
+        for item in sorted(path.iterdir())
+        if not is_beside_a_model(item) and torchfile.is_torch_file(item)
+    ]
     if files:
         return f"name the file: {', '.join(str(item) for item in files[:3])}"
+    if any(map(is_beside_a_model, path.iterdir())):
+        return "only what goes beside a model is here (optimizer, random states, arguments)"
     return None
+
+
+def _checkpoints(path: Path) -> Iterator[Path]:
+    """Directories below that hold one: of a run, of a cache of the hub, of Megatron."""
+    deeper = path / "snapshots"
+    for item in (deeper if deeper.is_dir() else path).iterdir():
+        if item.is_dir() and (
+            dcp.is_dcp(item) or safetensors.is_hf(item) or torchfile.is_one_in_a_directory(item)
+        ):
+            yield item

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from dcpconv.core.catalog import Identity
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import CoverageError, DcpconvError, FormatError
 from dcpconv.core.outline import Fill
@@ -69,12 +70,14 @@ class Supplied:
         directory: What parts' files are relative to.
         targets: Every tensor by FQN.
         fills: Fills made so far.
+        identities: What the files were when their headers were read.
     """
 
     supply: Supply | None = None
     directory: Path = field(default_factory=Path)
     targets: Mapping[str, Target] = field(default_factory=dict)
     fills: dict[Wish, Fill] = field(default_factory=dict)
+    identities: Mapping[str, Identity] = field(default_factory=dict)
 
     def fill(self, wish: Wish) -> Fill:
         """How a wish is read.
@@ -236,7 +239,12 @@ def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offe
         nothing = (0,) * len(target.shape)
         if any(piece.scale for piece in target.pieces):
             fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
-    return [offer], Supplied(supply, supply.catalog.path, supply.targets())
+    return [offer], Supplied(
+        supply,
+        supply.catalog.path,
+        supply.targets(),
+        identities=supply.catalog.identities,
+    )
 
 
 def _account(

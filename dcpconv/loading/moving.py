@@ -117,8 +117,9 @@ def _read(decision: Decision, jobs: int | None, tell: Callable[[int], None]) -> 
         Landing(need.place.fqn, supplied.fill(need.wish), need.wish.start, need.into)
         for need in decision.needs
     ]
-    with Sources(supplied.directory) as sources:
+    with Sources(supplied.directory, identities=supplied.identities) as sources:
         losses = read_landings(landings, sources=sources, jobs=jobs, progress=tell)
+        sources.require_unchanged()
     return Arrived(sum(landing.nbytes for landing in landings), 0, losses)
 
 
@@ -129,7 +130,8 @@ def _exchange(decision: Decision, world: World, tell: Callable[[int], None]) -> 
     needs: dict[Wish, list[Need]] = {}
     for need in decision.needs:
         needs.setdefault(need.wish, []).append(need)
-    with Sources(decision.supplied.directory) as sources:
+    supplied = decision.supplied
+    with Sources(supplied.directory, identities=supplied.identities) as sources:
         exchange = Exchange(
             world=world,
             fill_of=decision.supplied.fill,

@@ -195,7 +195,7 @@ class CheckpointReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every region of the plan into the planner's tensors."""
         supply, objects = self._open()
-        with Sources(supply.catalog.path) as sources:
+        with Sources.of(supply.catalog) as sources:
             for batch in _batches(plan.items):
                 landed: list[tuple[ReadItem, Tensor]] = []
                 landings: list[Landing] = []

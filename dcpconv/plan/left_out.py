@@ -132,7 +132,7 @@ def _are_zero(weights: Weights, keys: list[str]) -> Iterator[bool]:
     if not at_hand or not all(entry.chunks for entry in entries):
         yield False
         return
-    with Sources(weights.catalog.path) as sources:
+    with Sources.of(weights.catalog) as sources:
         for entry in entries:
             box = fill_of(as_stored(entry.key, entry), (0,) * len(entry.shape), entry.shape)
             buffer = memoryview(bytearray(box.nbytes))

@@ -24,7 +24,7 @@ def differing(weights: Weights, pairs: Iterable[tuple[str, str]]) -> list[tuple[
         pairs: Bare keys.
     """
     unequal = []
-    with Sources(weights.catalog.path) as sources:
+    with Sources.of(weights.catalog) as sources:
         for key, owner in pairs:
             one, other = weights.entries[key], weights.entries[owner]
             if (one.dtype, one.shape) != (other.dtype, other.shape) or not _equal(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.safetensors.files import Headed, gather, parse_entries, parse_header
+from dcpconv.formats.safetensors.files import Headed, gather
+from dcpconv.formats.safetensors.header import parse_entries, parse_header
 from dcpconv.formats.safetensors.index import INDEX, SINGLE, choose, parse_index, strays
 from dcpconv.stores.hub import Repository
 

@@ -23,6 +23,7 @@ from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, dtype_named
 from dcpconv.core.errors import FormatError
 from dcpconv.sources.recognition import Weights
+from dcpconv.stores.local import read_regular
 
 VERSION = 1
 _MARK = "dcpconv_keys"
@@ -69,9 +70,7 @@ def read_keylist(path: Path) -> tuple[Catalog, str | None]:
             listed.
     """
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("it is larger than any key list")
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path, most=_LARGEST))
         if not isinstance(value, dict) or value.get(_MARK) != VERSION:
             raise ValueError(f"{_MARK} is not {VERSION}")
         records, family, tied = value["tensors"], value.get("family"), value.get("tied") or {}

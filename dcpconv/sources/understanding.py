@@ -19,7 +19,7 @@ from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
-from dcpconv.sources.selection import select
+from dcpconv.sources.selection import select, why_no_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +105,10 @@ def understand(
         opened = open_source(what, problems=problems if collects else None)
     else:
         opened = Opened(catalog, _named(what, catalog), place=catalog.source)
-    if collects and not opened.catalog.tensors and not problems:
-        problems.append("there are no tensors in it")
     source = _recognised(opened, said or Said(), only, root, tables)
+    reason = why_no_weights(source.catalog, source.weights.entries)
+    if collects and reason is not None and not problems:
+        problems.append(reason)
     return replace(source, problems=tuple(problems))
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from dcpconv.core.errors import FormatError
+from dcpconv.core.catalog import Catalog, Identity
+from dcpconv.core.errors import FormatError, SourceChangedError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +53,88 @@ class System:
 
 
 SYSTEM = System()
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file for reading; whatever else is there is not even waited for.
+
+    Raises:
+        OSError: It cannot be opened.
+        FormatError: It is a pipe, a device, a directory: reading those may hang, or never end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise FormatError(
+        "this is no regular file",
+        [("file", path), ("expected", "a file, not a directory, pipe or device")],
+    )
+
+
+def read_regular(path: Path, *, most: int) -> bytes:
+    """All of a regular file that is not larger than it may be.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be opened.
+        FormatError: It is no regular file, or larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        facts = [("file", path), ("expected", f"at most {most:,} bytes")]
+        raise FormatError("the file is far larger than any of its kind", facts)
+    return data
+
+
+def identity_of(file: Path | int) -> Identity:
+    """What a file is now.
+
+    Raises:
+        OSError: It is gone.
+    """
+    state = os.stat(file)  # noqa: PTH116 - also of a descriptor
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def require_unchanged(directory: Path, identities: Mapping[str, Identity]) -> None:
+    """Every file is what it was when its headers were read.
+
+    Raises:
+        SourceChangedError: Some are not; all are listed.
+    """
+    changed = []
+    for file, known in identities.items():
+        path = directory / file
+        try:
+            found = identity_of(path)
+        except OSError:
+            changed.append((path, "it is gone"))
+            continue
+        if found != known:
+            changed.append((path, _difference(known, found)))
+    if changed:
+        raise _changed(changed)
+
+
+def _difference(known: Identity, found: Identity) -> str:
+    if known[:2] != found[:2]:
+        return "another file has its name"
+    if known[2] != found[2]:
+        return f"{known[2]:,} bytes before, {found[2]:,} now"
+    return "it was written to"
+
+
+def _changed(changed: Iterable[tuple[Path, str]]) -> SourceChangedError:
+    return SourceChangedError(
+        "the source changed while it was being read",
+        [("changed", f"{path}: {how}") for path, how in changed],
+        hint="run this again once nothing writes to it",
+    )
 
 
 @dataclass(slots=True)
@@ -131,16 +215,40 @@ class Sources:
 
     Args:
         path: Directory that every ``Part.file`` is relative to.
+        identities: What files were when their headers were read; others are what they are when
+            they are opened first.
         limit: Files to keep open; more only while that many are in use at once.
         system: System calls to use.
     """
 
-    def __init__(self, path: Path, *, limit: int = 128, system: System = SYSTEM) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        identities: Mapping[str, Identity] | None = None,
+        limit: int = 128,
+        system: System = SYSTEM,
+    ) -> None:
         self._path = path
+        self._identities = dict(identities or {})
         self._limit = limit
         self._system = system
         self._lock = threading.Lock()
         self._files: OrderedDict[str, SourceFile] = OrderedDict()
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Self:
+        """The files of a checkpoint, which must be what they were when it was opened."""
+        return cls(catalog.path, identities=catalog.identities)
+
+    def require_unchanged(self) -> None:
+        """Everything read so far is of one state of the files.
+
+        Raises:
+            SourceChangedError: Something wrote to them, or put others in their place.
+        """
+        with self._lock:
+            require_unchanged(self._path, self._identities)
 
     @contextmanager
     def open(self, file: str) -> Iterator[SourceFile]:
@@ -148,6 +256,7 @@ class Sources:
 
         Raises:
             FormatError: It cannot be opened.
+            SourceChangedError: It is another file than the one whose headers were read.
         """
         with self._lock:
             source = self._files.get(file) or self._add(file)
@@ -162,16 +271,21 @@ class Sources:
     def _add(self, file: str) -> SourceFile:
         path = self._path / file
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_regular(path)
         except OSError as error:
             raise FormatError(
                 "source file cannot be opened",
                 [("file", path), ("reason", error.strerror)],
                 hint="it was there when the checkpoint was listed; was it moved?",
             ) from error
-        stat = os.fstat(fd)
-        is_sparse = stat.st_blocks * 512 < stat.st_size
-        source = SourceFile(path, fd, stat.st_dev, is_sparse, self._system)
+        found = identity_of(fd)
+        known = self._identities.setdefault(file, found)
+        if known != found:
+            os.close(fd)
+            raise _changed([(path, _difference(known, found))])
+        state = os.fstat(fd)
+        is_sparse = state.st_blocks * 512 < state.st_size
+        source = SourceFile(path, fd, state.st_dev, is_sparse, self._system)
         for idle in [name for name, one in self._files.items() if not one.leases]:
             if len(self._files) < self._limit:
                 break

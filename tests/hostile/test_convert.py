@@ -163,11 +163,27 @@ def test_an_existing_target_is_refused_and_kept(source: Path, tmp_path: Path) ->
     assert (tmp_path / "out/precious").read_text() == "kept"
 
 
-def test_a_target_inside_the_source_is_refused(source: Path) -> None:
+def test_a_new_target_inside_the_source_changes_nothing_of_it(source: Path) -> None:
+    before = {file.name: file.read_bytes() for file in source.iterdir()}
+
     found = CliRunner().invoke(app, ["convert", str(source), str(source / "out")])
 
+    assert found.exit_code == 0, found.stderr
+    assert (source / "out/.metadata").is_file()
+    assert {file.name: file.read_bytes() for file in source.iterdir() if file.is_file()} == before
+
+
+def test_a_part_of_the_source_is_no_target(source: Path) -> None:
+    part = source / "tokenizer.bin"
+    part.write_text("kept")
+
+    found = CliRunner().invoke(
+        app, ["convert", str(source), str(part), "--form", "torch", "--overwrite"]
+    )
+
     assert found.exit_code == 2
-    assert not (source / "out").exists()
+    assert "part of the source" in found.stderr
+    assert part.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

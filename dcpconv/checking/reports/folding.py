@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from dcpconv.core.printing import printable
 from dcpconv.families.keymaps import split_key
 from dcpconv.plan.coverage import Fault
 
-_DOTTED = re.compile(r"(?<=\.)\d+(?=\.)")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_DOTTED = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,9 @@ def fold(faults: Iterable[Fault]) -> list[Folded]:
     """
     groups: dict[tuple[str, str], dict[tuple[int, ...], Fault]] = {}
     for fault in faults:
-        template, numbers = split_key(fault.key)
-        groups.setdefault((template, _template(fault.why, numbers)), {})[numbers] = fault
+        template, numbers = split_key(printable(fault.key))
+        why = _template(printable(fault.why), numbers)
+        groups.setdefault((template, why), {})[numbers] = fault
     folded = []
     for (template, why), members in groups.items():
         for box in _boxes(list(members)):
@@ -53,20 +54,11 @@ def fold(faults: Iterable[Fault]) -> list[Folded]:
             for numbers in box:
                 count *= len(numbers)
             first = members[tuple(numbers[0] for numbers in box)]
-            key = plain(_filled(template.split("{}"), ranges))
-            reason = plain(_reason(why, ranges))
+            key = _filled(template.split("{}"), ranges)
+            reason = _reason(why, ranges)
             # In one naming a key needs itself, which says nothing.
             folded.append(Folded(key, "" if first.kind == "absent" else reason, count, first))
     return folded
-
-
-def plain(text: str) -> str:
-    r"""Text without control characters: a key from a file must not steer a terminal or a log.
-
-    >>> plain("a\x1b[2J\nb")
-    'a\\x1b[2J\\x0ab'
-    """
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _template(why: str, numbers: tuple[int, ...]) -> str:

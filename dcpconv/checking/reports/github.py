@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dcpconv.checking.reports.folding import fold, plain
+from dcpconv.checking.reports.folding import fold
 from dcpconv.checking.reports.matrix import picture
 from dcpconv.checking.reports.text import verdict
+from dcpconv.core.printing import printable
 from dcpconv.plan.coverage import Coverage
 
 _SHOWN = 10
@@ -45,7 +46,7 @@ def render(coverage: Coverage) -> str:
     ]
     drawn = list(picture(coverage))
     if drawn:
-        lines += ["```text", *(line.replace("```", "'''") for line in drawn), "```", ""]
+        lines += ["```text", *(printable(line).replace("```", "'''") for line in drawn), "```", ""]
     rows = [*_reasons(coverage), *(("ignored", f.key, f.why) for f in fold(coverage.ignored))]
     if rows:
         lines += ["| | key | why |", "| --- | --- | --- |"]
@@ -57,7 +58,7 @@ def render(coverage: Coverage) -> str:
 
 def _reasons(coverage: Coverage) -> Iterator[tuple[str, str, str]]:
     for text in coverage.problems:
-        yield "problem", plain(text), ""
+        yield "problem", printable(text), ""
     for label in ("refused", "missing", "unknown", "misshapen"):
         for folded in fold(getattr(coverage, label)):
             count = f"{folded.count:,} keys; " if folded.count > 1 else ""
@@ -69,7 +70,7 @@ def _command(level: str, title: str, message: str) -> str:
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(text).replace("%", "%25")
 
 
 def _property(text: str) -> str:
@@ -82,4 +83,4 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return plain(text).replace("|", "\\|")
+    return printable(text).replace("|", "\\|")

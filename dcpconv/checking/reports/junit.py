@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable
 from xml.etree import ElementTree as ET
 
-from dcpconv.checking.reports.folding import fold, plain
+from dcpconv.checking.reports.folding import fold
+from dcpconv.core.printing import printable, printable_lines
 from dcpconv.families.keymaps import split_key
 from dcpconv.plan.coverage import Coverage, Fault
 
@@ -38,7 +39,7 @@ def render(coverage: Coverage) -> str:
         if texts:
             head = texts[0] if len(texts) == 1 else f"{len(texts)} reasons: {texts[0]}, ..."
             failure = ET.SubElement(case, "failure", type="coverage", message=_legal(head))
-            failure.text = _legal("\n".join([*map(plain, texts), *coverage.suggestions]))
+            failure.text = _legal("\n".join([*map(printable, texts), *coverage.suggestions]))
     skipped = _skip(suite, family, coverage.ignored)
     failures = sum(bool(texts) for texts in cases.values())
     counts = {"tests": len(cases) + skipped, "failures": failures, "errors": 0, "skipped": skipped}
@@ -65,4 +66,4 @@ def _skip(suite: ET.Element, family: str, ignored: Iterable[Fault]) -> int:
 
 
 def _legal(text: str) -> str:
-    return _ILLEGAL.sub("?", plain(text) if "\n" not in text else text)
+    return _ILLEGAL.sub("?", printable_lines(text))

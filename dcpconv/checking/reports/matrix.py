@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dcpconv.checking.reports.folding import plain
+from dcpconv.core.printing import printable
 from dcpconv.families.keymaps import keymaps, split_key
 from dcpconv.plan.coverage import Coverage
 
@@ -108,7 +108,7 @@ def _head(template: str, slots: tuple[str, ...]) -> str:
     else:
         _, _, tail = template.rpartition("{}.") if "{}." in template else ("", "", template)
         name = tail.removesuffix(".weight")
-    name = plain(name)
+    name = printable(name)
     return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 2]}.."
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from dcpconv.checking.reports.folding import fold, plain
+from dcpconv.checking.reports.folding import fold
 from dcpconv.checking.reports.matrix import picture
+from dcpconv.core.printing import printable
 from dcpconv.plan.coverage import Coverage
 from dcpconv.sources.opening import End
 
@@ -14,8 +15,8 @@ _LISTED = 200
 
 
 def render(coverage: Coverage) -> str:
-    """The whole report."""
-    return "\n".join(lines(coverage)) + "\n"
+    """The whole report, of which a terminal acts on nothing but line ends."""
+    return "\n".join(map(printable, lines(coverage))) + "\n"
 
 
 def lines(coverage: Coverage) -> Iterator[str]:
@@ -59,13 +60,13 @@ def _made(coverage: Coverage) -> str:
 def _end(label: str, family: str, end: End, keys: int = 0) -> str:
     files = f"{end.files:,} file{'s' if end.files != 1 else ''}" if end.files else ""
     counts = f"{end.keys or keys:>6,} keys {files:>10}"
-    return f"{label:<9} {end.form or '-':<7} {family:<12} {counts}  {plain(end.path)}".rstrip()
+    return f"{label:<9} {end.form or '-':<7} {family:<12} {counts}  {end.path}".rstrip()
 
 
 def _listed(label: str, texts: Iterable[str]) -> Iterator[str]:
     texts = list(texts)
     for text in texts[:_LISTED]:
-        yield _line(label, plain(text))
+        yield _line(label, text)
     if len(texts) > _LISTED:
         yield _line(label, f"and {len(texts) - _LISTED:,} more; --report json lists them all")
 
@@ -75,4 +76,4 @@ def _line(label: str, text: str) -> str:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(plain(name) for name in names[:6]) + (", ..." if len(names) > 6 else "")
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

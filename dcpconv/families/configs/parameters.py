@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dcpconv.core.errors import SpecError
+from dcpconv.core.errors import FormatError, SpecError
 from dcpconv.core.record import Record, ValidationError
 from dcpconv.core.spec import ModelSpec
+from dcpconv.stores.local import read_regular
 
 R = TypeVar("R", bound=Record)
 
@@ -112,14 +113,12 @@ def read_fields(path: Path) -> dict[str, object]:
         SpecError: The file cannot be read, is absurdly large, or holds anything else.
     """
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise SpecError("parameter file is too large to be one", [("file", path)])
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path, most=LARGEST_FILE).decode("utf-8"))
+    except FormatError as error:
+        raise SpecError(error.headline, error.facts) from None
     except OSError as error:
         raise SpecError("parameter file cannot be read", [("file", path), ("why", error)]) from None
     except (ValueError, RecursionError) as error:
-        if isinstance(error, SpecError):
-            raise
         raise SpecError(
             "parameter file is not JSON", [("file", path), ("why", error or "nested too deeply")]
         ) from None

@@ -14,6 +14,7 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps.building import keymap_of, row_of, tie_of
 from dcpconv.families.keymaps.table import Keymap, Pattern, Row
 from dcpconv.families.keymaps.words import AXES, CONDITIONS, INDICES
+from dcpconv.stores.local import read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -23,6 +24,9 @@ else:
 
 _FACTS = frozenset({*ModelSpec.model_fields, "per_token", "norm_top1"})
 """Fields of ``[spec]``: the model's, and two of its experts."""
+
+_LARGEST = 1 << 24
+"""Bytes; the longest table we have takes 12 kB."""
 
 _HINTS = frozenset({*ModelSpec.model_fields, "q_per_kv"})
 
@@ -74,10 +78,8 @@ def read_keymap(path: Path) -> Keymap:
     """
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, most=_LARGEST).decode("utf-8")
         table = _Table.model_validate(tomllib.loads(text))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
     except pydantic.ValidationError as error:
         lines = text.splitlines()
         facts = [
@@ -85,6 +87,8 @@ def read_keymap(path: Path) -> Keymap:
             for item in error.errors()
         ]
         raise KeymapError("the keymap has fields of the wrong kind", facts) from None
+    except (OSError, ValueError, RecursionError) as error:  # TOML of 5,000 digits, or levels
+        raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
     return _Builder(path, text, table).build()
 
 

@@ -8,24 +8,26 @@ Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (files, items),
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
+from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
+from dcpconv.formats.dcp.unflattened import unfold
+from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]
 
 
 def is_dcp(path: Path) -> bool:
     """Whether ``path`` is a directory with the file that completes a DCP save."""
-    return (path / METADATA_FILE).is_file()
+    return path.is_dir() and (path / METADATA_FILE).is_file()
 
 
 def explain(path: Path) -> str | None:
@@ -64,7 +66,7 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         raise NotACheckpointError(
             "not a DCP directory", [("expected", where)], hint=explain(path) or None
         )
-    with _without_garbage_collection():
+    with without_garbage_collection():
         catalog, found = _read(path, where)
     if problems is not None:
         problems += found
@@ -72,30 +74,32 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         raise FormatError(
             "checkpoint is damaged or incomplete",
             [("directory", path), *(("problem", problem) for problem in found)],
-            hint="copy the missing or short files again, or take another step's checkpoint",
+            hint="copy the missing or short files again, or take another step's checkpoint"
+            if any(": file is missing" in text or " bytes, but needs " in text for text in found)
+            else "the save did not end well, or the files were altered; take another step's",
         )
     return catalog
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Millions of small objects and no cycles: the collector would double the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
-    contents = read_metadata((path / METADATA_FILE).read_bytes(), where=where)
-    files = _measure(path, contents)
+    file = path / METADATA_FILE
+    try:
+        identities = {METADATA_FILE: identity_of(file)}
+        contents = read_metadata(read_regular(file, most=_LARGEST_METADATA), where=where)
+    except OSError as error:
+        raise FormatError(
+            "metadata of a distributed checkpoint cannot be read",
+            [("file", where), ("because", error.strerror)],
+        ) from error
+    files = _measure(path, contents, identities)
     lost = _Lost(files)
-    objects = dict(read_objects(path, [row for row in contents.objects.items() if lost.has(*row)]))
+    whole = [row for row in contents.objects.items() if lost.has(*row)]
+    unfolded = unfold(dict(read_objects(path, whole)), contents.paths)
     found = list(contents.problems)
     tensors = _read_tensors(path, contents, lost, found)
+    found += [f"{key}: two values have this key" for key in unfolded.tensors if key in tensors]
+    found += unfolded.problems
+    tensors |= unfolded.tensors
     found += lost.problems()
     # What .metadata lists is judged here, so that a lost file is one line and not one per tensor.
     for key, tensor in contents.tensors.items():
@@ -107,13 +111,17 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
         source=path,
         files={file: nbytes for file, nbytes in files.items() if nbytes is not None},
         tensors=tensors,
-        objects=objects,
-        paths=contents.paths,
+        objects=unfolded.objects,
+        paths={**contents.paths, **unfolded.paths},
         tied=_find_tied(tensors),
-        notes=() if contents.is_nesting_known else (_NO_NESTING,),
+        notes=() if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING,),
+        identities=identities,
     )
     return catalog, found
 
+
+_LARGEST_METADATA = 1 << 31
+"""Bytes; a hundred times what a 671B model over a thousand ranks takes."""
 
 _NO_NESTING = (
     ".metadata does not say how keys are nested (no planner_data); they are taken as they are"
@@ -131,13 +139,21 @@ def _find_tied(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
     return tied
 
 
-def _measure(path: Path, contents: Contents) -> dict[str, int | None]:
-    """Size of every file that an item names; ``None`` where it is not a file."""
+def _measure(
+    path: Path, contents: Contents, identities: dict[str, Identity]
+) -> dict[str, int | None]:
+    """Size of every file that an item names, and what it is; ``None`` where it is not a file."""
     named: dict[str, int | None] = {}
     for item in _items(contents):
         if item.file not in named:
             file = path / item.file
-            named[item.file] = file.stat().st_size if file.is_file() else None
+            try:
+                is_file = stat.S_ISREG(file.stat().st_mode)
+            except OSError:
+                is_file = False
+            if is_file:
+                identities[item.file] = identity_of(file)
+            named[item.file] = identities[item.file][2] if is_file else None
     return dict(sorted(named.items()))
 
 

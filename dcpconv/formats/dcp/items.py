@@ -18,6 +18,7 @@ from dcpconv.core.catalog import Chunk, Extent
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.metadata import StoredChunk
+from dcpconv.formats.dcp.safetensors_items import Blobs
 from dcpconv.formats.torchfile.archive import (
     Archive,
     StoredTensor,
@@ -25,7 +26,9 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
+from dcpconv.stores.local import open_regular
 
+_ZIP: Final = b"PK"
 _READ_AHEAD: Final = 64 << 10
 """Bytes read at once where items are so small that several heads lie in them."""
 
@@ -36,6 +39,14 @@ class OpaqueObject:
 
     extent: Extent
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NestedTensors:
+    """A value of containers with tensors in them, and its item."""
+
+    item: Extent
+    value: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +72,20 @@ def locate(
     Raises:
         OSError: A file cannot be read.
     """
+    blobs = Blobs(path)
     kinds: dict[tuple[int, DType, tuple[int, ...]], list[_Kind]] = {}
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i][2].item.file, _start(wanted[i])))
     with _one_file_at_a_time(path) as window:
         for place, index in enumerate(order):
-            _, dtype, chunk = wanted[index]
+            key, dtype, chunk = wanted[index]
             item = chunk.item
             following = wanted[order[place + 1]][2].item if place + 1 < len(order) else item
             is_near = following.file == item.file and following.offset - item.offset < 16 << 10
             window.open(item, ahead=_READ_AHEAD if is_near else 0)
 
+            if not window.starts_with(_ZIP) and blobs.is_one(item):
+                yield index, blobs.find(key, dtype, chunk)
+                continue
             known = kinds.setdefault((item.nbytes, dtype, chunk.sizes), [])
             kind = next((kind for kind in known if window.starts_with(kind.head)), None)
             if kind is None:
@@ -87,7 +102,7 @@ def locate(
 
 def read_objects(
     path: Path, wanted: Iterable[tuple[str, Extent]]
-) -> Iterator[tuple[str, object | OpaqueObject]]:
+) -> Iterator[tuple[str, object | NestedTensors | OpaqueObject]]:
     """Every value that is not a tensor; what cannot be read without trust is an ``OpaqueObject``.
 
     Args:
@@ -108,7 +123,12 @@ def read_objects(
             except FormatError as error:
                 yield key, OpaqueObject(item, error.in_one_line)
                 continue
-            yield key, OpaqueObject(item, "it holds tensors") if tensors else value
+            if not tensors:
+                yield key, value
+            elif isinstance(value, (dict, list)):
+                yield key, NestedTensors(item, value)
+            else:
+                yield key, OpaqueObject(item, "it holds tensors")
 
 
 def _start(wanted: tuple[str, DType, StoredChunk]) -> int:
@@ -157,7 +177,7 @@ class _Window:
         """Turn to ``item``; ``ahead`` is how many bytes a read should fetch at least."""
         if item.file != self._file:
             self.close()
-            self._fd = os.open(self._path / item.file, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(self._path / item.file)
             self._file, self._bytes = item.file, b""
         self._item, self._ahead = item, ahead
 

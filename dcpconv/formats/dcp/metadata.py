@@ -20,6 +20,7 @@ from typing import Final
 from dcpconv.core.catalog import Extent, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.dcp.transforms import transform_hint
 from dcpconv.formats.torchfile.stand_ins import HARMLESS, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 
@@ -252,9 +253,8 @@ def _names(value: object) -> str:
 def _sizes(value: object, name: str) -> Sizes:
     if not isinstance(value, tuple) or len(value) > 64:  # torch tensors have at most 64 dims
         raise _MalformedError(f"{name} is not a torch.Size")
-    for length in value:
-        if type(length) is not int or not 0 <= length < 1 << 62:
-            raise _MalformedError(f"{name} holds {_show(length)}")
+    if odd := [n for n in value if type(n) is not int or not 0 <= n < 1 << 62]:
+        raise _MalformedError(f"{name} holds {_show(odd[0])}")
     return value
 
 
@@ -268,12 +268,11 @@ def _read_item(index: object, info: object, items: _Items, where: str) -> str | 
     try:
         key, offsets = _read_index(index)
         fields = _fields(info, _Info)
-        transform = fields.get("transform_descriptors")
-        if transform:
+        if transform := fields.get("transform_descriptors"):
             raise FormatError(
                 "items are compressed or otherwise transformed",
                 [("file", where), ("key", key), ("transform", _names(transform))],
-                hint="--engine torch reads what torch's extensions wrote",
+                hint=transform_hint(_names(transform)),
                 kind="transformed",
             )
         items[key, offsets] = Extent(

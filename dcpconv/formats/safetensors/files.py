@@ -8,17 +8,20 @@ Source:
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
-from dcpconv.core.dtypes import BY_SAFETENSORS
+from dcpconv.core.catalog import Catalog, Chunk, Identity, TensorEntry
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutFile, Outline, OutTensor
 from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.collecting import without_garbage_collection
+from dcpconv.formats.safetensors.header import parse_entries, parse_header
 from dcpconv.formats.safetensors.index import (
     INDEX,
     SINGLE,
@@ -28,20 +31,21 @@ from dcpconv.formats.safetensors.index import (
     strays,
     unnamed,
 )
+from dcpconv.stores.local import identity_of, open_regular, read_regular
 
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
 
 _RANK_FILE = re.compile(r"shard-(\d{5})-")
-_LARGEST_HEADER = 100_000_000
-"""Bytes; safetensors itself refuses more (``MAX_HEADER_SIZE`` in ``tensor.rs``)."""
+_LARGEST_INDEX = 1 << 28
+"""Bytes; the index of a 671B model takes 9 MB."""
 
 
 def is_hf(path: Path) -> bool:
     """Whether a path is a safetensors file, or a directory that holds some."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return path.is_dir() and any(path.glob("*.safetensors"))
+    return path.is_dir() and any(file.is_file() for file in path.glob("*.safetensors"))
 
 
 def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
@@ -58,16 +62,24 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         FormatError: A file is truncated, malformed or absent, or the index contradicts the files;
             everything found is listed.
     """
+    with without_garbage_collection():
+        return _read_catalog(path, problems)
+
+
+def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
     found = problems if problems is not None else []
     directory = path if path.is_dir() else path.parent
     weight_map = None
+    identities: dict[str, Identity] = {}
     present: Collection[str] = (path.name,)
     if path.is_dir():
         present = {file.name for file in path.glob("*.safetensors") if file.is_file()}
+        identities = _identities(directory, [INDEX])
         weight_map = _read_index(directory)
         found.extend(strays(present, weight_map) if problems is not None else ())
     names = choose(present, weight_map, found) if path.is_dir() else [path.name]
-    return gather(
+    identities = (identities if weight_map is not None else {}) | _identities(directory, names)
+    catalog = gather(
         names,
         lambda name: _read_file(directory, name),
         weight_map=weight_map,
@@ -76,6 +88,16 @@ def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
         found=found,
         is_strict=problems is None,
     )
+    return replace(catalog, identities=identities)
+
+
+def _identities(directory: Path, names: Iterable[str]) -> dict[str, Identity]:
+    """What the files are before anything in them is read; whoever reads tells what is amiss."""
+    found = {}
+    for name in names:
+        with suppress(OSError):
+            found[name] = identity_of(directory / name)
+    return found
 
 
 Headed = tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]
@@ -142,7 +164,9 @@ def gather(
     tensors = {key: _assemble(key, parts) for key, parts in chunks.items()}
     if weight_map is not None:
         tensors = {key: tensors[key] for key in weight_map if key in tensors} | tensors
-    return Catalog("hf", directory, source, files, tensors)
+    skipped = _skipped(files)
+    notes = (_skipped_note(skipped),) if skipped and not found else ()
+    return Catalog("hf", directory, source, files, tensors, notes=notes)
 
 
 def outline(
@@ -183,106 +207,12 @@ def outline(
     return Outline(files, ((INDEX, (json.dumps(index, indent=2) + "\n").encode()),))
 
 
-def parse_header(
-    read: Callable[[int, int], bytes], size: int, where: object
-) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Offset of the first tensor byte and the JSON header of one file.
-
-    Args:
-        read: ``(offset, nbytes) -> bytes``; of a file here or behind a network.
-        size: Bytes in the file.
-        where: What errors call the file.
-
-    Raises:
-        FormatError: The header is absent, absurdly long, or no JSON object.
-    """
-    if size < 8:
-        raise FormatError(
-            "file is shorter than a safetensors header",
-            [("file", where), ("found", f"{size} bytes")],
-        )
-    (length,) = struct.unpack("<Q", read(0, 8))
-    if length > _LARGEST_HEADER or 8 + length > size:
-        raise FormatError(
-            "file is shorter than its header says"
-            if length <= _LARGEST_HEADER
-            else "file is no safetensors file",
-            [("file", where), ("header", f"{length} bytes"), ("found", f"{size} bytes in all")],
-            hint="the download was interrupted, or this is a pointer of Git LFS; fetch it again",
-        )
-    try:
-        header = json.loads(read(8, length), object_pairs_hook=_without_duplicates)
-        if not isinstance(header, dict):
-            raise TypeError("it is no object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(
-            "the safetensors header cannot be read", [("file", where), ("because", error)]
-        ) from None
-    return 8 + length, header
-
-
-def parse_entries(
-    header: Mapping[str, dict[str, Any]], start: int, size: int, name: str, where: object
-) -> list[TensorEntry]:
-    """The tensors that a header lists, in the order of their bytes.
-
-    Raises:
-        FormatError: A record is malformed, of an unknown type, or the bytes leave a hole, overlap
-            or end beyond the file.
-    """
-    entries = []
-    for key, record in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            dtype = BY_SAFETENSORS[record["dtype"]]
-            shape = tuple(map(int, record["shape"]))
-            begin, end = map(int, record["data_offsets"])
-            chunk = Chunk((0,) * len(shape), shape, Extent(name, start + begin, end - begin))
-            entry = TensorEntry(key, dtype, shape, (chunk,))
-            if any(n < 0 for n in shape) or begin < 0 or entry.nbytes != end - begin:
-                raise ValueError(f"shape {list(shape)} does not take {end - begin} bytes")
-        except KeyError as error:
-            raise FormatError(
-                "a tensor's record is incomplete, or its dtype is one torch cannot hold",
-                [("file", where), ("key", key), ("lacks", error)],
-            ) from None
-        except (TypeError, ValueError) as error:
-            raise FormatError(
-                "a tensor's record is malformed", [("file", where), ("key", key), ("why", error)]
-            ) from None
-        entries.append(entry)
-    entries.sort(key=lambda entry: entry.chunks[0].extent.offset)
-    position = start
-    for entry in entries:
-        extent = entry.chunks[0].extent
-        if extent.offset != position:
-            raise FormatError(
-                "tensors overlap or leave a hole",
-                [
-                    ("file", where),
-                    ("key", entry.key),
-                    ("expected", f"byte {position}, found {extent.offset}"),
-                ],
-            )
-        position += extent.nbytes
-    if position != size:
-        raise FormatError(
-            "file is shorter than its header says"
-            if position > size
-            else "file is longer than its header says",
-            [("file", where), ("expected", f"{position:,} bytes, found {size:,}")],
-            hint="the download was interrupted; fetch this shard file again",
-        )
-    return entries
-
-
 def _read_file(
     directory: Path, name: str
 ) -> tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]:
     where = directory / name
     try:
-        with where.open("rb") as file:
+        with os.fdopen(open_regular(where), "rb") as file:
             size = file.seek(0, 2)
 
             def read(offset: int, nbytes: int) -> bytes:
@@ -295,10 +225,10 @@ def _read_file(
             "cannot read the shard file", [("file", where), ("because", error.strerror)]
         ) from None
     entries = parse_entries(header, start, size, name, where)
-    return size, entries, _saved_offsets(header.get("__metadata__"), where)
+    return size, entries, saved_offsets(header.get("__metadata__"), where)
 
 
-def _saved_offsets(metadata: object, where: Path) -> dict[str, tuple[int, ...]]:
+def saved_offsets(metadata: object, where: object) -> dict[str, tuple[int, ...]]:
     """Where the slices of transformers' distributed form begin, by key; empty for plain files.
 
     Source:
@@ -308,19 +238,19 @@ def _saved_offsets(metadata: object, where: Path) -> dict[str, tuple[int, ...]]:
         return {}
     try:
         info = json.loads(metadata["DCP_SHARDING_INFO"])
-        return {key: tuple(int(n) for n in value["saved_offsets"]) for key, value in info.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return {key: _offsets(value["saved_offsets"]) for key, value in info.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
             "DCP_SHARDING_INFO cannot be read", [("file", where), ("because", error)]
         ) from None
 
 
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is listed twice")
-    return record
+def _offsets(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(
+        type(n) is not int or not 0 <= n < 1 << 62 for n in value
+    ):
+        raise ValueError(f"saved_offsets are {value!r:.80}")
+    return tuple(value)
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
@@ -328,7 +258,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not path.is_file() or (directory / SINGLE).is_file():
         return None  # a lone model.safetensors is what from_pretrained reads first
     try:
-        return parse_index(path.read_bytes(), path)
+        return parse_index(read_regular(path, most=_LARGEST_INDEX), path)
     except OSError as error:
         raise FormatError(
             "the index cannot be read", [("file", path), ("because", error)]
@@ -353,14 +283,35 @@ def _assemble(key: str, parts: list[tuple[Chunk, TensorEntry]]) -> TensorEntry:
 def _slice_problems(
     chunks: Mapping[str, list[tuple[Chunk, TensorEntry]]], files: Iterable[str]
 ) -> Iterator[str]:
-    """Lost files, gaps and overlaps; a lost last file shows only against a config."""
-    numbers = {int(match[1]) for name in files if (match := _RANK_FILE.match(name))}
-    absent = sorted(set(range(1, max(numbers, default=0))) - numbers)
-    yield from (f"shard-{n:05d}-*.safetensors is absent, a later one is there" for n in absent)
-    for key, parts in chunks.items() if not absent else ():
+    """Gaps and overlaps, and which files they may be lost in.
+
+    A gap in the numbers alone says nothing: ranks that had nothing to write leave one.  What only
+    a lost file held, whole, shows only against a config.
+
+    Source:
+        torch 2.13 ``distributed/checkpoint/hf_storage.py``: numbers are ranks, plus one.
+    """
+    problems = []
+    for key, parts in chunks.items():
         entry = _assemble(key, parts)
         boxes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
-        yield from (f"{key}: {problem}" for problem in inspect_boxes(entry.shape, boxes))
+        problems += [f"{key}: {problem}" for problem in inspect_boxes(entry.shape, boxes)]
+    if problems:
+        yield from (
+            f"shard-{n:05d}-*.safetensors is absent, a later one is there" for n in _skipped(files)
+        )
+    yield from problems
+
+
+def _skipped_note(numbers: list[int]) -> str:
+    listed = ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+    return f"no shard file has number {listed}; every tensor of the others is whole"
+
+
+def _skipped(files: Iterable[str]) -> list[int]:
+    """Numbers that no file of the distributed form has, below the highest."""
+    numbers = {int(match[1]) for name in files if (match := _RANK_FILE.match(name))}
+    return sorted(set(range(1, max(numbers, default=0))) - numbers)
 
 
 def one_file(name: str, tensors: Iterable[OutTensor], *, modulus: int) -> OutFile:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
+from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.torchfile.archive import (
     Archive,
@@ -25,6 +25,8 @@ from dcpconv.formats.torchfile.archive import (
 )
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.outline import outline
+from dcpconv.formats.torchfile.roles import is_beside_a_model
+from dcpconv.stores.local import identity_of, open_regular, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
 
@@ -35,6 +37,9 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """``torch/serialization.py`` ``MAGIC_NUMBER``, pickled: the form before zip archives."""
 
+_LARGEST_INDEX: Final = 1 << 28
+"""Bytes; the index of a 671B model takes 9 MB."""
+
 _LARGEST_PICKLE: Final = 1 << 28
 """Bytes to look through for the pickle of a file whose directory is gone; 16x a 671B model's."""
 
@@ -42,7 +47,7 @@ _LARGEST_PICKLE: Final = 1 << 28
 def is_torch_file(path: Path) -> bool:
     """Whether ``torch.save`` wrote the file, told by its first bytes; cut short or not."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(4096)
             if start.startswith(_LEGACY_MAGIC):
                 return True
@@ -60,9 +65,13 @@ def is_torch_file(path: Path) -> bool:
 def is_one_in_a_directory(path: Path) -> bool:
     """Whether a directory holds one checkpoint of this form, by its usual name or as one file."""
     return path.is_dir() and (
-        any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE))
-        or len([*path.glob("*.pth")]) == 1
+        any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)) or len(_alone(path)) == 1
     )
+
+
+def _alone(directory: Path) -> list[Path]:
+    """Files of the usual ending that may be the one checkpoint in a directory."""
+    return [file for file in directory.glob("*.pth") if not is_beside_a_model(file)]
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -80,7 +89,7 @@ def read_catalog(path: Path) -> Catalog:
         return _catalog(path.parent, path, {path.name: _read_file(path)})
     if (path / INDEX_FILE).is_file():
         return _read_shard_files(path)
-    candidates = [path / SINGLE_FILE] if (path / SINGLE_FILE).is_file() else [*path.glob("*.pth")]
+    candidates = [path / SINGLE_FILE] if (path / SINGLE_FILE).is_file() else _alone(path)
     if len(candidates) != 1:
         raise NotACheckpointError(
             "directory does not hold one torch.save checkpoint",
@@ -98,21 +107,26 @@ def read_catalog(path: Path) -> Catalog:
 class _Contents:
     """One file, flattened."""
 
-    nbytes: int
+    identity: Identity
     leaves: Mapping[str, tuple[KeyPath, object]]
     notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity[2]
 
 
 def _read_file(path: Path) -> _Contents:
     where = str(path)
     try:
-        file = path.open("rb")
+        file = os.fdopen(open_regular(path), "rb")
     except OSError as error:
         raise NotACheckpointError(
             "file cannot be read", [("file", path), ("reason", error.strerror)]
         ) from error
     with file:
-        nbytes = os.fstat(file.fileno()).st_size
+        identity = identity_of(file.fileno())
+        nbytes = identity[2]
         read = _reader(file.fileno())
         if read(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
             raise FormatError(
@@ -133,7 +147,7 @@ def _read_file(path: Path) -> _Contents:
             [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
             hint="save a state_dict instead",
         )
-    return _flattened(value, nbytes, where)
+    return _flattened(value, identity, where)
 
 
 def _reader(descriptor: int) -> Read:
@@ -189,7 +203,7 @@ def _read_value(archive: Archive) -> object:
         ) from error
 
 
-def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Contents:
+def _flattened(value: dict[object, object], identity: Identity, where: str) -> _Contents:
     leaves: dict[str, tuple[KeyPath, object]] = {}
     refused: list[tuple[str, object]] = []
     hidden: list[str] = []
@@ -210,7 +224,7 @@ def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Content
         f"{key} is a tuple or set that holds tensors: it cannot be written anywhere"
         for key in hidden
     ]
-    return _Contents(nbytes, leaves, tuple(notes))
+    return _Contents(identity, leaves, tuple(notes))
 
 
 def _holds_tensor(leaf: object) -> bool:
@@ -221,7 +235,12 @@ def _holds_tensor(leaf: object) -> bool:
     return False
 
 
-def _catalog(directory: Path, source: Path, files: Mapping[str, _Contents]) -> Catalog:
+def _catalog(
+    directory: Path,
+    source: Path,
+    files: Mapping[str, _Contents],
+    beside: Mapping[str, Identity] | None = None,
+) -> Catalog:
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, object] = {}
     paths: dict[str, KeyPath] = {}
@@ -249,6 +268,8 @@ def _catalog(directory: Path, source: Path, files: Mapping[str, _Contents]) -> C
         paths=paths,
         tied=tied,
         notes=tuple(note for contents in files.values() for note in contents.notes),
+        identities={name: contents.identity for name, contents in files.items()}
+        | dict(beside or {}),
     )
 
 
@@ -264,6 +285,7 @@ def _entry(key: str, file: str, tensor: StoredTensor) -> TensorEntry:
 
 def _read_shard_files(directory: Path) -> Catalog:
     index = directory / INDEX_FILE
+    beside = {INDEX_FILE: identity_of(index)}
     weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (directory / name).is_file()]
@@ -283,7 +305,7 @@ def _read_shard_files(directory: Path) -> Catalog:
         )
     files = {
         name: _Contents(
-            contents.nbytes,
+            contents.identity,
             # the index decides where a key is that several files hold
             {
                 key: leaf
@@ -294,14 +316,16 @@ def _read_shard_files(directory: Path) -> Catalog:
         )
         for name, contents in read.items()
     }
-    return _catalog(directory, directory, files)
+    return _catalog(directory, directory, files, beside)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(read_regular(index, most=_LARGEST_INDEX))["weight_map"]
         names = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(
             "index cannot be read",
             [("file", index), ("reason", f"{type(error).__name__}: {error}")],

@@ -59,7 +59,8 @@ def read_catalog(path: Path) -> Catalog:
     catalogs = [torchfile.read_catalog(path / item) for item in found]
     first = catalogs[0]
     _agree(path, found, catalogs)
-    hidden = first.tensors["norm.weight"].shape[0] if "norm.weight" in first.tensors else None
+    norm = first.tensors.get("norm.weight")
+    hidden = norm.shape[0] if norm is not None and norm.shape else None
     tensors = {
         key: _joined([catalog.tensors[key] for catalog in catalogs], cut_of(entry, hidden))
         for key, entry in first.tensors.items()
@@ -67,7 +68,16 @@ def read_catalog(path: Path) -> Catalog:
     files = {file: size for catalog in catalogs for file, size in catalog.files.items()}
     note = f"{len(found)} model-parallel files are read as one model"
     notes = dict.fromkeys([*(note for catalog in catalogs for note in catalog.notes), note])
-    return replace(first, source=path, path=path, files=files, tensors=tensors, notes=tuple(notes))
+    identities = {file: one for catalog in catalogs for file, one in catalog.identities.items()}
+    return replace(
+        first,
+        source=path,
+        path=path,
+        files=files,
+        tensors=tensors,
+        notes=tuple(notes),
+        identities=identities,
+    )
 
 
 def cut_of(entry: TensorEntry, hidden: int | None) -> int | None:

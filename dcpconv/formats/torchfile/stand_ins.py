@@ -133,6 +133,11 @@ def _both_spellings(
     yield ("__builtin__", name), stand_in
 
 
+def is_array(value: object) -> bool:
+    """Whether a value that was read stands for a NumPy array, whose bytes lie in the pickle."""
+    return isinstance(value, Call) and str(value.func).endswith("multiarray._reconstruct")
+
+
 HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("collections", "OrderedDict"): Ordered,
     ("collections", "defaultdict"): _defaultdict,
@@ -145,6 +150,7 @@ HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     # factories of a defaultdict; never called
     **dict(row for name in ("list", "dict", "int", "float") for row in _both_spellings(name, Ref)),
     ("argparse", "Namespace"): instances("argparse", "Namespace"),
+    ("_io", "BytesIO"): instances("_io", "BytesIO"),
     ("types", "SimpleNamespace"): calls("types", "SimpleNamespace"),
     **{
         (module, name): path

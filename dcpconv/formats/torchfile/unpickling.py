@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 TRUST_HINT: Final = (
-    "if you trust whoever wrote this file, pass --engine torch --trust and torch itself reads it"
+    "if you trust whoever wrote this file: dcpconv convert SRC DST --engine torch --trust"
 )
 _DAMAGED_HINT: Final = "the file was cut short or altered; fetch or save it again"
 
@@ -229,6 +229,10 @@ def _check_opcodes(data: bytes, where: str) -> None:
     )
 
 
+_LONGEST_INTEGER: Final = 8 * 255
+"""Bits; Python prints no much longer ones, and no writer of ours stores them."""
+
+
 def check_size(value: object, nbytes: int, where: str) -> None:
     """Refuse a value that is far larger as a tree than the pickle of ``nbytes`` it came from.
 
@@ -247,6 +251,8 @@ def check_size(value: object, nbytes: int, where: str) -> None:
                 following.extend(node.values())
             elif isinstance(node, (Call, Instance)):
                 following.extend((*node.args, node.state))
+            elif isinstance(node, int) and node.bit_length() > _LONGEST_INTEGER:
+                raise FormatError("pickle holds an absurdly large integer", [("file", where)])
             budget -= 1
             if len(following) > budget:
                 raise FormatError("pickle expands to far more than its own size", [("file", where)])

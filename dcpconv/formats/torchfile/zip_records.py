@@ -141,8 +141,10 @@ def read_archive(read: Read, nbytes: int, where: str) -> Archive:
     read = _paged(read, nbytes)
     directory, directory_offset, count = _find_directory(read, nbytes, where)
     entries = list(_entries(directory, count, where))
+    if not entries:
+        raise FormatError("zip directory has no entries", [("file", where)], hint=_CUT_SHORT)
 
-    prefix = entries[0][0].split(b"/")[0] + b"/" if entries else b""
+    prefix = entries[0][0].split(b"/")[0] + b"/"
     starts = sorted(entry[1] for entry in entries)
     # Reversed, so that of two records at one place the first ends where it starts, and is refused.
     following = dict(reversed([*zip(starts, [*starts[1:], directory_offset], strict=True)]))

@@ -289,7 +289,7 @@ def test_places_that_cannot_be_targets_are_refused(
     monkeypatch.chdir(write(tmp_path / "here" / "below", OLD))
     cases = [
         (source, "it is the source"),
-        (source / "out", "inside the source"),
+        (write(source / "part", OLD), "part of the source"),
         (tmp_path / "models", "would remove the source"),
         (file / "out", "is not a directory"),
         (Path.cwd(), "contains the current directory"),

@@ -1,0 +1,21 @@
+"""Options of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=int,
+        default=300,
+        metavar="N",
+        help="mutated inputs per form in tests/hostile/test_fuzz.py",
+    )
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> int:
+    """How many inputs a fuzzer tries."""
+    return int(request.config.getoption("--fuzz"))
