@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
-from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats.torchfile.archive import (
     Archive,
     Read,
@@ -23,6 +24,7 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
+from dcpconv.formats.torchfile.distributed import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.outline import outline
 
@@ -34,6 +36,8 @@ SINGLE_FILE: Final = "pytorch_model.bin"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """``torch/serialization.py`` ``MAGIC_NUMBER``, pickled: the form before zip archives."""
+
+_TENSORS: Final = (StoredTensor, UnreadableTensor, MeshTensor, ShardedParts)
 
 _LARGEST_PICKLE: Final = 1 << 28
 """Bytes to look through for the pickle of a file whose directory is gone; 16x a 671B model's."""
@@ -95,15 +99,66 @@ def read_catalog(path: Path) -> Catalog:
 
 
 @dataclass(frozen=True, slots=True)
-class _Contents:
-    """One file, flattened."""
+class Contents:
+    """One file, flattened.
+
+    Attributes:
+        nbytes: Length of the file.
+        leaves: Path and value by flat key; a ``StoredTensor`` or ``Piece`` where it was a tensor.
+        notes: What a user should know.
+    """
 
     nbytes: int
     leaves: Mapping[str, tuple[KeyPath, object]]
     notes: tuple[str, ...]
 
 
-def _read_file(path: Path) -> _Contents:
+def require_whole(path: Path) -> None:
+    """Refuses one rank's share of something larger; any other file may pass, damaged or not.
+
+    Raises:
+        FormatError: The file holds pieces of distributed tensors.
+    """
+    try:
+        contents = read_leaves(path)
+    except DcpconvError:
+        return
+    _refuse_shares(path, contents)
+
+
+def _read_file(path: Path) -> Contents:
+    contents = read_leaves(path)
+    _refuse_shares(path, contents)
+    return contents
+
+
+def _refuse_shares(path: Path, contents: Contents) -> None:
+    pieces = {
+        key: leaf
+        for key, (_, leaf) in contents.leaves.items()
+        if isinstance(leaf, (MeshTensor, ShardedParts))
+    }
+    if not pieces:
+        return
+    world = max(piece.world for piece in pieces.values())
+    is_numbered = re.search(r"rank_?\d+\.", path.name) is not None
+    shown = [("key", f"{key} of shape {list(piece.shape)}") for key, piece in pieces.items()][:3]
+    raise FormatError(
+        "file is one rank's share of a checkpoint, not the whole",
+        [("file", path), ("ranks", world), ("in pieces", len(pieces)), *shown],
+        hint=f"give the directory: {path.resolve().parent}"
+        if is_numbered
+        else f"give the directory with the files of all {world} ranks, under the names they had",
+    )
+
+
+def read_leaves(path: Path) -> Contents:
+    """One file, flattened; pieces of distributed tensors are as they are.
+
+    Raises:
+        NotACheckpointError: There is no such file.
+        FormatError: The file is damaged, unsafe, or holds no mapping.
+    """
     where = str(path)
     try:
         file = path.open("rb")
@@ -189,14 +244,14 @@ def _read_value(archive: Archive) -> object:
         ) from error
 
 
-def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Contents:
+def _flattened(value: dict[object, object], nbytes: int, where: str) -> Contents:
     leaves: dict[str, tuple[KeyPath, object]] = {}
     refused: list[tuple[str, object]] = []
     hidden: list[str] = []
-    for path, leaf in flatten(
-        value, is_tensor=lambda node: isinstance(node, (StoredTensor, UnreadableTensor))
-    ):
+    for path, leaf in flatten(value, is_tensor=lambda node: isinstance(node, _TENSORS)):
         key = key_of(path)
+        if isinstance(leaf, (MeshTensor, ShardedParts)):
+            leaf = leaf.whole() or leaf  # noqa: PLW2901 - the same tensor
         if key in leaves:
             refused.append(("key", f"{key} is there twice: {leaves[key][0]} and {path}"))
         if isinstance(leaf, UnreadableTensor):
@@ -210,18 +265,18 @@ def _flattened(value: dict[object, object], nbytes: int, where: str) -> _Content
         f"{key} is a tuple or set that holds tensors: it cannot be written anywhere"
         for key in hidden
     ]
-    return _Contents(nbytes, leaves, tuple(notes))
+    return Contents(nbytes, leaves, tuple(notes))
 
 
 def _holds_tensor(leaf: object) -> bool:
     if isinstance(leaf, dict):
         return any(map(_holds_tensor, leaf.values()))
     if isinstance(leaf, (list, tuple, set, frozenset)):
-        return any(isinstance(item, StoredTensor) or _holds_tensor(item) for item in leaf)
+        return any(isinstance(item, _TENSORS) or _holds_tensor(item) for item in leaf)
     return False
 
 
-def _catalog(directory: Path, source: Path, files: Mapping[str, _Contents]) -> Catalog:
+def _catalog(directory: Path, source: Path, files: Mapping[str, Contents]) -> Catalog:
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, object] = {}
     paths: dict[str, KeyPath] = {}
@@ -282,7 +337,7 @@ def _read_shard_files(directory: Path) -> Catalog:
             hint="index and shard files are of different downloads; fetch all of them again",
         )
     files = {
-        name: _Contents(
+        name: Contents(
             contents.nbytes,
             # the index decides where a key is that several files hold
             {

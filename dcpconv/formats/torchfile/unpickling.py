@@ -81,6 +81,8 @@ def loads(
         if not unpickler.refused:
             facts = [("file", where), *error.facts]
             raise FormatError(error.headline, facts, hint=error.hint) from error
+        named = (str(value) for label, value in error.facts if label == "global")
+        unpickler.refused.update(dict.fromkeys(named))
     except Exception as error:  # a hostile pickle can raise anything
         if not unpickler.refused:
             reason = f"{type(error).__name__}: {error}"
