@@ -41,8 +41,12 @@ from dcpconv.engine.publish import check_space, check_target, staging
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.formats.torchfile.files import require_whole
 from dcpconv.formats.torchfile.unpickling import TRUST_HINT
 from dcpconv.plan.coverage import AS_STORED
+
+_DISTRIBUTED: Final = frozenset({"DTensor", "ShardedTensor"})
+"""Classes of tensors that are one rank's share; those that are whole were read as plain ones."""
 
 
 def form_of(source: Path) -> Form:
@@ -157,7 +161,10 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
     Raises:
         FormatError: It is damaged, holds no mapping, or needs ``trust``.
     """
-    read = _load_directory if form_of(source) == "dcp" else _load_file
+    is_file = form_of(source) == "torch"
+    read = _load_file if is_file else _load_directory
+    if is_file:
+        require_whole(source)
     try:
         try:
             state = read(source, is_restricted=True)
@@ -167,6 +174,13 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
             state = read(source, is_restricted=False)
     except (Exception, CheckpointException) as error:
         raise _explained(_cause(error), source) from error
+    shares = [tensor for tensor in _tensors(state) if type(tensor).__name__ in _DISTRIBUTED]
+    if shares:
+        raise FormatError(
+            "file is one rank's share of a checkpoint, not the whole",
+            [("file", source), ("in pieces", len(shares))],
+            hint="give the directory with the files of all ranks, and leave --engine out",
+        )
     if not isinstance(state, dict):
         raise FormatError(
             "file holds no mapping of names to tensors",

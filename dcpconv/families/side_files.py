@@ -12,7 +12,7 @@ from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.outline import Outline
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.configs import config_name, to_text, write_config
+from dcpconv.families.configs import config_name, home, to_text, write_config
 from dcpconv.families.keymaps import Keymap
 
 _CARRIED = (
@@ -67,6 +67,7 @@ def carried(directory: Path, *, dtype: DType | None, tied: bool | None) -> SideF
         tied: Whether head and embedding are one tensor, where that differs from the config.
     """
     names: dict[str, Path] = {}
+    directory = home(directory)
     for pattern in _CARRIED:
         for path in sorted(directory.glob(pattern)):
             if path.is_file() and path.stat().st_size <= _LARGEST_CARRIED:
@@ -113,7 +114,7 @@ def generated(
     files: list[SideFile] = []
     notes: list[str] = []
     tokenizer: tuple[str, str] | None = None
-    directory = assets or source
+    directory = home(assets or source)
     if keymap.config == "lingua":
         kind, origin = _lingua_tokenizer(directory)
         if origin is not None:

@@ -36,7 +36,10 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     if safetensors.is_hf(path):
         return safetensors.read_catalog(path, problems=problems)
     from dcpconv.formats import torchfile  # noqa: PLC0415
+    from dcpconv.formats.ranks import fsdp  # noqa: PLC0415
 
+    if fsdp.is_rank_directory(path) and not torchfile.is_one_in_a_directory(path):
+        return fsdp.read_catalog(path, problems)
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
         from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415
 
