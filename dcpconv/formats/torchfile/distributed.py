@@ -328,13 +328,17 @@ def _member(owner: object, name: object) -> object:
     """What ``getattr`` is for in a ``ShardedTensor``: a nested class, and a member of an enum."""
     if owner == _SHARDED and name == "ProcessGroupState":
         return type("ProcessGroupState", (Record,), {})
-    if owner == _MEMORY_FORMAT and isinstance(name, str):
+    if owner is _MemoryFormat and isinstance(name, str):
         return name
     raise FormatError("pickle takes an attribute of something", [("global", "builtins.getattr")])
 
 
 def _class(name: str, base: type[Record] = Record) -> type[Record]:
     return type(name, (base,), {})
+
+
+class _MemoryFormat(Record):
+    """An enum, whose members are made by a call or taken by name."""
 
 
 _TENSOR = "torch.distributed.tensor"
@@ -345,7 +349,6 @@ _DTENSOR: Final = tuple(
     for module in (_TENSOR, f"{_TENSOR}._api", _OLD_TENSOR, f"{_OLD_TENSOR}.api")
 )
 _SHARDED: Final = Ref(f"{_SHARD}.sharded_tensor.api", "ShardedTensor")
-_MEMORY_FORMAT: Final = Ref(f"{_SHARD}.sharded_tensor.metadata", "MEM_FORMAT_ENCODING")
 
 _SPEC_MODULES = (
     f"{_TENSOR}._dtensor_spec",
@@ -360,7 +363,7 @@ _PLACEMENT_MODULES = (
 
 NAMES: Final[Mapping[tuple[str, str], Callable[..., object]]] = {
     (WRAPPER.module, WRAPPER.name): Ref,
-    **{(ref.module, ref.name): Ref for ref in (*_DTENSOR, _SHARDED, _MEMORY_FORMAT)},
+    **{(ref.module, ref.name): Ref for ref in (*_DTENSOR, _SHARDED)},
     **{
         (module, name): _class(name)
         for module in _SPEC_MODULES
@@ -390,6 +393,7 @@ NAMES: Final[Mapping[tuple[str, str], Callable[..., object]]] = {
             ("sharding_spec.api", "EnumerableShardingSpec"),
         )
     },
+    (f"{_SHARD}.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _MemoryFormat,
     ("torch.distributed.remote_device", "_remote_device"): _class("_remote_device"),
     ("builtins", "getattr"): _member,
     ("__builtin__", "getattr"): _member,
