@@ -102,6 +102,7 @@ def read_catalog(path: Path, problems: list[str] | None = None) -> Catalog:
     files, lost = read_set(path, found, problems)
     _refuse_flat(path, files)
     joined = join(files)
+    joined.faults += _copies(path, files, joined)
     if problems is None or not lost:
         joined.require(path)
     count = f"{len(files)} rank files are" if len(files) != 1 else "one rank file is"
@@ -197,11 +198,13 @@ def _check_world(directory: Path, found: RankSet, files: Sequence[RankFile]) -> 
         if stated is not None and stated != world:
             names = f"{found.name(0)}, ..."
             facts.append((CONFIG, f"world_size {stated}, where files are {names}"))
-    facts += [
-        ("file", f"{name} holds the share of rank {own}")
-        for (name, own), file in zip(writers(files).items(), files, strict=False)
-        if own != file.rank
-    ]
+    said = writers(files)
+    if len(set(said.values())) == len(files):  # each is of another rank: then they are right
+        facts += [
+            ("file", f"{file.name} holds the share of rank {said[file.name]}")
+            for file in files
+            if said[file.name] != file.rank
+        ]
     if facts:
         raise FormatError(
             "rank files are not of the world that their names say",
@@ -227,6 +230,34 @@ def _refuse_flat(directory: Path, files: Sequence[RankFile]) -> None:
             [("directory", directory), *(("key", key) for key in flat[:4])],
             hint="in the trainer, load it and save it with StateDictType.SHARDED_STATE_DICT",
         )
+
+
+def _copies(directory: Path, files: Sequence[RankFile], joined: Joined) -> list[tuple[str, object]]:
+    """Files that say they are of one rank and hold the same bytes for different boxes."""
+    owners: dict[int, str] = {}
+    found: list[tuple[str, object]] = []
+    for name, own in writers(files).items():
+        owner = owners.setdefault(own, name)
+        if owner != name and _hold_the_same(directory, owner, name, joined):
+            found.append(("file", f"{name} is a copy of {owner}"))
+    return found
+
+
+def _hold_the_same(directory: Path, one: str, other: str, joined: Joined) -> bool:
+    compared = 0
+    with (directory / one).open("rb") as first, (directory / other).open("rb") as second:
+        for entry in joined.tensors.values():
+            extents = {chunk.extent.file: chunk.extent for chunk in entry.chunks}
+            if one not in extents or other not in extents:
+                continue
+            read = []
+            for file, extent in ((first, extents[one]), (second, extents[other])):
+                file.seek(extent.offset)
+                read.append(file.read(min(extent.nbytes, _COMPARED)))
+            if read[0] != read[1]:
+                return False
+            compared += 1
+    return compared > 0
 
 
 def _unlike(directory: Path, files: Sequence[RankFile], joined: Joined) -> list[str]:

@@ -79,7 +79,7 @@ class Joined:
             )
 
 
-_Held = tuple[RankFile, object]
+Held = tuple[RankFile, object]
 
 
 def join(files: Sequence[RankFile]) -> Joined:
@@ -87,7 +87,7 @@ def join(files: Sequence[RankFile]) -> Joined:
 
     Every file is gone through once; nothing is read.
     """
-    held: dict[str, list[_Held]] = {}
+    held: dict[str, list[Held]] = {}
     joined = Joined()
     for file in files:
         for key, (path, leaf) in file.leaves.items():
@@ -100,7 +100,7 @@ def join(files: Sequence[RankFile]) -> Joined:
     for key in held.keys() & joined.objects.keys():
         joined.faults.append(("key", f"{key} is a tensor in some files and none in others"))
     for key, each in held.items():
-        entry, faults = _entry(key, each)
+        entry, faults = entry_of(key, each)
         joined.faults += faults
         if entry is not None:
             joined.tensors[key] = entry
@@ -110,7 +110,8 @@ def join(files: Sequence[RankFile]) -> Joined:
     return joined
 
 
-def _entry(key: str, held: Sequence[_Held]) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
+def entry_of(key: str, held: Sequence[Held]) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
+    """One tensor out of what each rank held of it, and what is wrong with it."""
     plain = [(file, leaf) for file, leaf in held if isinstance(leaf, StoredTensor)]
     pieces = [(file, leaf) for file, leaf in held if not isinstance(leaf, StoredTensor)]
     if plain and all(isinstance(leaf, ShardedParts) and not leaf.parts for _, leaf in pieces):
@@ -264,8 +265,7 @@ def _kind(file: RankFile, tensor: StoredTensor) -> str:
 
 
 def writers(files: Iterable[RankFile]) -> dict[str, int]:
-    """The rank that each file says it is of, where all of its tensors agree on one and the files
-    do not say the same."""
+    """The rank that each file says it is of, where all of its tensors agree on one."""
     said: dict[str, int] = {}
     for file in files:
         own = {
@@ -273,10 +273,9 @@ def writers(files: Iterable[RankFile]) -> dict[str, int]:
             for _, leaf in file.leaves.values()
             if isinstance(leaf, MeshTensor) and leaf.mesh.own is not None
         }
-        if len(own) != 1:
-            return {}
-        said[file.name] = next(iter(own))
-    return said if len(set(said.values())) == len(said) else {}
+        if len(own) == 1:
+            said[file.name] = next(iter(own))
+    return said
 
 
 def mesh_ranks(files: Iterable[RankFile]) -> int:
