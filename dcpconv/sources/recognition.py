@@ -14,10 +14,7 @@ from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row, keymaps, split_key, tables_for
-
-_ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
-"""Containers and wrappers that stand before the first component of a model's own keys: training
-scripts (``model``, ``state_dict``), ``DistributedDataParallel`` (``module``)."""
+from dcpconv.sources.containers import candidate_roots, nested_root
 
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Components that ``torch.compile``, FSDP1 and activation checkpointing put anywhere in a key."""
@@ -141,7 +138,7 @@ def recognise(
     """
     templates = Counter(split_key(key)[0] for key in catalog.tensors)
     counts = {tuple(template.split(".")): count for template, count in templates.items()}
-    roots = [_dotted(root)] if root is not None else _roots(counts)
+    roots = [_dotted(root)] if root is not None else candidate_roots(counts, wrappers=_WRAPPERS)
     containers = _containers(catalog)
     fits: list[_Fit] = []
     for candidates in _candidates(spec, keymap, tables):
@@ -156,7 +153,10 @@ def recognise(
             break
     if not fits or (keymap is None and fits[0].unmatched > fits[0].matched):
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
-        return _weights(catalog, chosen, keymap, (), ("no table knows these keys",))
+        evidence = ["no table knows these keys"]
+        if chosen and root is None:
+            evidence.append(f"what is under {chosen!r} is taken for the weights")
+        return _weights(catalog, chosen, keymap, (), tuple(evidence))
     best = fits[0]
     same_root = [
         fit
@@ -250,25 +250,9 @@ def _misfit(fit: _Fit) -> tuple[float, ...]:
     )
 
 
-def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
-    roots = {""}
-    for template in counts:
-        root = ""
-        for part in template:
-            if part not in _ROOTS and part not in _WRAPPERS:
-                break
-            root += f"{part}."
-            roots.add(root)
-    return sorted(roots, key=len)
-
-
 def _nested_root(catalog: Catalog) -> str:
     """The container that holds the weights, for keys that no table knows."""
-    outer = _containers(catalog)
-    for name in ("model", "state_dict", "model_state_dict", "module"):
-        if name in outer:
-            return f"{name}."
-    return ""
+    return nested_root(catalog.tensors, list(catalog.paths.values()), catalog.objects.keys())
 
 
 def _fit(

@@ -159,6 +159,24 @@ def read_leaves(path: Path) -> Contents:
         NotACheckpointError: There is no such file.
         FormatError: The file is damaged, unsafe, or holds no mapping.
     """
+    value, nbytes = read_value(path)
+    if not isinstance(value, dict):
+        what = "one tensor" if isinstance(value, StoredTensor) else f"a {type(value).__name__}"
+        raise FormatError(
+            "file holds no mapping of names to tensors",
+            [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
+            hint="save a state_dict instead",
+        )
+    return flattened(value, nbytes, str(path))
+
+
+def read_value(path: Path) -> tuple[object, int]:
+    """What a file holds, with a ``StoredTensor`` or ``Piece`` for every tensor, and its length.
+
+    Raises:
+        NotACheckpointError: There is no such file.
+        FormatError: The file is damaged or unsafe.
+    """
     where = str(path)
     try:
         file = path.open("rb")
@@ -180,15 +198,7 @@ def read_leaves(path: Path) -> Contents:
                 "file was not written by torch.save",
                 [("file", path), ("expected", repr(_ZIP_MAGIC)), ("found", repr(read(0, 16)))],
             )
-        value = _read_value(_open_archive(read, nbytes, where))
-    if not isinstance(value, dict):
-        what = "one tensor" if isinstance(value, StoredTensor) else f"a {type(value).__name__}"
-        raise FormatError(
-            "file holds no mapping of names to tensors",
-            [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
-            hint="save a state_dict instead",
-        )
-    return _flattened(value, nbytes, where)
+        return _read_value(_open_archive(read, nbytes, where)), nbytes
 
 
 def _reader(descriptor: int) -> Read:
@@ -244,7 +254,12 @@ def _read_value(archive: Archive) -> object:
         ) from error
 
 
-def _flattened(value: dict[object, object], nbytes: int, where: str) -> Contents:
+def flattened(value: dict[object, object], nbytes: int, where: str) -> Contents:
+    """The leaves of what ``read_value`` has read.
+
+    Raises:
+        FormatError: Tensors are of kinds that cannot be converted, or two have one key.
+    """
     leaves: dict[str, tuple[KeyPath, object]] = {}
     refused: list[tuple[str, object]] = []
     hidden: list[str] = []
