@@ -252,7 +252,9 @@ def _misfit(fit: _Fit) -> tuple[float, ...]:
 
 def _nested_root(catalog: Catalog) -> str:
     """The container that holds the weights, for keys that no table knows."""
-    return nested_root(catalog.tensors, list(catalog.paths.values()), catalog.objects.keys())
+    is_lightning = catalog.form == "dcp" and (catalog.path / "meta.pt").is_file()
+    beside = [*catalog.objects, *(["lightning_version"] if is_lightning else [])]
+    return nested_root(catalog.tensors, list(catalog.paths.values()), beside)
 
 
 def _fit(
