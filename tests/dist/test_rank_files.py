@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
-from dcpconv import convert
+from dcpconv import CheckpointReader, convert
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks.fsdp_optimizer import read_training
 from support.checkpoints.dcp_directories import read_tensor
+from support.checkpoints.rank_files import distributed, save_verl
 from support.checkpoints.stock import assert_same_bits, stock_load
+from support.worlds import rank_file_loads
+from support.worlds.dcp_worlds import launch
 from support.worlds.rank_file_worlds import SCENES
 
 READABLE = sorted(set(SCENES) - {"fsdp1-local"})
@@ -68,3 +72,24 @@ def test_one_file_that_stands_twice_is_seen(rank_files: Path, tmp_path: Path, sc
     with pytest.raises(FormatError) as caught:
         convert(tmp_path / "in", tmp_path / "out", form="dcp")
     assert "model_world_size_4_rank_1.pt" in str(caught.value)
+
+
+def test_files_of_eight_ranks_fill_a_model_on_two(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = {key: t.detach() for key, t in rank_file_loads.model().state_dict().items()}
+    save_verl(tmp_path / "actor", distributed(expected, [Shard(0)]), shape=(8,))
+    launch(2, tmp_path, script=rank_file_loads.__file__)
+    assert_same_bits(torch.load(tmp_path / "loaded.pt", weights_only=True), expected)
+
+
+def test_stock_load_reads_rank_files(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    expected = {
+        key: torch.randn(tensor.shape)
+        for key, tensor in rank_file_loads.model().state_dict().items()
+    }
+    save_verl(tmp_path / "actor", distributed(expected, [Shard(0)]), shape=(3,))
+    state = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
+    dcp.load(state, storage_reader=CheckpointReader(tmp_path / "actor"), no_dist=True)
+    assert_same_bits(state, expected)

@@ -10,9 +10,11 @@ Source:
 
 from __future__ import annotations
 
+import gc
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -99,9 +101,10 @@ def read_catalog(path: Path, problems: list[str] | None = None) -> Catalog:
         FormatError: Files are lost, damaged, of another world, or do not fit together.
     """
     found = _only_set(path)
-    files, lost = read_set(path, found, problems)
-    _refuse_flat(path, files)
-    joined = join(files)
+    with _no_collection():
+        files, lost = read_set(path, found, problems)
+        _refuse_flat(path, files)
+        joined = join(files)
     joined.faults += _copies(path, files, joined)
     if problems is None or not lost:
         joined.require(path)
@@ -155,6 +158,18 @@ def read_set(
         wrong += lost
     _check_world(directory, found, files)
     return files, wrong
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python looks for garbage as often as objects are made; here a million are, and all stay."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _only_set(path: Path) -> RankSet:

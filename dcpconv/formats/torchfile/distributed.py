@@ -267,6 +267,8 @@ def _placement(item: object, dims: int) -> Placement:
 
 def _order(entries: object, axes: int) -> tuple[int, ...]:
     """Mesh axes in the order in which they cut: as they come, but for what ``shard_order`` says."""
+    if axes == 1:
+        return (0,)
     said: list[int] = []
     for entry in entries if isinstance(entries, tuple) else ():
         dims = entry.args[1] if isinstance(entry, Record) and len(entry.args) == 2 else None
