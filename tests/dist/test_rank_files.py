@@ -83,7 +83,7 @@ def test_files_of_eight_ranks_fill_a_model_on_two(tmp_path: Path) -> None:
 
 
 def test_stock_load_reads_rank_files(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     expected = {
         key: torch.randn(tensor.shape)
@@ -91,5 +91,5 @@ def test_stock_load_reads_rank_files(tmp_path: Path) -> None:
     }
     save_verl(tmp_path / "actor", distributed(expected, [Shard(0)]), shape=(3,))
     state = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
-    dcp.load(state, storage_reader=CheckpointReader(tmp_path / "actor"), no_dist=True)
+    load(state, storage_reader=CheckpointReader(tmp_path / "actor"), no_dist=True)
     assert_same_bits(state, expected)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from dcpconv.core.catalog import Chunk, Extent
-from dcpconv.formats.torchfile.distributed import Placement
+from dcpconv.formats.torchfile.pieces import Placement
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 Runs = tuple[tuple[int, int], ...]

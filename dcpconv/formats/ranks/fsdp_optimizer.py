@@ -21,7 +21,7 @@ from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.ranks.dtensors import interval
 from dcpconv.formats.ranks.fsdp import find_sets, read_catalog, read_set
 from dcpconv.formats.ranks.joining import Held, RankFile, entry_of
-from dcpconv.formats.torchfile.distributed import MeshTensor, ShardedParts
+from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 _Shapes = Mapping[str, tuple[int, ...]]

@@ -13,7 +13,7 @@ from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.boxes import inspect_boxes
 from dcpconv.formats.ranks.dtensors import Part, Runs, chunk, local_runs, local_shape, parts, whole
-from dcpconv.formats.torchfile.distributed import (
+from dcpconv.formats.torchfile.pieces import (
     Mesh,
     MeshTensor,
     Piece,

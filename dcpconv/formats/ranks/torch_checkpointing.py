@@ -22,8 +22,8 @@ from dcpconv.core.catalog import Catalog, KeyPath, TensorEntry, c_strides
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats import safetensors
 from dcpconv.formats.ranks.joining import Joined, RankFile, join, mesh_ranks
-from dcpconv.formats.torchfile.distributed import Mesh, MeshTensor, Piece, Placement, ShardedParts
 from dcpconv.formats.torchfile.files import flattened, read_leaves, read_value
+from dcpconv.formats.torchfile.pieces import Mesh, MeshTensor, Piece, Placement, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 from dcpconv.formats.torchfile.unpickling import check_size, loads
 

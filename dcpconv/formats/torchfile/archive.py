@@ -20,6 +20,7 @@ from typing import Final, NoReturn
 from dcpconv.core.dtypes import BY_NAME, BY_STORAGE, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.torchfile import distributed
+from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts, stored_tensors
 from dcpconv.formats.torchfile.stored import StoredTensor, UnreadableTensor, whole_numbers
 from dcpconv.formats.torchfile.unpickling import (
     HARMLESS,
@@ -89,8 +90,8 @@ def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
         node = ahead.pop()
         if isinstance(node, StoredTensor):
             found.setdefault(id(node), node)
-        elif isinstance(node, (distributed.MeshTensor, distributed.ShardedParts)):
-            ahead.extend(distributed.stored_tensors(node))
+        elif isinstance(node, (MeshTensor, ShardedParts)):
+            ahead.extend(stored_tensors(node))
         elif isinstance(node, dict):
             ahead.extend(reversed(node.values()))
         elif isinstance(node, (list, tuple)):

@@ -24,9 +24,9 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
-from dcpconv.formats.torchfile.distributed import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.outline import outline
+from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,13 +71,15 @@ def _gathered(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    return dict(weights), dict(moments.get("state", {}))  # rank 0 alone has them
+    return dict(weights), dict(
+        cast("dict[str, Any]", moments.get("state", {}))
+    )  # rank 0 alone has them
 
 
 def _without_fsdp() -> tuple[dict[str, Any], dict[str, Any]]:
     model = _model()
     optimizer = _train(model)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return dict(model.state_dict()), {names[p]: state for p, state in optimizer.state.items()}
 
 

@@ -40,7 +40,7 @@ def _run(rank: int, ranks: int, directory: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks
     )
-    DefaultMetadataManager._all_gather_pickled_data = _gather  # type: ignore[method-assign, assignment]
+    DefaultMetadataManager._all_gather_pickled_data = _gather
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))

@@ -17,7 +17,7 @@ from dcpconv import check, convert
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.ranks import fsdp
-from dcpconv.formats.torchfile import files
+from dcpconv.formats.torchfile import files, zip_records
 from support.checkpoints.rank_files import distributed, each_rank, save_verl
 from support.checkpoints.stock import assert_same_bits, stock_load
 from support.models.hf_models import save_hf, tiny
@@ -261,7 +261,7 @@ def test_a_name_twice_comes_tied(tmp_path: Path) -> None:
 def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_verl(tmp_path / "in", distributed(WEIGHTS, [Shard(0)]), shape=(16,))
     opened: list[str] = []
-    real = files.read_archive
+    real = zip_records.read_archive
 
     def counting(read: Any, nbytes: int, where: str) -> Any:
         opened.append(where)
