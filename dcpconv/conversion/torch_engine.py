@@ -41,9 +41,13 @@ from dcpconv.engine.publish import check_space, staging
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.formats.torchfile.files import require_whole
 from dcpconv.formats.torchfile.unpickling import TRUST_HINT
 from dcpconv.plan.coverage import AS_STORED
 from dcpconv.stores.local import identity_of, require_unchanged
+
+_DISTRIBUTED: Final = frozenset({"DTensor", "ShardedTensor"})
+"""Classes of tensors that are one rank's share; those that are whole were read as plain ones."""
 
 
 def form_of(source: Path) -> Form:
@@ -159,6 +163,8 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
     """
     is_directory = form_of(source) == "dcp"
     read = _load_directory if is_directory else _load_file
+    if not is_directory:
+        require_whole(source)
     directory = source if is_directory else source.parent
     names = [*source.glob("*.distcp"), source / METADATA_FILE] if is_directory else [source]
     identities = {file.name: identity_of(file) for file in names}
@@ -172,6 +178,13 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:
         raise _explained(_cause(error), source) from error
     require_unchanged(directory, identities)
+    shares = [tensor for tensor in _tensors(state) if type(tensor).__name__ in _DISTRIBUTED]
+    if shares:
+        raise FormatError(
+            "file is one rank's share of a checkpoint, not the whole",
+            [("file", source), ("in pieces", len(shares))],
+            hint="give the directory with the files of all ranks, and leave --engine out",
+        )
     if not isinstance(state, dict):
         raise FormatError(
             "file holds no mapping of names to tensors",

@@ -13,7 +13,7 @@ from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.outline import Outline
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.beside import files_beside
-from dcpconv.families.configs import to_text, write_config
+from dcpconv.families.configs import home, to_text, write_config
 from dcpconv.families.family import family_of
 from dcpconv.families.keymaps import Keymap
 
@@ -54,7 +54,7 @@ def carried(
         tied: Whether head and embedding are one tensor, where that differs from the config.
         used: Names of the files that the converted tensors are in.
     """
-    beside = files_beside(directory, used)
+    beside = files_beside(home(directory), used)
     files = []
     for name, path in beside.files.items():
         text = _patched(path, dtype=dtype, tied=tied) if name == "config.json" else None
@@ -98,7 +98,7 @@ def generated(
     files: list[SideFile] = []
     notes: list[str] = []
     tokenizer: tuple[str, str] | None = None
-    directory = assets or source
+    directory = home(assets or source)
     if family is not None and family.names_tokenizer:
         kind, origin = _lingua_tokenizer(directory)
         if origin is not None:

@@ -33,10 +33,19 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         from dcpconv.formats import dcp  # noqa: PLC0415
 
         return dcp.read_catalog(path, problems=problems)
+    if (path / "metadata.pkl").is_file():
+        from dcpconv.formats.ranks import torch_checkpointing  # noqa: PLC0415
+
+        return torch_checkpointing.read_catalog(path)
     if safetensors.is_hf(path):
         return safetensors.read_catalog(path, problems=problems)
     from dcpconv.formats import torchfile  # noqa: PLC0415
+    from dcpconv.formats.ranks import fsdp, torch_checkpointing  # noqa: PLC0415
 
+    if fsdp.is_rank_directory(path) and not torchfile.is_one_in_a_directory(path):
+        return fsdp.read_catalog(path, problems)
+    if torch_checkpointing.is_directory(path):
+        return torch_checkpointing.read_catalog(path)
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
         from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats.ranks import fsdp
 from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.stores.local import open_regular
 
@@ -95,10 +96,9 @@ def _hint(path: Path) -> str | None:
     names = {item.name for item in path.iterdir()}
     if _FSDP_DIRECTORY in names:
         return f"accelerate keeps the weights in {path / _FSDP_DIRECTORY}; name that directory"
-    if any(name.startswith("pytorch_model_fsdp") and "_rank" in name for name in names):
-        return "these are per-rank shards of FSDP's LOCAL_STATE_DICT; only their trainer reads them"
-    if any(name.startswith("model_world_size_") for name in names):
-        return "these are per-rank files of verl; merge them with its own model_merger first"
+    ranked = [item for item in sorted(path.iterdir()) if fsdp.is_rank_directory(item)]
+    if ranked:
+        return f"one file per rank lies in {', '.join(map(str, ranked[:3]))}; name that directory"
     if "adapter_config.json" in names:
         return "this is a PEFT adapter without its base model; merge it into the base first"
     explained = dcp.explain(path)

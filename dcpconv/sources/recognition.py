@@ -14,6 +14,7 @@ from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, split_key, tables_for
+from dcpconv.sources.containers import candidate_roots, nested_root
 from dcpconv.sources.fitting import (
     RULED_OUT,
     WRAPPERS,
@@ -26,10 +27,6 @@ from dcpconv.sources.fitting import (
     rows_used,
     under,
 )
-
-_ROOTS = frozenset({"model", "module", "state_dict", "model_state_dict"})
-"""Containers and wrappers that stand before the first component of a model's own keys: training
-scripts (``model``, ``state_dict``), ``DistributedDataParallel`` (``module``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,7 @@ def recognise(
         architecture = spec.architecture
     templates = Counter(split_key(key)[0] for key in catalog.tensors)
     counts = {tuple(template.split(".")): count for template, count in templates.items()}
-    roots = [_dotted(root)] if root is not None else _roots(counts)
+    roots = [_dotted(root)] if root is not None else candidate_roots(counts, wrappers=WRAPPERS)
     containers = containers_of(catalog)
     readings = [_bare_keys(at, counts) for at in roots]
     candidates = _candidates(architecture, spec, keymap, tables, readings)
@@ -136,7 +133,12 @@ def recognise(
     sure = [fit for fit in fits if keymap is not None or _is_sure(fit, architecture, spec)]
     if not sure:
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
-        return _weights(catalog, chosen, keymap, (), _why_not(architecture, fits))
+        found = (
+            (f"what is under {chosen!r} is taken for the weights",)
+            if chosen and root is None
+            else ()
+        )
+        return _weights(catalog, chosen, keymap, (), (*_why_not(architecture, fits), *found))
     best = sure[0]
     same_root = [
         fit
@@ -236,25 +238,11 @@ def _bare_keys(root: str, counts: Mapping[tuple[str, ...], int]) -> frozenset[st
     return frozenset(key for key, _ in under(root, counts) if key is not None)
 
 
-def _roots(counts: Mapping[tuple[str, ...], int]) -> list[str]:
-    roots = {""}
-    for template in counts:
-        root = ""
-        for part in template:
-            if part not in _ROOTS and part not in WRAPPERS:
-                break
-            root += f"{part}."
-            roots.add(root)
-    return sorted(roots, key=len)
-
-
 def _nested_root(catalog: Catalog) -> str:
     """The container that holds the weights, for keys that no table knows."""
-    outer = containers_of(catalog)
-    for name in ("model", "state_dict", "model_state_dict", "module"):
-        if name in outer:
-            return f"{name}."
-    return ""
+    is_lightning = catalog.form == "dcp" and (catalog.path / "meta.pt").is_file()
+    beside = [*catalog.objects, *(["lightning_version"] if is_lightning else [])]
+    return nested_root(catalog.tensors, list(catalog.paths.values()), beside)
 
 
 def _dotted(root: str) -> str:

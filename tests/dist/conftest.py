@@ -11,7 +11,7 @@ from dcpconv import convert
 from dcpconv.core.catalog import KeyPath
 from support.checkpoints.dcp_directories import write
 from support.models.hf_models import save_hf, tiny
-from support.worlds import wild_worlds
+from support.worlds import rank_file_worlds, wild_worlds
 from support.worlds.dcp_worlds import launch, weights
 
 
@@ -40,4 +40,11 @@ def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf = save_hf(tiny("llama"), directory / "lingua/hf")
     convert(hf, directory / "lingua/init", to="lingua")
     launch(2, directory, script=wild_worlds.__file__)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def rank_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("rank-files")
+    launch(rank_file_worlds.RANKS, directory, script=rank_file_worlds.__file__)
     return directory

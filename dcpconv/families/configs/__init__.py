@@ -15,6 +15,7 @@ __all__ = [
     "Refusal",
     "config_name",
     "find_config",
+    "home",
     "read_spec",
     "refusals",
     "to_text",
@@ -28,12 +29,24 @@ _NAMES = (CONFIG, PARAMS)
 def find_config(path: Path) -> Path | None:
     """The parameter file of the checkpoint at ``path``, or ``None`` where there is none.
 
-    It is ``path`` itself, or lies in the directory ``path``, or beside the file ``path``.
+    It is ``path`` itself, or lies in the directory ``path``, or beside the file ``path``; or in
+    the folder ``huggingface`` there.
     """
     if path.is_file() and path.suffix == ".json" and path.name in _NAMES:
         return path
-    directory = path if path.is_dir() else path.parent
+    directory = home(path if path.is_dir() else path.parent)
     return next((file for name in _NAMES if (file := directory / name).is_file()), None)
+
+
+def home(directory: Path) -> Path:
+    """Where config and tokenizer of a checkpoint are: its directory, or ``huggingface`` in it.
+
+    Source: verl 0.4 to 0.7 ``verl/utils/checkpoint/fsdp_checkpoint_manager.py``.
+    """
+    if any((directory / name).is_file() for name in _NAMES):
+        return directory
+    inner = directory / "huggingface"
+    return inner if any((inner / name).is_file() for name in _NAMES) else directory
 
 
 def read_spec(path: Path) -> ModelSpec:

@@ -19,6 +19,9 @@ from typing import Final, NoReturn
 
 from dcpconv.core.dtypes import BY_NAME, BY_STORAGE, DType
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile import distributed
+from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts, stored_tensors
+from dcpconv.formats.torchfile.stored import StoredTensor, UnreadableTensor, whole_numbers
 from dcpconv.formats.torchfile.unpickling import (
     HARMLESS,
     Allowed,
@@ -54,60 +57,6 @@ STORAGE_ALIGNMENT: Final = 64
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of an archive, as the bytes it lies in.
-
-    Attributes:
-        storage_key: Record ``data/<storage_key>``.
-        dtype: Element type.
-        offset_elements: First element, from the start of the storage.
-        shape: In elements.
-        strides: In elements, all at least 0.
-        offset: Byte of the first element, from the start of the archive.
-        nbytes: From the first to the last element, both included; 0 for an empty tensor.
-        requires_grad: As saved.
-        is_parameter: Whether it was an ``nn.Parameter``.
-    """
-
-    storage_key: str
-    dtype: DType
-    offset_elements: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    nbytes: int
-    requires_grad: bool = False
-    is_parameter: bool = False
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie in C order without gaps."""
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return 0 in self.shape
-            expected *= size
-        return True
-
-    def __setstate__(self, state: object) -> NoReturn:
-        # Without this a BUILD opcode could move a tensor after its bounds were checked.
-        raise FormatError("a pickle may not change a tensor that it has made")
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (StoredTensor, tuple(getattr(self, name) for name in self.__dataclass_fields__))
-
-
-@dataclass(frozen=True)
-class UnreadableTensor:
-    """A tensor of a kind that is not one box of raw bytes: sparse, quantized, without data."""
-
-    kind: str
-
-    def __setstate__(self, state: object) -> None:
-        """Forget ``state``: there is nothing here to change."""
-
-
-@dataclass(frozen=True)
 class _Storage:
     where: str
     key: str
@@ -120,7 +69,8 @@ class _Storage:
 
 
 def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
-    """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order.
+    """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order; a
+    distributed tensor is a ``Piece``.
 
     Raises:
         FormatError: The pickle names anything unknown, or a tensor reaches outside its storage.
@@ -140,6 +90,8 @@ def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
         node = ahead.pop()
         if isinstance(node, StoredTensor):
             found.setdefault(id(node), node)
+        elif isinstance(node, (MeshTensor, ShardedParts)):
+            ahead.extend(stored_tensors(node))
         elif isinstance(node, dict):
             ahead.extend(reversed(node.values()))
         elif isinstance(node, (list, tuple)):
@@ -211,7 +163,7 @@ def _rebuild(
         ("record", f"data/{storage.key}"),
         ("tensor", f"{dtype} {shape} at element {offset}, strides {strides}"),
     ]
-    shape, strides = _whole_numbers(shape), _whole_numbers(strides)
+    shape, strides = whole_numbers(shape), whole_numbers(strides)
     if shape is None or strides is None or len(shape) != len(strides):
         raise FormatError("tensor has no sensible shape", facts)
     if type(offset) is not int or offset < 0 or math.prod(shape) * dtype.itemsize >= 1 << 63:
@@ -238,15 +190,6 @@ def _rebuild(
     )
 
 
-def _whole_numbers(value: object) -> tuple[int, ...] | None:
-    """``value`` as a shape, or ``None`` where it is not one."""
-    if isinstance(value, Call) and value.func == Ref("torch", "Size") and len(value.args) == 1:
-        value = value.args[0]
-    if not isinstance(value, (tuple, list)):
-        return None
-    return tuple(value) if all(type(item) is int and item >= 0 for item in value) else None
-
-
 def _rebuild_v2(storage: object, *args: object) -> StoredTensor | UnreadableTensor:
     offset, shape, strides, requires_grad, _hooks, *metadata = args
     dtype = storage.dtype if isinstance(storage, _Storage) else None
@@ -269,8 +212,11 @@ def _rebuild_parameter(data: object, requires_grad: object, *_hooks_and_state: o
     return replace(data, requires_grad=bool(requires_grad), is_parameter=True)
 
 
-def _rebuild_from_type(func: object, kind: object, args: object, _state: object) -> object:
-    """A plain tensor or parameter with Python attributes (a buffer has some); these are dropped."""
+def _rebuild_from_type(func: object, kind: object, args: object, state: object) -> object:
+    """A plain tensor or parameter with Python attributes (a buffer has some), which are dropped;
+    or one rank's part of a distributed tensor, whose attributes are all there is to it."""
+    if func == distributed.WRAPPER:
+        return distributed.rebuild(kind, args, state)
     if not (isinstance(kind, Ref) and callable(func) and isinstance(args, tuple)):
         raise FormatError("tensor has no recipe")
     return func(*args)
@@ -282,6 +228,7 @@ def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
 
 _ALLOWED: Final[Allowed] = {
     **HARMLESS,
+    **distributed.NAMES,
     **{
         (module, name): Ref
         for module in ("torch", "torch.cuda")

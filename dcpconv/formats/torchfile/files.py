@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, KeyPath, TensorEntry
-from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats.torchfile.archive import (
-    Archive,
-    Read,
     StoredTensor,
-    UnreadableTensor,
-    least_nbytes,
     read_archive,
-    read_tensors,
 )
-from dcpconv.formats.torchfile.nesting import flatten, key_of
+from dcpconv.formats.torchfile.contents import (
+    LEGACY_MAGIC,
+    ZIP_MAGIC,
+    Contents,
+    read_leaves,
+    reader_of,
+)
 from dcpconv.formats.torchfile.outline import outline
+from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.stores.local import identity_of, open_regular, read_regular
 
@@ -33,15 +35,9 @@ __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalo
 INDEX_FILE: Final = "pytorch_model.bin.index.json"
 SINGLE_FILE: Final = "pytorch_model.bin"
 
-_ZIP_MAGIC = b"PK\x03\x04"
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""``torch/serialization.py`` ``MAGIC_NUMBER``, pickled: the form before zip archives."""
 
 _LARGEST_INDEX: Final = 1 << 28
 """Bytes; the index of a 671B model takes 9 MB."""
-
-_LARGEST_PICKLE: Final = 1 << 28
-"""Bytes to look through for the pickle of a file whose directory is gone; 16x a 671B model's."""
 
 
 def is_torch_file(path: Path) -> bool:
@@ -49,15 +45,15 @@ def is_torch_file(path: Path) -> bool:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(4096)
-            if start.startswith(_LEGACY_MAGIC):
+            if start.startswith(LEGACY_MAGIC):
                 return True
-            if not start.startswith(_ZIP_MAGIC):
+            if not start.startswith(ZIP_MAGIC):
                 return False
             name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
             if name.endswith(b"/data.pkl"):
                 return True
             size = os.fstat(file.fileno()).st_size
-            return "data.pkl" in read_archive(_reader(file.fileno()), size, str(path))
+            return "data.pkl" in read_archive(reader_of(file.fileno()), size, str(path))
     except (OSError, FormatError):
         return False
 
@@ -103,142 +99,49 @@ def read_catalog(path: Path) -> Catalog:
     return _catalog(path, path, {candidates[0].name: _read_file(candidates[0])})
 
 
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """One file, flattened."""
+def require_whole(path: Path) -> None:
+    """Refuses one rank's share of something larger; any other file may pass, damaged or not.
 
-    identity: Identity
-    leaves: Mapping[str, tuple[KeyPath, object]]
-    notes: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.identity[2]
-
-
-def _read_file(path: Path) -> _Contents:
-    where = str(path)
+    Raises:
+        FormatError: The file holds pieces of distributed tensors.
+    """
     try:
-        file = os.fdopen(open_regular(path), "rb")
-    except OSError as error:
-        raise NotACheckpointError(
-            "file cannot be read", [("file", path), ("reason", error.strerror)]
-        ) from error
-    with file:
-        identity = identity_of(file.fileno())
-        nbytes = identity[2]
-        read = _reader(file.fileno())
-        if read(0, len(_LEGACY_MAGIC)) == _LEGACY_MAGIC:
-            raise FormatError(
-                "file is in the form torch.save wrote before version 1.6",
-                [("file", path)],
-                hint="convert it with --engine torch, or load and save it again with torch",
-            )
-        if nbytes == 0 or read(0, len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-            raise FormatError(
-                "file was not written by torch.save",
-                [("file", path), ("expected", repr(_ZIP_MAGIC)), ("found", repr(read(0, 16)))],
-            )
-        value = _read_value(_open_archive(read, nbytes, where))
-    if not isinstance(value, dict):
-        what = "one tensor" if isinstance(value, StoredTensor) else f"a {type(value).__name__}"
-        raise FormatError(
-            "file holds no mapping of names to tensors",
-            [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
-            hint="save a state_dict instead",
-        )
-    return _flattened(value, identity, where)
+        contents = read_leaves(path)
+    except DcpconvError:
+        return
+    _refuse_shares(path, contents)
 
 
-def _reader(descriptor: int) -> Read:
-    return lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
+def _read_file(path: Path) -> Contents:
+    contents = read_leaves(path)
+    _refuse_shares(path, contents)
+    return contents
 
 
-def _open_archive(read: Read, nbytes: int, where: str) -> Archive:
-    try:
-        archive = read_archive(read, nbytes, where)
-    except FormatError as error:
-        needed = _bytes_needed(read, nbytes, where)
-        if needed <= nbytes:
-            raise
-        raise FormatError(
-            "file is shorter than its tensors",
-            [
-                ("file", where),
-                ("expected", f"more than {needed} bytes"),
-                ("found", f"{nbytes} bytes"),
-            ],
-            hint="the download or save was interrupted; fetch this file again",
-        ) from error
-    if "constants.pkl" in archive:
-        raise FormatError(
-            "file is a TorchScript program, not a checkpoint",
-            [("file", where)],
-            hint="load it with torch.jit.load and save its state_dict()",
-        )
-    return archive
-
-
-def _bytes_needed(read: Read, nbytes: int, where: str) -> int:
-    """Bytes of all storages, where the pickle at the front is whole; else 0."""
-    header = read(0, 30)
-    start = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    try:
-        return least_nbytes(read(start, min(nbytes, _LARGEST_PICKLE)), where)
-    except FormatError:
-        return 0
-
-
-def _read_value(archive: Archive) -> object:
-    try:
-        return read_tensors(archive)[0]
-    except FormatError as error:
-        names = [str(value) for label, value in error.facts if label == "global"]
-        if not any(name.startswith("torch.nn.modules.") for name in names):
-            raise
-        raise FormatError(
-            "file holds a whole pickled nn.Module, which needs its code to be read",
-            error.facts,
-            hint="save model.state_dict() instead",
-        ) from error
-
-
-def _flattened(value: dict[object, object], identity: Identity, where: str) -> _Contents:
-    leaves: dict[str, tuple[KeyPath, object]] = {}
-    refused: list[tuple[str, object]] = []
-    hidden: list[str] = []
-    for path, leaf in flatten(
-        value, is_tensor=lambda node: isinstance(node, (StoredTensor, UnreadableTensor))
-    ):
-        key = key_of(path)
-        if key in leaves:
-            refused.append(("key", f"{key} is there twice: {leaves[key][0]} and {path}"))
-        if isinstance(leaf, UnreadableTensor):
-            refused.append(("key", f"{key} is {leaf.kind}"))
-        elif _holds_tensor(leaf):
-            hidden.append(key)
-        leaves[key] = path, leaf
-    if refused:
-        raise FormatError("file holds what cannot be converted", [("file", where), *refused])
-    notes = [
-        f"{key} is a tuple or set that holds tensors: it cannot be written anywhere"
-        for key in hidden
-    ]
-    return _Contents(identity, leaves, tuple(notes))
-
-
-def _holds_tensor(leaf: object) -> bool:
-    if isinstance(leaf, dict):
-        return any(map(_holds_tensor, leaf.values()))
-    if isinstance(leaf, (list, tuple, set, frozenset)):
-        return any(isinstance(item, StoredTensor) or _holds_tensor(item) for item in leaf)
-    return False
+def _refuse_shares(path: Path, contents: Contents) -> None:
+    pieces = {
+        key: leaf
+        for key, (_, leaf) in contents.leaves.items()
+        if isinstance(leaf, (MeshTensor, ShardedParts))
+    }
+    if not pieces:
+        return
+    world = max(piece.world for piece in pieces.values())
+    is_numbered = re.search(r"rank_?\d+\.", path.name) is not None
+    shown = [("key", f"{key} of shape {list(piece.shape)}") for key, piece in pieces.items()][:3]
+    raise FormatError(
+        "file is one rank's share of a checkpoint, not the whole",
+        [("file", path), ("ranks", world), ("in pieces", len(pieces)), *shown],
+        hint=f"give the directory: {path.resolve().parent}"
+        if is_numbered
+        else f"give the directory with the files of all {world} ranks, under the names they had",
+    )
 
 
 def _catalog(
     directory: Path,
     source: Path,
-    files: Mapping[str, _Contents],
+    files: Mapping[str, Contents],
     beside: Mapping[str, Identity] | None = None,
 ) -> Catalog:
     tensors: dict[str, TensorEntry] = {}
@@ -304,7 +207,7 @@ def _read_shard_files(directory: Path) -> Catalog:
             hint="index and shard files are of different downloads; fetch all of them again",
         )
     files = {
-        name: _Contents(
+        name: Contents(
             contents.identity,
             # the index decides where a key is that several files hold
             {

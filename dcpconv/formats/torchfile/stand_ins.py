@@ -142,6 +142,10 @@ HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("collections", "OrderedDict"): Ordered,
     ("collections", "defaultdict"): _defaultdict,
     ("_codecs", "encode"): _encode,
+    # Lightning's hyperparameters: a dict whose items are attributes too
+    ("lightning.fabric.utilities.data", "AttributeDict"): Ordered,
+    ("lightning_fabric.utilities.data", "AttributeDict"): Ordered,
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"): Ordered,
     **dict(
         row
         for kind in (set, frozenset, complex, slice, bytearray, bytes)

@@ -80,6 +80,8 @@ def loads(
             raise
         if not unpickler.refused:
             raise error.with_facts([("file", where), *error.facts]) from error
+        named = (str(value) for label, value in error.facts if label == "global")
+        unpickler.refused.update(dict.fromkeys(named))
     except Exception as error:  # a hostile pickle can raise anything
         if not unpickler.refused:
             reason = f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Checkpoints of one file per rank, as trainers leave them: read, never written."""
