@@ -17,8 +17,8 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     """Reads what a checkpoint holds, without reading its tensors.
 
     Args:
-        path: A directory of safetensors, a ``torch.save`` file or a directory of them, or a DCP
-            directory.
+        path: A directory of safetensors, a ``torch.save`` file or a directory of them, a DCP
+            directory, or the directory of a run that left one file per rank.
         problems: Collects what is wrong with the files instead of raising, so that a check can
             list everything at once.
 
@@ -35,8 +35,10 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         return dcp.read_catalog(path, problems=problems)
     if safetensors.is_hf(path):
         return safetensors.read_catalog(path, problems=problems)
-    from dcpconv.formats import torchfile  # noqa: PLC0415
+    from dcpconv.formats import ranks, torchfile  # noqa: PLC0415
 
+    if (found := ranks.read_catalog(path)) is not None:
+        return found
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
         from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415
 

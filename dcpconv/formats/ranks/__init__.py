@@ -1,0 +1,30 @@
+"""One file per rank, as interrupted runs leave them: read as boxes of bytes in several files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog
+from dcpconv.formats.ranks import universal, zero, zero_alone, zero_world
+from dcpconv.formats.torchfile.files import INDEX_FILE, SINGLE_FILE
+
+__all__ = ["read_catalog"]
+
+
+def read_catalog(path: Path) -> Catalog | None:
+    """The model in the rank files of a directory, or in one of them; ``None`` where there are none.
+
+    Raises:
+        FormatError: A file is missing, damaged or of another save, or is one rank's share alone.
+    """
+    if path.is_file():
+        return zero_alone.read_catalog(path) if zero_alone.is_rank_file(path) else None
+    if any((path / name).is_file() for name in (INDEX_FILE, SINGLE_FILE)):
+        return None
+    if universal.is_universal(path):
+        return universal.read_catalog(path, path)
+    if (directory := zero_world.find(path)) is not None:
+        return zero.read_catalog(directory, path)
+    if (parameters := universal.find(path)) is not None:
+        return universal.read_catalog(parameters, path)
+    return None
