@@ -38,7 +38,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.publish import check_space, check_target, staging
-from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats import dcp, ranks, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.torchfile.unpickling import TRUST_HINT
@@ -58,10 +58,12 @@ def form_of(source: Path) -> Form:
     if source.is_file() and torchfile.is_torch_file(source):
         return "torch"
     found = "safetensors" if safetensors.is_hf(source) else "neither"
+    if ranks.is_run(source):
+        found = "one file per rank"
     raise NotACheckpointError(
         "torch's own functions read one torch.save file or a DCP directory",
         [("path", source), ("found", found)],
-        hint="leave --engine out" if found == "safetensors" else None,
+        hint="leave --engine out" if found != "neither" else None,
     )
 
 
@@ -155,8 +157,9 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
             that the file names is imported and run.
 
     Raises:
-        FormatError: It is damaged, holds no mapping, or needs ``trust``.
+        FormatError: It is damaged, holds no mapping, is one rank's share, or needs ``trust``.
     """
+    ranks.refuse_share(source)
     read = _load_directory if form_of(source) == "dcp" else _load_file
     try:
         try:

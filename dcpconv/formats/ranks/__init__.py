@@ -8,7 +8,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.formats.ranks import universal, zero, zero_alone, zero_world
 from dcpconv.formats.torchfile.files import INDEX_FILE, SINGLE_FILE
 
-__all__ = ["read_catalog"]
+__all__ = ["is_run", "read_catalog", "refuse_share"]
 
 
 def read_catalog(path: Path) -> Catalog | None:
@@ -28,3 +28,17 @@ def read_catalog(path: Path) -> Catalog | None:
     if (parameters := universal.find(path)) is not None:
         return universal.read_catalog(parameters, path)
     return None
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory holds rank files, or a run whose newest step does."""
+    return path.is_dir() and (zero_world.find(path) or universal.find(path)) is not None
+
+
+def refuse_share(path: Path) -> None:
+    """Raises for a file that is one rank's share of a checkpoint, and means nothing alone.
+
+    Raises:
+        FormatError: It is.
+    """
+    zero_alone.refuse(path)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks.zero import weights_of
-from dcpconv.formats.ranks.zero_files import MODEL_FILE, OPTIM_FILE, read_model_file, read_mapping
+from dcpconv.formats.ranks.zero_files import (
+    MODEL_FILE,
+    OPTIM_FILE,
+    read_mapping,
+    read_model_file,
+    read_pickle,
+)
 from dcpconv.formats.ranks.zero_world import World
-from dcpconv.formats.torchfile.archive import read_archive
 
 _WHOLE_STAGE = 2
 """Up to this stage the model file has every parameter whole."""
@@ -19,12 +23,8 @@ _WHOLE_STAGE = 2
 def is_rank_file(path: Path) -> bool:
     """Whether DeepSpeed wrote a ``torch.save`` file: its pickle says so, whatever its name."""
     try:
-        with path.open("rb") as file:
-            descriptor = file.fileno()
-            size = os.fstat(descriptor).st_size
-            archive = read_archive(lambda at, n: os.pread(descriptor, n, at), size, str(path))
-            pickle = archive.read("data.pkl")
-    except (OSError, FormatError):
+        pickle, _ = read_pickle(path)
+    except FormatError:
         return False
     return b"ds_version" in pickle or b"ds_config" in pickle or b"fp32_flat_groups" in pickle
 

@@ -11,13 +11,20 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.torchfile.archive import NAMES, StoredTensor, read_archive, read_tensors
+from dcpconv.formats.torchfile.archive import (
+    NAMES,
+    Archive,
+    StoredTensor,
+    read_archive,
+    read_tensors,
+)
 from dcpconv.formats.torchfile.stand_ins import Call, Instance, Ref, instances
 
 MODEL_FILE: Final = re.compile(
@@ -151,11 +158,32 @@ def read_value(path: Path) -> tuple[object, int]:
     Raises:
         FormatError: The file is cut short or unsafe.
     """
-    with path.open("rb") as file:
+    with _opened(path) as archive:
+        return read_tensors(archive, names=_NAMES)[0], archive.nbytes
+
+
+def read_pickle(path: Path) -> tuple[bytes, int]:
+    """The pickle of a file, unread, and the file's length.
+
+    Raises:
+        FormatError: The file is cut short.
+    """
+    with _opened(path) as archive:
+        return archive.read("data.pkl"), archive.nbytes
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Archive]:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise FormatError(
+            "file cannot be read", [("file", path), ("reason", error.strerror)]
+        ) from error
+    with file:
         descriptor = file.fileno()
         nbytes = os.fstat(descriptor).st_size
-        archive = read_archive(lambda at, n: os.pread(descriptor, n, at), nbytes, str(path))
-        return read_tensors(archive, names=_NAMES)[0], nbytes
+        yield read_archive(lambda at, n: os.pread(descriptor, n, at), nbytes, str(path))
 
 
 def read_model_file(path: Path, file: str) -> ModelFile:

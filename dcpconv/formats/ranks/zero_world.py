@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from dcpconv.formats.ranks.zero_files import (
     OptimFile,
     read_model_file,
     read_optim_file,
+    read_pickle,
 )
 
 LATEST = "latest"
@@ -113,14 +115,33 @@ def read_world(directory: Path, root: Path | None = None) -> World:
         if not chosen and not optims:
             raise _no_weights(directory, model_names)
         _complete(directory, {0: name for name in chosen.values()}, 1, "mp_rank_00_model_states.pt")
-    models = {rank: read_model_file(*at(name)) for rank, name in chosen.items()}
     world = World(
         directory,
-        tuple(models[rank] for rank in sorted(models)),
+        tuple(_read_models([at(chosen[rank]) for rank in sorted(chosen)])),
         tuple(optims[rank] for rank in sorted(optims)),
     )
     _check_world(world)
     return world
+
+
+def _read_models(places: Sequence[tuple[Path, str]]) -> Iterator[ModelFile]:
+    """The model files, of which only the first keeps its tensors.
+
+    Of a thousand ranks' files most have the same pickle, byte for byte: it is read once.  Not so
+    where parameters are frozen, because every rank has its own share of them.
+    """
+    first = read_model_file(*places[0])
+    yield first
+    parsed: dict[bytes, ModelFile] = {}
+    for path, file in places[1:]:
+        pickle, nbytes = (b"", 0) if first.fragments else read_pickle(path)
+        digest = sha256(pickle).digest()
+        if first.fragments or digest not in parsed:
+            model = read_model_file(path, file)
+            groups = first.groups if model.groups == first.groups else model.groups
+            parsed[digest] = replace(model, module={}, groups=groups)
+            nbytes = model.nbytes
+        yield replace(parsed[digest], file=file, nbytes=nbytes)
 
 
 def _is_world(path: Path) -> bool:
@@ -244,7 +265,15 @@ def _check_world(world: World) -> None:
     models = dict(enumerate(world.models))
     names = {rank: Path(model.file).name for rank, model in models.items()}
     _same(at, models, names, "global_steps", lambda model: str(model.step))
-    _same(at, models, names, "parameters", _digest)
+    _same(
+        at,
+        models,
+        names,
+        "parameters",
+        lambda model: "those of rank 0"
+        if (model.groups, model.frozen) == (first.groups, first.frozen)
+        else f"{sum(map(len, model.groups))} others",
+    )
     if world.optims and first.ranks not in {0, len(world.optims)}:
         raise FormatError(
             "optimizer files are of another number of ranks than the model file",
@@ -255,13 +284,6 @@ def _check_world(world: World) -> None:
             ],
             hint=_SAVED_AGAIN,
         )
-
-
-def _digest(model: ModelFile) -> str:
-    """What all ranks must agree on, in few words where they do."""
-    shapes = [[*group.items()] for group in model.groups]
-    total = sum(len(group) for group in shapes)
-    return f"{total} in {len(shapes)} groups, {hash(repr((shapes, model.frozen))):x}"
 
 
 def _no_weights(directory: Path, names: Mapping[int, str]) -> FormatError:
