@@ -74,18 +74,24 @@ def read_catalog(directory: Path, source: Path) -> Catalog:
     Raises:
         FormatError: A file is damaged or missing, or a tensor is of another size than its parameter.
     """
-    found = read_universal(directory)
+    return replace(catalog_of(read_universal(directory), directory), source=source)
+
+
+def catalog_of(found: Universal, root: Path) -> Catalog:
+    """The weights of a universal checkpoint whose file names are relative to ``root``."""
     masters = {
         key: entry
         for key, states in found.tensors.items()
         if isinstance(entry := states.get("fp32"), TensorEntry)
     }
-    tensors, tied = with_model(directory, found.models, masters) if found.models else (masters, {})
+    tensors, tied = masters, {}
+    if found.models:
+        tensors, tied = with_model(found.directory, found.models, masters)
     note = "no model file is beside the parameters: buffers and frozen or tied parameters are lost"
     return Catalog(
         form="ranks",
-        path=directory,
-        source=source,
+        path=root,
+        source=root,
         files=found.files,
         tensors=tensors,
         tied=tied,

@@ -38,12 +38,16 @@ def read_catalog(directory: Path, source: Path) -> Catalog:
     Raises:
         FormatError: A file is missing, damaged or of another save, or parts do not add up.
     """
-    world = read_world(directory)
+    return replace(catalog_of(read_world(directory), directory), source=source)
+
+
+def catalog_of(world: World, root: Path) -> Catalog:
+    """The weights of a run whose file names are relative to ``root``."""
     tensors, tied = weights_of(world)
     return Catalog(
         form="ranks",
-        path=directory,
-        source=source,
+        path=root,
+        source=root,
         files=world.files,
         tensors=tensors,
         tied=tied,
