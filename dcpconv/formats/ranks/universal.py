@@ -19,7 +19,14 @@ from typing import Final
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks.zero import whole_entry, with_model
-from dcpconv.formats.ranks.zero_files import MODEL_FILE, ModelFile, read_mapping, read_model_file, read_value
+from dcpconv.formats.ranks.zero_files import (
+    MODEL_FILE,
+    ModelFile,
+    read_mapping,
+    read_model_file,
+    read_value,
+    step_of,
+)
 from dcpconv.formats.ranks.zero_intervals import Segment, chunks_of
 from dcpconv.formats.torchfile.archive import StoredTensor
 
@@ -168,9 +175,16 @@ def _read_state(
 
 
 def _param_groups(zero: Path) -> tuple[Mapping[str, object], ...]:
+    """The optimizer's numbers; stage 3 has no ``step.pt``, so the count of steps joins them."""
     path = zero / "optimizer_state.pt"
     if not path.is_file():
         return ()
-    groups = read_mapping(path)[0].get("param_groups")
-    found = groups if isinstance(groups, list) else []
-    return tuple(group for group in found if isinstance(group, dict))
+    value, _ = read_mapping(path)
+    groups = value.get("param_groups")
+    step = step_of(path, value.get("optimizer_state_dict"))
+    counted = {} if step is None else {"step": step}
+    return tuple(
+        {**group, **counted}
+        for group in (groups if isinstance(groups, list) else [])
+        if isinstance(group, dict)
+    )

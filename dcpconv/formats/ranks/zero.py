@@ -70,7 +70,9 @@ def with_model(
         FormatError: A parameter is in no file, or files contradict each other.
     """
     model = models[0]
-    known = {**masters, **_frozen(directory, models)}
+    # A universal checkpoint has files of second names as well.
+    known = {key: entry for key, entry in masters.items() if key not in model.shared}
+    known |= _frozen(directory, models)
     _check_shapes(directory, model, known)
     shared = {key: owner for key, owner in model.shared.items() if key not in known}
     shared |= _sharing_storage(model, known.keys() | shared.keys())

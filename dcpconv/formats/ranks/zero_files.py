@@ -268,6 +268,11 @@ def read_optim_file(path: Path, file: str) -> OptimFile:
     )
 
 
+def step_of(path: Path, optimizer: object) -> float | None:
+    """Updates that an optimizer's ``state_dict()`` counts; ``None`` where it does not."""
+    return _step(path, *_optimizer(optimizer))
+
+
 def _optimizer(
     inner: object,
 ) -> tuple[Mapping[object, Mapping[str, object]], tuple[Mapping[str, object], ...]]:

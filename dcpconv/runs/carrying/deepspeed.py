@@ -130,7 +130,7 @@ def _of_universal(
     for group, keys in zip(values, shapes, strict=True):
         count = group.get(_STEP)
         for key in keys:
-            if isinstance(count, int) and moments[bare(key)]:
+            if isinstance(count, (int, float)) and moments[bare(key)]:
                 moments[bare(key)].setdefault(_STEP, float(count))
     groups = [
         Group(_values(group), tuple(map(bare, keys)))

@@ -6,6 +6,7 @@ model under every scene of ``SCENES`` and saves each into a directory of its own
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import nn
 from support.worlds.ranks import run_ranks
 
 STEPS = 3
+AFTER = 10
+"""Steps that each rank takes before and after it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +102,35 @@ def train(scene: Scene, directory: Path) -> None:
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": scene.stage, **dict(scene.config)},
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": scene.bf16},
     }
     if scene.stage == 3:
-        model = deepspeed.zero.Init(module=model, config_dict_or_path=config) and model
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)
     optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(STEPS):
-        ids = torch.randint(0, 11, (2, 4), generator=generator)
-        loss = nn.functional.cross_entropy(engine(ids).float().flatten(0, 1), ids.flatten())
+    losses = []
+    for number, ids in enumerate(batches(dist.get_rank())):
+        if number == STEPS:
+            engine.save_checkpoint(str(directory), tag=f"global_step{STEPS}")
+        loss = loss_of(engine, ids)
+        losses.append(loss.item())
         engine.backward(loss)
         engine.step()
-    engine.save_checkpoint(str(directory), tag=f"global_step{STEPS}")
+    (directory / f"losses{dist.get_rank()}.json").write_text(json.dumps(losses[STEPS:]))
+
+
+def batches(rank: int) -> list[torch.Tensor]:
+    """What a rank sees, step by step."""
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randint(0, 11, (2, 4), generator=generator) for _ in range(STEPS + AFTER)]
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """A token has to predict itself."""
+    return nn.functional.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten())
 
 
 def write_worlds(directory: Path, *, ranks: int) -> None:
