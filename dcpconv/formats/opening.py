@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
@@ -34,7 +35,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
 
         return dcp.read_catalog(path, problems=problems)
     if safetensors.is_hf(path):
-        return safetensors.read_catalog(path, problems=problems)
+        return _with_masters_noted(safetensors.read_catalog(path, problems=problems), path)
     from dcpconv.formats import ranks, torchfile  # noqa: PLC0415
 
     if (found := ranks.read_catalog(path)) is not None:
@@ -49,3 +50,15 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     from dcpconv.formats.strangers import explain  # noqa: PLC0415
 
     raise explain(path)
+
+
+def _with_masters_noted(catalog: Catalog, path: Path) -> Catalog:
+    """A ``checkpoint-N`` of a DeepSpeed run is the 16-bit model in it; the masters lie deeper."""
+    if not (path / "latest").is_file():
+        return catalog
+    from dcpconv.formats import ranks  # noqa: PLC0415
+
+    if not ranks.is_run(path):
+        return catalog
+    note = f"fp32 weights of DeepSpeed are beside these: name the directory in {path} that has them"
+    return replace(catalog, notes=(*catalog.notes, note))

@@ -1,4 +1,4 @@
-"""Checkpoints that DeepSpeed itself wrote on two ranks, against its own scripts and its own losses."""
+"""Checkpoints that DeepSpeed wrote on two ranks, against its own scripts and its own losses."""
 
 from __future__ import annotations
 

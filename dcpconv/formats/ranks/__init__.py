@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
+from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks import universal, zero, zero_alone, zero_world
 from dcpconv.formats.torchfile.files import INDEX_FILE, SINGLE_FILE
 
@@ -31,8 +32,11 @@ def read_catalog(path: Path) -> Catalog | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory holds rank files, or a run whose newest step does."""
-    return path.is_dir() and (zero_world.find(path) or universal.find(path)) is not None
+    """Whether a directory holds rank files, or leads to some."""
+    try:
+        return path.is_dir() and (zero_world.find(path) or universal.find(path)) is not None
+    except FormatError:
+        return False
 
 
 def refuse_share(path: Path) -> None:

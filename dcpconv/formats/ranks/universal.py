@@ -61,7 +61,7 @@ def is_universal(path: Path) -> bool:
 
 
 def find(path: Path) -> Path | None:
-    """The universal checkpoint that ``latest_universal``, or being the only one, makes of a root."""
+    """The universal checkpoint that a directory is, or that is the newest or only one in it."""
     if not path.is_dir():
         return None
     if is_universal(path):
@@ -79,7 +79,7 @@ def read_catalog(directory: Path, source: Path) -> Catalog:
     """The fp32 weights, and what the model file has beside them.
 
     Raises:
-        FormatError: A file is damaged or missing, or a tensor is of another size than its parameter.
+        FormatError: A file is damaged or missing, or a tensor is not of its parameter's size.
     """
     return replace(catalog_of(read_universal(directory), directory), source=source)
 
@@ -91,7 +91,7 @@ def catalog_of(found: Universal, root: Path) -> Catalog:
         for key, states in found.tensors.items()
         if isinstance(entry := states.get("fp32"), TensorEntry)
     }
-    tensors, tied = masters, {}
+    tensors, tied = masters, dict[str, str]()
     if found.models:
         tensors, tied = with_model(found.directory, found.models, masters)
     note = "no model file is beside the parameters: buffers and frozen or tied parameters are lost"
@@ -114,7 +114,7 @@ def read_universal(directory: Path, root: Path | None = None) -> Universal:
         root: Directory that file names are relative to; ``directory`` by default.
 
     Raises:
-        FormatError: A file is damaged or missing, or a tensor is of another size than its parameter.
+        FormatError: A file is damaged or missing, or a tensor is not of its parameter's size.
     """
     root = root or directory
     models = _models(directory, root)

@@ -116,7 +116,7 @@ def flat_entries(world: World, flat: Flat) -> dict[str, TensorEntry]:
             for optim, row in zip(world.optims, vectors, strict=True)
         ]
         dtype = next(vector.dtype for vector in vectors[0] if vector is not None)
-        place = _cut_each if world.stage == 3 else _cut_group  # noqa: PLR2004
+        place = _cut_each if world.stage == 3 else _cut_group
         for key, chunks in place(world, numbers, shapes, lengths, segments, dtype.itemsize):
             found[key] = TensorEntry(key, dtype, shapes[key], tuple(chunks))
     return found
@@ -132,7 +132,7 @@ def groups_of(world: World) -> list[tuple[tuple[int, ...], Shapes]]:
     counts = {len(optim.groups) for optim in world.optims}
     if counts == {len(shapes)}:
         return [((number,), group) for number, group in enumerate(shapes)]
-    if world.stage == 3 and len(counts) == 1:  # noqa: PLR2004
+    if world.stage == 3 and len(counts) == 1:
         # Sub-groups are cut anywhere; before DeepSpeed 0.4 the shapes were not listed by them.
         return [(tuple(range(*counts)), {k: v for group in shapes for k, v in group.items()})]
     raise FormatError(
@@ -149,7 +149,7 @@ def groups_of(world: World) -> list[tuple[tuple[int, ...], Shapes]]:
     )
 
 
-def _cut_group(  # noqa: PLR0913
+def _cut_group(
     world: World,
     numbers: tuple[int, ...],
     shapes: Shapes,
@@ -198,7 +198,7 @@ def _cut_group(  # noqa: PLR0913
         yield key, chunks_of(shape, vector, at=at, itemsize=itemsize)
 
 
-def _cut_each(  # noqa: PLR0913
+def _cut_each(
     world: World,
     numbers: tuple[int, ...],
     shapes: Shapes,
@@ -341,5 +341,7 @@ def _notes(world: World) -> tuple[str, ...]:
         ranks = "1 rank" if len(world.optims) == 1 else f"{len(world.optims)} ranks"
         return (f"fp32 weights of {ranks} of DeepSpeed ZeRO-{world.stage} are read as one model",)
     if world.stage:
-        return ("there are no optimizer files: these are the weights of the forward pass, not fp32",)
+        return (
+            "there are no optimizer files: these are the weights of the forward pass, not fp32",
+        )
     return ()

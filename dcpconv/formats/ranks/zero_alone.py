@@ -79,5 +79,7 @@ def _refusal(path: Path, what: str) -> FormatError:
     return FormatError(
         "this is one rank's file of a DeepSpeed checkpoint, not a model",
         [("file", path), ("found", what)],
-        hint=named if beside > 1 else "name the global_step directory that this file was copied from",
+        hint=named
+        if beside > 1
+        else "name the global_step directory that this file was copied from",
     )

@@ -240,7 +240,11 @@ def read_optim_file(path: Path, file: str) -> OptimFile:
     if not groups or len(groups) < len(flat):
         raise FormatError(
             "optimizer file holds no flat fp32 weights",
-            [("file", path), ("expected", "a list of tensors"), ("found", f"{len(groups)} of them")],
+            [
+                ("file", path),
+                ("expected", "a list of tensors"),
+                ("found", f"{len(groups)} of them"),
+            ],
         )
     odd = [n for n, group in enumerate(groups) if len(group.shape) != 1 or not group.is_contiguous]
     if odd or len({group.dtype for group in groups}) > 1:
@@ -310,7 +314,9 @@ def _shapes(path: Path, value: object) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for key, shape in _pairs(value):
         sizes = shape.args[0] if isinstance(shape, Call) and shape.func == _SIZE else shape
-        if not isinstance(sizes, (tuple, list)) or not all(type(n) is int and n >= 0 for n in sizes):
+        if not isinstance(sizes, (tuple, list)) or not all(
+            type(n) is int and n >= 0 for n in sizes
+        ):
             raise FormatError(
                 "parameter has no sensible shape",
                 [("file", path), ("key", key), ("found", repr(sizes)[:80])],
@@ -329,7 +335,7 @@ def _mapping(value: object) -> dict[str, object]:
 def _pairs(value: object) -> list[tuple[object, object]]:
     if isinstance(value, dict):
         return [*value.items()]
-    return [tuple(pair) for pair in _list(value) if isinstance(pair, list) and len(pair) == 2]  # type: ignore[misc]
+    return [tuple(pair) for pair in _list(value) if isinstance(pair, list) and len(pair) == 2]
 
 
 def _list(value: object) -> list[object]:

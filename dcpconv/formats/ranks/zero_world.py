@@ -48,7 +48,8 @@ class World:
     @property
     def files(self) -> dict[str, int]:
         """Length of every file, by name."""
-        return {file.file: file.nbytes for file in (*self.models, *self.optims)}
+        models = {model.file: model.nbytes for model in self.models}
+        return models | {optim.file: optim.nbytes for optim in self.optims}
 
 
 def find(path: Path) -> Path | None:
@@ -63,7 +64,7 @@ def find(path: Path) -> Path | None:
         return path
     inside = sorted(d for d in path.iterdir() if d.is_dir() and _is_world(d))
     pointer = path / LATEST
-    if pointer.is_file() and pointer.stat().st_size < 4096:  # noqa: PLR2004 - a name, not data
+    if pointer.is_file() and pointer.stat().st_size < 4096:
         tag = pointer.read_text(errors="replace").strip()
         chosen = path / tag
         if tag and "/" not in tag and "\0" not in tag and chosen in inside:
@@ -107,14 +108,14 @@ def read_world(directory: Path, root: Path | None = None) -> World:
     if optims:
         _check_ranks(directory, optims, optim_names)
     stage = next(iter(optims.values())).stage if optims else 0
-    if stage == 3:  # noqa: PLR2004
+    if stage == 3:
         chosen = {rank: name for rank, name in model_names.items() if rank >= 0}
         _complete(directory, chosen, len(optims), "zero_pp_rank_0_mp_rank_00_model_states.pt")
     else:
         chosen = {rank: name for rank, name in model_names.items() if rank < 0}
         if not chosen and not optims:
             raise _no_weights(directory, model_names)
-        _complete(directory, {0: name for name in chosen.values()}, 1, "mp_rank_00_model_states.pt")
+        _complete(directory, dict(enumerate(chosen.values())), 1, "mp_rank_00_model_states.pt")
     world = World(
         directory,
         tuple(_read_models([at(chosen[rank]) for rank in sorted(chosen)])),
@@ -188,7 +189,9 @@ def _refuse_partial(directory: Path, names: Iterable[str]) -> None:
         )
 
 
-def _check_ranks(directory: Path, optims: Mapping[int, OptimFile], names: Mapping[int, str]) -> None:
+def _check_ranks(
+    directory: Path, optims: Mapping[int, OptimFile], names: Mapping[int, str]
+) -> None:
     first = min(optims)
     counts = optims[first].counts
     if len(set(counts)) > 1:
@@ -238,10 +241,10 @@ def _same(
     said: Callable[[_File], str],
 ) -> None:
     """All files say the same; those that differ from most are named."""
-    values = {rank: said(file) for rank, file in files.items()}
+    values: dict[int, str] = {rank: said(file) for rank, file in files.items()}
     if len(set(values.values())) > 1:
         usual = max(values.values(), key=[*values.values()].count)
-        differing = [rank for rank, value in values.items() if value != usual]
+        differing: list[int] = [rank for rank, value in values.items() if value != usual]
         raise FormatError(
             f"rank files differ in their {what}",
             [
@@ -270,9 +273,11 @@ def _check_world(world: World) -> None:
         models,
         names,
         "parameters",
-        lambda model: "those of rank 0"
-        if (model.groups, model.frozen) == (first.groups, first.frozen)
-        else f"{sum(map(len, model.groups))} others",
+        lambda model: (
+            "those of rank 0"
+            if (model.groups, model.frozen) == (first.groups, first.frozen)
+            else f"{sum(map(len, model.groups))} others"
+        ),
     )
     if world.optims and first.ranks not in {0, len(world.optims)}:
         raise FormatError(

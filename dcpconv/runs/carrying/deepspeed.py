@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -86,17 +87,18 @@ def _of_world(
             flat = zero.flat_entries(world, lambda optim, n: _vector(optim, ids[n], kind))  # noqa: B023
             for key, entry in flat.items():
                 moments.setdefault(bare(key), {})[kind] = entry
-    keys_of = dict.fromkeys(ids, ())
+    keys_of: dict[object, tuple[str, ...]] = dict.fromkeys(ids, ())
     for numbers, shapes in zero.groups_of(world):
         for number in numbers:
             keys_of[ids[number]] = tuple(map(bare, shapes))
     groups = []
     for group in first.param_groups or ({"params": ids},):
-        keys = tuple(dict.fromkeys(key for number in _ids(group) for key in keys_of[number]))
-        for number in _ids(group):
-            step = _step(first, first.state.get(number, {}), group)
-            for key in keys_of[number] if step is not None else ():
-                if key in moments:
+        group_ids = _ids(group)
+        keys = tuple(dict.fromkeys(key for one in group_ids for key in keys_of[one]))
+        for one in group_ids:
+            step = _step(first, first.state.get(one, {}), group)
+            for key in keys_of[one]:
+                if step is not None and key in moments:
                     moments[key] = {_STEP: step, **moments[key]}
         groups.append(Group(_values(group), keys))
     return moments, tuple(groups)
@@ -125,7 +127,7 @@ def _of_universal(
         starts = [sum(ids[:n]) for n in range(len(ids) + 1)]
         shapes = tuple(
             {key: shape for part in shapes[a:b] for key, shape in part.items()}
-            for a, b in zip(starts, starts[1:], strict=False)
+            for a, b in pairwise(starts)
         )
     for group, keys in zip(values, shapes, strict=True):
         count = group.get(_STEP)

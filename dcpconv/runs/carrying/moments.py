@@ -64,7 +64,7 @@ def require_adamw(group: Group, found: Sequence[tuple[str, str, Target]]) -> Non
     if not kinds and group.values and "betas" not in group.values:
         refused.append(("missing", f"{', '.join(_ADAMW)}; the group has {', '.join(group.values)}"))
     if refused:
-        more = [("parameter", f"and {len(refused) - 8} more")] if len(refused) > 8 else []  # noqa: PLR2004
+        more = [("parameter", f"and {len(refused) - 8} more")] if len(refused) > 8 else []
         raise OptimizerError(
             "the optimizer is not AdamW, and AdamW cannot resume from its state",
             [*refused[:8], *more],
@@ -152,7 +152,9 @@ def _target(
     numbers = {value for value in found if not isinstance(value, TensorEntry)}
     if len(numbers) == 1 and numbers == {*found}:
         value = float(*numbers)
-        return Target(target.key, (), BY_NAME["float32"], (), slots=target.slots, values=(value,)), ""
+        return Target(
+            target.key, (), BY_NAME["float32"], (), slots=target.slots, values=(value,)
+        ), ""
     entries = [entry for entry in found if isinstance(entry, TensorEntry)]
     if numbers:
         return None, f"its parts have different values: {sorted(map(str, numbers))}"

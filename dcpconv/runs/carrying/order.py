@@ -162,9 +162,10 @@ def by_fqn(
             if isinstance(found, Mapping):
                 kinds = _torch_names(name, found)
                 moments[name] = {
-                    kind: float(entry) if isinstance(entry, int) else entry
+                    kind: entry if isinstance(entry, TensorEntry) else float(entry)
                     for kind, entry in kinds.items()
-                    if isinstance(entry, TensorEntry) or (kind == "step" and _is_count(entry))
+                    if isinstance(entry, TensorEntry)
+                    or (kind == "step" and isinstance(entry, (int, float)))
                 }
                 refused += [
                     ("value", f"{kind} of {name} is a {type(value).__name__}")
@@ -177,10 +178,6 @@ def by_fqn(
         Group(_values(group), tuple(names))
         for group, names in zip(param_groups, named, strict=True)
     )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _torch_names(name: str, found: Mapping[object, object]) -> dict[str, object]:

@@ -123,8 +123,7 @@ def _optim_states(run: Run, rank: int) -> dict[str, Any]:
     count = torch.tensor(float(run.step)) if run.count is None else run.count
     inner = {
         "state": {
-            n: {"step": count}
-            | {name: _share(run, rank, g, m) for name, m in run.moments.items()}
+            n: {"step": count} | {name: _share(run, rank, g, m) for name, m in run.moments.items()}
             for n, g in enumerate(run.groups)
         },
         "param_groups": [

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints.zero_files import Run, names_of_deepspeed, write_zero
 
 from dcpconv import check, convert, open_checkpoint
 from dcpconv.core.errors import DcpconvError, FormatError
+from support.checkpoints.zero_files import Run, names_of_deepspeed, write_zero
 
 
 def _random(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -146,6 +146,10 @@ def _renumbered(name: str, new: str) -> Damage:
     return damage
 
 
+def _point_elsewhere(at: Path) -> None:
+    (at.parent / "latest").write_text("global_step9")
+
+
 DAMAGES = [
     pytest.param(2, _lose(OPTIM.format(1)), OPTIM.format(1), id="zero2-lost-rank"),
     pytest.param(3, _lose(OPTIM.format(2)), OPTIM.format(2), id="zero3-lost-last-rank"),
@@ -188,7 +192,9 @@ DAMAGES = [
         "mp_rank_01",
         id="model-parallel-file",
     ),
-    pytest.param(2, lambda at: (at.parent / "latest").write_text("global_step9"), "latest", id="pointer"),
+    pytest.param(
+        2, lambda at: (at.parent / "latest").write_text("global_step9"), "latest", id="pointer"
+    ),
 ]
 
 
@@ -249,18 +255,18 @@ WAYS = [
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize(("stage", "name"), ALONE)
-@pytest.mark.parametrize("is_moved", [False, True], ids=["in-place", "moved"])
+@pytest.mark.parametrize("place", ["in-place", "moved"])
 def test_one_rank_file_alone_is_refused(
-    stage: int, name: str, how: Any, is_moved: bool, tmp_path: Path
+    stage: int, name: str, how: Any, place: str, tmp_path: Path
 ) -> None:
     file = write_zero(tmp_path / "run", _run(stage, 2)) / name
-    if is_moved:
+    if place == "moved":
         file = file.rename(tmp_path / "model.pt")
 
     with pytest.raises(FormatError, match="one rank's file") as caught:
         convert(file, tmp_path / "out", **how)
 
-    hint = "global_step directory" if is_moved else str(file.parent)
+    hint = "global_step directory" if place == "moved" else str(file.parent)
     assert hint in (caught.value.hint or "")
     assert not (tmp_path / "out").exists()
     with pytest.raises(DcpconvError, match="one rank's file"):
