@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from dcpconv import convert
 from dcpconv.runs.carrying import convert_run
@@ -107,7 +107,7 @@ def _losses_after(carried: Path) -> list[float]:
     model = Model()
     optimizer = torch.optim.AdamW(groups(model), lr=0.5)
     state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=carried, no_dist=True)
+    load(state, checkpoint_id=carried, no_dist=True)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optim"])
     seen = zip(*(batches(rank)[STEPS:] for rank in range(RANKS)), strict=True)
@@ -116,7 +116,7 @@ def _losses_after(carried: Path) -> list[float]:
         loss = torch.stack([loss_of(model, one) for one in ids]).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     assert len(losses) == AFTER
     return losses

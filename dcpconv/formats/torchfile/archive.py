@@ -123,11 +123,8 @@ class _Storage:
 def read_tensors(
     archive: Archive, *, names: Allowed | None = None
 ) -> tuple[object, tuple[StoredTensor, ...]]:
-    """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order.
-
-    Args:
-        archive: Where it was saved.
-        names: What its globals stand for; ``NAMES`` by default.
+    """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order;
+    globals are what ``names`` says, by default ``NAMES``.
 
     Raises:
         FormatError: The pickle names anything unknown, or a tensor reaches outside its storage.

@@ -60,7 +60,8 @@ class Block(nn.Module):
         self.register_buffer("calls", torch.tensor([3.0, 4.0]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.norm(self.down(torch.tanh(self.up(x))))
+        out: torch.Tensor = x + self.norm(self.down(torch.tanh(self.up(x))))
+        return out
 
 
 class Model(nn.Module):

@@ -110,7 +110,7 @@ def test_a_pickle_may_name_whatever_the_trainer_had_in_it(tmp_path: Path) -> Non
     assert open_checkpoint(tmp_path).tensors["embed.weight"].shape == (11, 5)
 
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 OPTIM = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 
