@@ -293,3 +293,21 @@ def test_several_steps_without_latest_leave_a_choice(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
     assert "global_step8" in (caught.value.hint or "")
+
+
+def test_live_models_and_stock_dcp_load_take_the_rank_files(tmp_path: Path) -> None:
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from dcpconv import CheckpointReader, load_init_weights
+
+    weights = _random({"0.weight": (13, 7), "0.bias": (13,), "2.weight": (5, 13), "2.bias": (5,)})
+    write_zero(tmp_path, Run(groups=[weights], ranks=8, stage=3))
+    model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
+    load_init_weights(model, tmp_path)
+    state = {key: torch.zeros_like(value) for key, value in weights.items()}
+    load(state, storage_reader=CheckpointReader(tmp_path), no_dist=True)
+
+    for key, value in weights.items():
+        assert torch.equal(model.state_dict()[key], value), key
+        assert torch.equal(state[key], value), key
