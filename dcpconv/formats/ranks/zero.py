@@ -174,7 +174,8 @@ def _cut_group(
     ]
     if wrong:
         raise _uneven(world, number, [(rank, wanted, lengths[rank]) for rank, wanted in wrong])
-    if _aligned(sum(lengths), ranks) != _aligned(needed, ranks):
+    held = sum(lengths)
+    if held < needed or _aligned(held, ranks) != _aligned(needed, ranks):
         raise FormatError(
             "the partitions of a group do not add up to its parameters",
             [

@@ -227,6 +227,22 @@ def test_a_short_partition_is_named(stage: int, key: str, rank: int, tmp_path: P
     assert OPTIM.format(rank) in str(caught.value)
 
 
+def test_a_vector_that_lacks_one_element_is_no_padding(tmp_path: Path) -> None:
+    at = write_zero(tmp_path, _run(2, 1))
+
+    def shorten(states: dict[str, Any]) -> None:
+        flat = states["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+        flat[1] = flat[1][:-1].clone()
+
+    with names_of_deepspeed():
+        _change(OPTIM.format(0), shorten)(at)
+
+    with pytest.raises(FormatError, match="do not add up") as caught:
+        open_checkpoint(tmp_path)
+
+    assert OPTIM.format(0) in str(caught.value)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_groups_that_do_not_add_up_are_refused(stage: int, tmp_path: Path) -> None:
     at = write_zero(tmp_path, _run(stage, 1))
