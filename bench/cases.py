@@ -65,6 +65,7 @@ CASES = (
     Case("dcp (8 row shards) -> hf", "rows", _ours('form="hf"'), target=1.20),
     Case("dcp (8 column shards) -> hf", "columns", _ours('form="hf"'), target=1.60),
     Case("sharded hf (8 ranks) -> hf", "sharded-hf", _ours('form="hf"'), target=1.20),
+    Case("ZeRO-3 (8 ranks) -> hf", "zero3", _ours('form="hf"'), target=1.30),
 )
 
 PEERS = (
@@ -105,6 +106,14 @@ PEERS = (
         "consolidate_safetensors_files(sys.argv[1], sys.argv[2], keys, num_threads=2)\nos.sync()\n",
         against=("sharded hf (8 ranks) -> hf", 0.2),
     ),
+    Case(
+        "DeepSpeed: zero_to_fp32",
+        "zero3",
+        "import os, sys\nfrom deepspeed.utils import zero_to_fp32\n"
+        "zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(\n"
+        "    sys.argv[1], sys.argv[2], safe_serialization=True)\nos.sync()\n",
+        against=("ZeRO-3 (8 ranks) -> hf", 0.4),
+    ),
 )
 
 
@@ -117,6 +126,7 @@ def prepare(hf: Path, work: Path) -> dict[str, Path]:
         ("rows", lambda out: convert(hf, out, form="dcp", chunks=RANKS)),
         ("columns", lambda out: _write_columns(hf, out)),
         ("sharded-hf", lambda out: _write_sharded(hf, out)),
+        ("zero3", lambda out: _write_zero3(hf, out)),
     ):
         sources[name] = work / (f"{name}.pth" if name == "torch" else name)
         make(sources[name])
@@ -177,6 +187,42 @@ def _write_sharded(hf: Path, out: Path) -> None:
                 with (hf / origin).open("rb") as source:
                     source.seek(offset)
                     file.write(source.read(nbytes))
+
+
+def _write_zero3(hf: Path, out: Path) -> None:
+    """fp32 masters without moments, in DeepSpeed's files of stage 3: as many bytes as the result.
+
+    Source: deepspeed 0.19.8 ``runtime/zero/stage3.py`` (``_rigid_state_dict``).
+    """
+    import torch  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    weights = load_file(hf / "model.safetensors")
+    at = out / "global_step1"
+    at.mkdir(parents=True)
+    (out / "latest").write_text(at.name)
+    (out / "config.json").write_bytes((hf / "config.json").read_bytes())
+    model = {
+        "module": {key: torch.empty(0) for key in weights},
+        "buffer_names": [],
+        "param_shapes": [{key: value.shape for key, value in weights.items()}],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "dp_world_size": RANKS,
+        "ds_version": "0.19.8",
+    }
+    for rank in range(RANKS):
+        cuts = []
+        for value in weights.values():
+            part = -(-value.numel() // RANKS)
+            cut = value.flatten()[rank * part : (rank + 1) * part].float()
+            cuts.append(torch.nn.functional.pad(cut, (0, part - cut.numel())))
+        flat = {"zero_stage": 3, "partition_count": RANKS, "fp32_flat_groups": [torch.cat(cuts)]}
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        torch.save(model, at / f"{name}_model_states.pt")
+        torch.save(
+            {"optimizer_state_dict": flat, "ds_version": "0.19.8"}, at / f"{name}_optim_states.pt"
+        )
 
 
 def _with_offsets(head: bytes, offsets: dict[str, list[int]]) -> bytes:

@@ -38,7 +38,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.publish import check_space, staging
-from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats import dcp, ranks, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.torchfile.files import require_whole
@@ -63,10 +63,12 @@ def form_of(source: Path) -> Form:
     if source.is_file() and torchfile.is_torch_file(source):
         return "torch"
     found = "safetensors" if safetensors.is_hf(source) else "neither"
+    if ranks.is_run(source):
+        found = "one file per rank"
     raise NotACheckpointError(
         "torch's own functions read one torch.save file or a DCP directory",
         [("path", source), ("found", found)],
-        hint="leave --engine out" if found == "safetensors" else None,
+        hint="leave --engine out" if found != "neither" else None,
     )
 
 
@@ -158,9 +160,10 @@ def load(source: Path, *, trust: bool) -> dict[str, Any]:
             that the file names is imported and run.
 
     Raises:
-        FormatError: It is damaged, holds no mapping, or needs ``trust``.
+        FormatError: It is damaged, holds no mapping, is one rank's share, or needs ``trust``.
         SourceChangedError: It changed meanwhile.
     """
+    ranks.refuse_share(source)
     is_directory = form_of(source) == "dcp"
     read = _load_directory if is_directory else _load_file
     if not is_directory:

@@ -10,7 +10,9 @@ from typing import Literal
 
 from dcpconv.core.dtypes import DType
 
-Form = Literal["hf", "torch", "dcp"]
+Form = Literal["hf", "torch", "dcp", "ranks"]
+"""How bytes are stored; ``ranks``, one file per process of a run, is only read."""
+
 KeyPath = tuple[str | int, ...]
 """Where a value sits in nested containers: ``("model", "norm.weight")``; an int is a list index."""
 Identity = tuple[int, int, int, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
@@ -17,8 +18,8 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     """Reads what a checkpoint holds, without reading its tensors.
 
     Args:
-        path: A directory of safetensors, a ``torch.save`` file or a directory of them, or a DCP
-            directory.
+        path: A directory of safetensors, a ``torch.save`` file or a directory of them, a DCP
+            directory, or the directory of a run that left one file per rank.
         problems: Collects what is wrong with the files instead of raising, so that a check can
             list everything at once.
 
@@ -38,14 +39,11 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
 
         return torch_checkpointing.read_catalog(path)
     if safetensors.is_hf(path):
-        return safetensors.read_catalog(path, problems=problems)
-    from dcpconv.formats import torchfile  # noqa: PLC0415
-    from dcpconv.formats.ranks import fsdp, torch_checkpointing  # noqa: PLC0415
+        return _with_masters_noted(safetensors.read_catalog(path, problems=problems), path)
+    from dcpconv.formats import ranks, torchfile  # noqa: PLC0415
 
-    if fsdp.is_rank_directory(path) and not torchfile.is_one_in_a_directory(path):
-        return fsdp.read_catalog(path, problems)
-    if torch_checkpointing.is_directory(path):
-        return torch_checkpointing.read_catalog(path)
+    if (found := ranks.read_catalog(path, problems)) is not None:
+        return found
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
         from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415
 
@@ -56,3 +54,15 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     from dcpconv.formats.strangers import explain  # noqa: PLC0415
 
     raise explain(path)
+
+
+def _with_masters_noted(catalog: Catalog, path: Path) -> Catalog:
+    """A ``checkpoint-N`` of a DeepSpeed run is the 16-bit model in it; the masters lie deeper."""
+    if not (path / "latest").is_file():
+        return catalog
+    from dcpconv.formats import ranks  # noqa: PLC0415
+
+    if not ranks.is_run(path):
+        return catalog
+    note = f"fp32 weights of DeepSpeed are beside these: name the directory in {path} that has them"
+    return replace(catalog, notes=(*catalog.notes, note))

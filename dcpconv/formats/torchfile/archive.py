@@ -36,6 +36,7 @@ from dcpconv.formats.torchfile.unpickling import (
 from dcpconv.formats.torchfile.zip_records import Archive, ArchiveLayout, Read, read_archive
 
 __all__ = [
+    "NAMES",
     "STORAGE_ALIGNMENT",
     "Archive",
     "ArchiveLayout",
@@ -68,9 +69,11 @@ class _Storage:
         raise FormatError("a pickle may not change a storage")
 
 
-def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
+def read_tensors(
+    archive: Archive, *, names: Allowed | None = None
+) -> tuple[object, tuple[StoredTensor, ...]]:
     """The saved value with ``StoredTensor`` in place of tensors, and all of these in its order; a
-    distributed tensor is a ``Piece``.
+    distributed tensor is a ``Piece``.  Globals are what ``names`` says, by default ``NAMES``.
 
     Raises:
         FormatError: The pickle names anything unknown, or a tensor reaches outside its storage.
@@ -81,7 +84,7 @@ def read_tensors(archive: Archive) -> tuple[object, tuple[StoredTensor, ...]]:
         return _find_storage(archive, extents, pid)
 
     data = archive.read("data.pkl")
-    value = loads(data, allowed=_ALLOWED, where=archive.where, persistent_load=find_storage)
+    value = loads(data, allowed=names or NAMES, where=archive.where, persistent_load=find_storage)
     check_size(value, len(data), archive.where)
 
     found: dict[int, StoredTensor] = {}
@@ -115,7 +118,7 @@ def least_nbytes(data: bytes, where: str) -> int:
         found[key] = numel * (dtype.itemsize if dtype else 1)
         return _Storage(where, key, dtype, 0, found[key])
 
-    loads(data, allowed=_ALLOWED, where=where, persistent_load=count)
+    loads(data, allowed=NAMES, where=where, persistent_load=count)
     return sum(found.values())
 
 
@@ -226,7 +229,7 @@ def _unreadable(kind: str) -> Callable[..., UnreadableTensor]:
     return lambda *_args: UnreadableTensor(kind)
 
 
-_ALLOWED: Final[Allowed] = {
+NAMES: Final[Allowed] = {
     **HARMLESS,
     **distributed.NAMES,
     **{
@@ -263,6 +266,7 @@ _ALLOWED: Final[Allowed] = {
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable("meta, without data"),
     ("torch._utils", "_rebuild_nested_tensor"): _unreadable("nested"),
 }
+"""Globals that a ``torch.save`` file of weights may name, and what each stands for."""
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -107,6 +107,7 @@ def read_value(path: Path) -> tuple[object, Identity]:
 
 
 def reader_of(descriptor: int) -> Read:
+    """Reads an open file by offset and length."""
     return lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.runs.carrying.state import Group, OptimizerError, TrainingState, read_scalar
 
@@ -42,6 +44,40 @@ def moment_targets(state: TrainingState, coverage: Coverage) -> Iterator[tuple[s
     if refused:
         raise OptimizerError("optimizer state cannot follow its parameters", refused)
     yield from made
+
+
+def require_adamw(group: Group, found: Sequence[tuple[str, str, Target]]) -> None:
+    """Raises where the state is not that of ``torch.optim.AdamW``, which alone can resume from it.
+
+    Raises:
+        OptimizerError: A parameter that has state lacks some, or has state of another kind.
+    """
+    kinds: dict[str, list[str]] = {}
+    for key, kind, _ in found:
+        kinds.setdefault(key, []).append(kind)
+    refused: list[tuple[str, object]] = []
+    for key, own in kinds.items():
+        lacking = [kind for kind in _ADAMW if kind not in own]
+        strange = [kind for kind in own if kind not in {*_ADAMW, "max_exp_avg_sq"}]
+        if lacking or strange:
+            refused.append(("parameter", f"{key}: {_difference(lacking, strange)}"))
+    if not kinds and group.values and "betas" not in group.values:
+        refused.append(("missing", f"{', '.join(_ADAMW)}; the group has {', '.join(group.values)}"))
+    if refused:
+        more = [("parameter", f"and {len(refused) - 8} more")] if len(refused) > 8 else []
+        raise OptimizerError(
+            "the optimizer is not AdamW, and AdamW cannot resume from its state",
+            [*refused[:8], *more],
+            hint="carry the run --to dcp, or start from its weights with `dcpconv convert`",
+        )
+
+
+_ADAMW: Final = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _difference(lacking: Sequence[str], strange: Sequence[str]) -> str:
+    words = [f"lacks {', '.join(lacking)}"] if lacking else []
+    return " and ".join([*words, *([f"has {', '.join(strange)}"] if strange else [])])
 
 
 def sources_of(state: TrainingState, coverage: Coverage) -> dict[str, tuple[str, ...]]:
@@ -103,14 +139,25 @@ def _ties(state: TrainingState) -> Iterator[tuple[str, str]]:
         yield tie.key, tie.owner
 
 
-def _moments_of(state: TrainingState, coverage: Coverage, name: str) -> Mapping[str, TensorEntry]:
+def _moments_of(
+    state: TrainingState, coverage: Coverage, name: str
+) -> Mapping[str, TensorEntry | float]:
     owner = _owner(state, coverage, name, state.moments)
     return state.moments[owner] if owner is not None else {}
 
 
 def _target(
-    state: TrainingState, target: Target, entries: list[TensorEntry]
+    state: TrainingState, target: Target, found: list[TensorEntry | float]
 ) -> tuple[Target | None, str]:
+    numbers = {value for value in found if not isinstance(value, TensorEntry)}
+    if len(numbers) == 1 and numbers == {*found}:
+        value = float(*numbers)
+        return Target(
+            target.key, (), BY_NAME["float32"], (), slots=target.slots, values=(value,)
+        ), ""
+    entries = [entry for entry in found if isinstance(entry, TensorEntry)]
+    if numbers:
+        return None, f"its parts have different values: {sorted(map(str, numbers))}"
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) > 1:
         return None, "made of tensors of different types"
@@ -129,5 +176,5 @@ def _target(
             Target(target.key, (), entries[0].dtype, (piece,), slots=target.slots),
             "",
         )
-    found = next(e.shape for e, shape in zip(entries, shapes, strict=True) if e.shape != shape)
-    return None, f"shape {list(found)} is not the parameter's"
+    shape = next(e.shape for e, s in zip(entries, shapes, strict=True) if e.shape != s)
+    return None, f"shape {list(shape)} is not the parameter's"

@@ -132,21 +132,23 @@ def by_fqn(
         if len(distinct) != 1:
             raise _mismatch(groups, orders, distinct, state, weights)
         named = [list(group) for group in distinct[0]]
-    moments: dict[str, Mapping[str, TensorEntry]] = {}
+    moments: dict[str, Mapping[str, TensorEntry | float]] = {}
     refused: list[tuple[str, object]] = []
     for ids, names in zip(groups, named, strict=True):
         for number, name in zip(ids, names, strict=True):
             found = state.get(number)
             if isinstance(found, Mapping):
+                kinds = _torch_names(name, found)
                 moments[name] = {
-                    str(kind): entry
-                    for kind, entry in found.items()
+                    kind: entry if isinstance(entry, TensorEntry) else float(entry)
+                    for kind, entry in kinds.items()
                     if isinstance(entry, TensorEntry)
+                    or (kind == "step" and isinstance(entry, (int, float)))
                 }
                 refused += [
                     ("value", f"{kind} of {name} is a {type(value).__name__}")
-                    for kind, value in found.items()
-                    if not isinstance(value, TensorEntry) and value is not None
+                    for kind, value in kinds.items()
+                    if kind not in moments[name] and value is not None
                 ]
     if refused:
         raise OptimizerError("optimizer state holds what is no tensor", refused)
@@ -154,6 +156,27 @@ def by_fqn(
         Group(_values(group), tuple(names))
         for group, names in zip(param_groups, named, strict=True)
     )
+
+
+def _torch_names(name: str, found: Mapping[object, object]) -> dict[str, object]:
+    """State under the names that torch gives it; bitsandbytes numbers the moments of 32-bit Adam.
+
+    Raises:
+        OptimizerError: The moments are quantized.
+
+    Source: bitsandbytes 0.45 ``optim/optimizer.py`` (``Optimizer2State``).
+    """
+    kinds = {str(kind): value for kind, value in found.items()}
+    if any(kind.startswith(("absmax", "qmap")) for kind in kinds):
+        raise OptimizerError(
+            "the moments are quantized to 8 bits, which no other optimizer reads",
+            [("parameter", name), ("found", ", ".join(kinds))],
+            hint="weights alone are for `dcpconv convert`",
+        )
+    if {"state1", "state2"} <= kinds.keys():
+        torch_names = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+        return {torch_names.get(kind, kind): value for kind, value in kinds.items()}
+    return kinds
 
 
 def _values(group: Mapping[str, object]) -> dict[str, object]:

@@ -38,8 +38,12 @@ def rescaled(beside: Mapping[str, object], world_size: int | None) -> tuple[Name
 
 def optimizer_step(state: TrainingState) -> int:
     """Updates that the optimizer made: the largest ``step`` of its parameters; 0 without any."""
-    entries = [moments["step"] for moments in state.moments.values() if "step" in moments]
-    values = [value for entry in entries[:64] if (value := read_scalar(state.root, entry))]
+    counts = [moments["step"] for moments in state.moments.values() if "step" in moments]
+    values = [
+        value
+        for count in counts[:64]
+        if (value := count if isinstance(count, float) else read_scalar(state.root, count))
+    ]
     return int(max(values, default=0))
 
 
@@ -97,8 +101,10 @@ def minimind_progress(state: TrainingState) -> tuple[Named, tuple[str, ...]]:
     if "epoch" in state.beside and "step" in state.beside:
         return {}, ()
     counted: Any = state.beside.get("trainer_state")
-    updates = optimizer_step(state)
-    epoch = counted.get("epoch") if isinstance(counted, Mapping) else None
+    counted = counted if isinstance(counted, Mapping) else {}
+    updates, epoch = counted.get("global_step"), counted.get("epoch")
+    if not isinstance(updates, int):
+        updates = optimizer_step(state)
     if isinstance(epoch, (int, float)) and epoch > 0:
         whole = int(epoch)
         step = round((epoch - whole) * updates / epoch)

@@ -18,6 +18,7 @@ from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.torchfile.archive import StoredTensor, read_archive, read_tensors
 from dcpconv.formats.torchfile.nesting import key_of, nest
 from dcpconv.plan.ties import differing
+from dcpconv.runs.carrying import deepspeed
 from dcpconv.runs.carrying.order import by_fqn, minimind_orders, trainer_orders
 from dcpconv.runs.carrying.state import Group, Kind, Moments, OptimizerError, TrainingState, part_of
 from dcpconv.sources.fitting import bare
@@ -52,7 +53,7 @@ def read_training_state(
 
     Args:
         source: A MiniMind ``*_resume.pth``, a Hugging Face ``checkpoint-N``, a DCP directory with
-            weights and optimizer, or a Lingua step directory.
+            weights and optimizer, a Lingua step directory, or DeepSpeed's rank files.
         from_: Naming of its weights, where keys leave a choice.
         assets: Directory with the model's config, where the source has none.
         sizes: Numbers of the model (``n_heads``), where neither says.
@@ -75,6 +76,8 @@ def read_training_state(
         if not states:
             return found
         return replace(found, beside={**found.beside, "train_states": [*map(_read_json, states)]})
+    if (directory := deepspeed.find(path)) is not None:
+        return _from_deepspeed(directory, path, asked)
     raise NotACheckpointError(
         "this is no training checkpoint that we know",
         [
@@ -127,6 +130,10 @@ def _read_trainer(path: Path, asked: Asked) -> TrainingState:
         parts = [_below(path, name) for name in ("pytorch_model_fsdp_0", "optimizer_0")]
         found = _from_dcp("hf-trainer", path, _joined(path, parts), asked)
         return replace(found, beside={**found.beside, **beside})
+    if not any((path / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and (
+        directory := deepspeed.find(path)
+    ):
+        return replace(_from_deepspeed(directory, path, asked), kind="hf-trainer", beside=beside)
     optimizers = [p for n in ("optimizer.pt", "optimizer.bin") if (p := path / n).is_file()]
     if not optimizers:
         raise NotACheckpointError(
@@ -150,6 +157,21 @@ def _read_trainer(path: Path, asked: Asked) -> TrainingState:
         groups=groups,
         beside=beside,
         notes=notes,
+    )
+
+
+def _from_deepspeed(directory: Path, path: Path, asked: Asked) -> TrainingState:
+    flat = deepspeed.read(directory, path)
+    weights, spec, notes = _weights(flat.catalog, None, asked)
+    return TrainingState(
+        kind="deepspeed",
+        source=path,
+        root=path,
+        **_with_ties(weights, spec, flat.groups),
+        moments=flat.moments,
+        groups=flat.groups,
+        beside={},
+        notes=(*flat.catalog.notes, *notes),
     )
 
 

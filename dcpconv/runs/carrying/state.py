@@ -16,16 +16,18 @@ from dcpconv.formats.torchfile.nesting import DictKey
 from dcpconv.formats.torchfile.unpickling import Call, Instance
 from dcpconv.sources.recognition import Weights
 
-Kind = Literal["minimind", "hf-trainer", "dcp", "lingua"]
+Kind = Literal["minimind", "hf-trainer", "dcp", "lingua", "deepspeed"]
 """Whose checkpoint it is; ``dcp`` is what ``dcp.save`` writes of ``{"model", "optim", ...}``."""
 
 KINDS: Final[tuple[Kind, ...]] = ("minimind", "hf-trainer", "dcp", "lingua")
+"""What can be written."""
 
 UNSPLIT: Final = frozenset({"trainer_state", "train_states", "training_args"})
 """Entries that stay one object in a DCP: logs of thousands of lines would become as many keys."""
 
-Moments = Mapping[str, Mapping[str, TensorEntry]]
-"""Optimizer state: bare FQN -> name (``exp_avg``) -> tensor."""
+Moments = Mapping[str, Mapping[str, TensorEntry | float]]
+"""Optimizer state: bare FQN -> name (``exp_avg``) -> tensor, or a number where an optimizer counts
+its steps in one."""
 
 
 class OptimizerError(DcpconvError, ValueError):
@@ -106,8 +108,12 @@ def split_for_dcp(path: KeyPath, value: object) -> Iterator[tuple[KeyPath, objec
 
 
 def _is_entered(value: list[object]) -> bool:
+    """Whether a list has keys of its own: not for empty mappings alone, which torch would read back
+    as a list of plain values, under the key of the list (``lr_lambdas``)."""
     return any(
-        isinstance(item, (Mapping, TensorEntry)) or (isinstance(item, list) and _is_entered(item))
+        isinstance(item, TensorEntry)
+        or (isinstance(item, Mapping) and bool(item))
+        or (isinstance(item, list) and _is_entered(item))
         for item in value
     )
 

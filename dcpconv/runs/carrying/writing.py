@@ -20,7 +20,7 @@ from dcpconv.formats.torchfile.unpickling import Instance
 from dcpconv.plan.coverage import Coverage, Target, as_stored
 from dcpconv.plan.fills import fill_of, make_plan, row_chunks, whole
 from dcpconv.runs.carrying import progress
-from dcpconv.runs.carrying.moments import moment_targets, regrouped
+from dcpconv.runs.carrying.moments import moment_targets, regrouped, require_adamw
 from dcpconv.runs.carrying.order import by_decay, parameters_in_order
 from dcpconv.runs.carrying.state import (
     Group,
@@ -147,6 +147,7 @@ def write_minimind(carried: Carried, keymap: Keymap, *, filename: str) -> Writte
     tensors = list(make_plan(carried.coverage, path_of=lambda key: ("model", key)))
     objects: dict[KeyPath, object] = {}
     found = _optimizer_file(carried, [group], ("optimizer",), tensors, objects)
+    require_adamw(group, found)
     for name, value in beside.items():
         _split(split_for_file((name,), value), tensors, objects)
     return Written(

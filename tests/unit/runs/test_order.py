@@ -89,7 +89,9 @@ def test_shapes_choose_between_orders() -> None:
 
     assert groups[0].params == ("a", "b")
     assert groups[0].values == {"lr": 0.1}
-    assert moments["b"]["exp_avg"].shape == (4,)
+    entry = moments["b"]["exp_avg"]
+    assert isinstance(entry, TensorEntry)
+    assert entry.shape == (4,)
 
 
 def test_orders_that_fit_alike_are_an_error_that_names_the_parameters() -> None:
