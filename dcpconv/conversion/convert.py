@@ -23,6 +23,7 @@ from dcpconv.engine.space import spared
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.adapting import read_adapters
 from dcpconv.plan.refusals import parse_allowed
 from dcpconv.stores.hub import locate
 
@@ -53,6 +54,7 @@ def convert(
     allow: Sequence[str] = (),
     assets: str | os.PathLike[str] | None = None,
     spec: str | Sequence[str] = (),
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     chunks: int = 1,
     model_parallel: int = 1,
     max_file_size: int | None = None,
@@ -84,6 +86,8 @@ def convert(
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
         spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
+        adapter: Adapters to merge into the source, in this order: PEFT directories, hub ids, files of
+            MiniMind, or DCP directories; ``DIR:0.5`` adds half of one.
         chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
         model_parallel: Files of a torch result ``to="meta"``, which is then a directory: every
             rank's share of each tensor, as Meta releases its larger models.
@@ -125,6 +129,7 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
         trust=trust,
+        adapters=read_adapters(adapter),
     )
     is_by_torch = _is_by_torch(engine, trust=trust)
     if not dry_run:
@@ -144,7 +149,7 @@ def convert(
             decided.report,
             moved={
                 name: nbytes
-                for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
+                for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
                 if (nbytes := getattr(moved, name))
             },
             lossy=lossy_casts(moved, decided.tensors, decided.outline),

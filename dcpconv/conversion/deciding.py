@@ -22,6 +22,7 @@ from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.families.side_files import SideFiles, dequantized
 from dcpconv.formats.torchfile import meta_ranks as metashards
+from dcpconv.plan.adapting import adapted
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.left_out import without_idle
@@ -69,6 +70,10 @@ def decide(everything: Catalog, request: Request) -> Decided:
     wanted = _target_keymap(request.to, own, weights, spec, form)
     weights, spec = without_idle(weights, spec, wanted, allow=request.allow)
     weights, kept_notes = taken_up(weights, wanted)
+    weights, merge_notes = adapted(
+        weights, request.adapters, spec=spec, dequantize=request.dequantize
+    )
+    catalog = weights.catalog
     if request.dequantize:
         wanted = wanted or weights.require_keymap()
     job = Job(
@@ -120,6 +125,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         *config_notes,
         *settled,
         *kept_notes,
+        *merge_notes,
         *notes,
         *aside_notes,
         *side.notes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
+from dcpconv.plan.adapting import Weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Request:
     max_file_size: int | None
     overwrite: bool
     trust: bool
+    adapters: tuple[Weighed, ...] = ()
 
     def check_target(self) -> None:
         """Raises early, before anything is read, where the target cannot be written."""
@@ -54,7 +56,7 @@ class Request:
         form = self.form or default_form(own, self.target, self.to)
         changes = (self.to, self.from_, self.keymap, self.root, self.only, self.dtype, self.assets)
         is_verbatim = not any(change is not None for change in (*changes, self.max_file_size))
-        is_verbatim = is_verbatim and self.chunks == 1 and not self.sizes
+        is_verbatim = is_verbatim and self.chunks == 1 and not self.sizes and not self.adapters
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
 
 

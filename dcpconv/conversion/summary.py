@@ -19,7 +19,7 @@ def labels(tensors: Iterable[OutTensor], outline: Outline) -> dict[tuple[str, in
         id(chunk.fill): tensor.key
         for tensor in tensors
         for chunk in tensor.chunks
-        if chunk.fill.is_cast
+        if chunk.fill.is_computed
     }
     if not keys:
         return {}

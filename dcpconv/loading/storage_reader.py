@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from torch.futures import Future
 from dcpconv.core.errors import FormatError
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.plan.account import Options, Supply, prepare
+from dcpconv.plan.adapting import adapter_names, widened
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target, cover_as_stored
 from dcpconv.plan.fills import fill_of
@@ -65,6 +66,8 @@ class CheckpointReader(StorageReader):
         allow: Features to leave out although the naming cannot express them.
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
             fp32; without ``to``, keys are then those of the source's own naming.
+        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each; what they
+            change is offered as fp32, and rounded once to the type of the tensor that asks.
         jobs: Threads.
     """
 
@@ -80,6 +83,7 @@ class CheckpointReader(StorageReader):
         spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         dequantize: bool = False,
+        adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -92,6 +96,7 @@ class CheckpointReader(StorageReader):
             spec=(spec,) if isinstance(spec, str) else spec,
             allow=parse_allowed(allow),
             dequantize=dequantize,
+            adapters=adapter_names(adapter),
         )
         self._root = root
         self._jobs = jobs
@@ -201,7 +206,7 @@ class CheckpointReader(StorageReader):
                 weights = replace(
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
                 )
-                supply = replace(supply, coverage=cover_as_stored(weights))
+                supply = replace(supply, coverage=widened(cover_as_stored(weights)))
             torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
             hint = self._options.advice if torn else "to= names another naming"
             supply.coverage.require(self._source, hint=hint)

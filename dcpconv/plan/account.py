@@ -13,6 +13,7 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.adapting import adapted, read_adapters, widened
 from dcpconv.plan.block_scales import FACTORS, SCALE
 from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
 from dcpconv.plan.left_out import without_idle
@@ -40,6 +41,7 @@ class Options:
         spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
         dequantize: Whether weights in scaled blocks are multiplied out.
+        adapters: What is merged into the source, ``DIR`` or ``DIR:WEIGHT`` each.
     """
 
     to: str | None = None
@@ -49,6 +51,7 @@ class Options:
     spec: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     dequantize: bool = False
+    adapters: tuple[str, ...] = ()
 
     @property
     def advice(self) -> str:
@@ -119,6 +122,11 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     if target is None and options.dequantize:
         target = weights.require_keymap()
     weights, spec = without_idle(weights, spec, target, allow=options.allow)
+    adapters = read_adapters(options.adapters)
+    weights, merged = adapted(
+        weights, adapters, spec=spec, dequantize=options.dequantize, undone="nothing was loaded"
+    )
+    catalog, notes = weights.catalog, (*notes, *merged)
     root = ""
     if target is None:
         weights = _as_wanted(weights, wanted)
@@ -140,7 +148,7 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         )
         if model is not None:
             root = _root_of(model, target)
-    return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
+    return Supply(catalog, weights, widened(coverage), root, (*catalog.notes, *notes))
 
 
 def _model_weights(wanted: Shapes) -> Catalog:
