@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dcpconv.checking.adapters import adapter_path, check_adapter
 from dcpconv.checking.against import (
     compare_keys,
     compare_results,
@@ -80,6 +81,9 @@ def check(
     allow = parse_allowed(allow)
     directory = os.fspath(assets) if assets is not None else None
     own = read_keymap(Path(keymap)) if keymap is not None else None
+    adapter = adapter_path(source)
+    if adapter is not None and to is None:
+        return check_adapter(adapter, against, own=own, from_=from_, sizes=parse_pairs(spec))
     side = open_side(source, assets=directory, problems=problems)
     if not side.catalog.tensors and not problems:
         problems.append("there are no tensors in it")

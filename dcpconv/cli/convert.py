@@ -213,6 +213,8 @@ def lines(report: ConversionReport) -> Iterator[str]:
             f"relabel   {count(item.tensors, 'tensor')}  {item.source_layout} ->"
             f" {item.target_layout}"
         )
+    if report.merged:
+        yield f"merged    {count(report.merged, 'tensor')} with what the adapter adds"
     if report.cast:
         yield f"cast      {count(report.cast, 'tensor')} to {report.target.dtypes[0]}"
     for loss in report.lossy:

@@ -27,6 +27,7 @@ from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.refusals import SELECTION_BIAS
+from dcpconv.sources.adapters.reading import beside_note, require_model
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.selection import select
 from dcpconv.sources.settling import find_spec, settle, target_keymap
@@ -57,6 +58,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
     """Accounts for every key and plans every byte; only headers are read."""
     catalog = select(everything, request.only)
     form = request.form or default_form(catalog.form, request.target, request.to)
+    require_model(catalog, is_hf=form == "hf", is_merged=bool(request.adapters))
     own = read_keymap(request.keymap) if request.keymap else None
     config, config_notes = find_spec(catalog, request.assets)
     weights, spec, settled = settle(
@@ -126,6 +128,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         *settled,
         *kept_notes,
         *merge_notes,
+        *(() if request.adapters else beside_note(catalog.source)),
         *notes,
         *aside_notes,
         *side.notes,

@@ -42,7 +42,7 @@ def _hint(path: Path) -> str | None:
     if any(name.startswith("model_world_size_") for name in names):
         return "these are per-rank files of verl; merge them with its own model_merger first"
     if "adapter_config.json" in names:
-        return "this is a PEFT adapter without its base model; merge it into the base first"
+        return f"this is a PEFT adapter; to merge it: dcpconv convert BASE DST --adapter {path}"
     explained = dcp.explain(path)
     if explained:
         return explained

@@ -81,8 +81,8 @@ def load_init_weights(
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
             fp32, and round once to the parameter's dtype: the bits of ``convert`` with the same
             option.
-        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each: every rank
-            multiplies the rows of its own shards, in fp32, and rounds once.
+        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each: every
+            rank multiplies the rows of its own shards, in fp32, and rounds once.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
             buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors, and
             one-byte weights that a model of another dtype would get without their factors

@@ -66,8 +66,8 @@ class CheckpointReader(StorageReader):
         allow: Features to leave out although the naming cannot express them.
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
             fp32; without ``to``, keys are then those of the source's own naming.
-        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each; what they
-            change is offered as fp32, and rounded once to the type of the tensor that asks.
+        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each; what
+            they change is offered as fp32, and rounded once to the type of the tensor that asks.
         jobs: Threads.
     """
 

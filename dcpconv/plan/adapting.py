@@ -1,4 +1,4 @@
-"""Which stored tensors of a base an adapter changes, and how: every pair has its matrix, or an error.
+"""Which stored tensors of a base an adapter changes: every pair has its matrix, or an error.
 
 Adapters spell the base as the model in memory did.  Where the base is stored in another naming, the
 tables say where the rows and columns of each matrix lie, and the factors are rearranged: the
@@ -7,32 +7,26 @@ product is the same numbers in another order.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Lane, TensorEntry, Update
+from dcpconv.core.catalog import TensorEntry, Update
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.core.errors import CoverageError, DcpconvError, KeymapError
-from dcpconv.core.layout import Placement
+from dcpconv.core.errors import CoverageError, DcpconvError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap
-from dcpconv.plan.coverage import Coverage, Fault, Piece, Target
-from dcpconv.plan.matching import cover
+from dcpconv.plan.coverage import Coverage, Fault, Target
+from dcpconv.plan.locating import Finder, Place
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter, LowRank
-from dcpconv.sources.recognition import Weights, recognise
-from dcpconv.sources.settling import target_keymap
+from dcpconv.sources.recognition import Weights
 from dcpconv.stores.hub import locate
 
 _INPUTS_FIRST = frozenset({"gpt_oss"})
 """Architectures whose stacked experts are stored inputs by outputs.  Source: transformers 5.23
 ``modeling_gpt_oss.py``, ``use_experts_implementation(is_transposed=True)``."""
-
-_PREFIXES = ("", "model.", "base_model.", "transformer.")
-"""What stands before the keys of one class of transformers and not before those of another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +35,6 @@ class Weighed:
 
     adapter: Adapter
     weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a matrix, or a part of it, is stored."""
-
-    entry: TensorEntry
-    shape: tuple[int, ...]
-    rows: Lane | None = None
-    columns: Lane | None = None
-    is_turned: bool = False
 
 
 @dataclass(slots=True)
@@ -76,6 +59,11 @@ class Merged:
     misshapen: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def say(self, note: str) -> None:
+        """Notes something once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
 
 Named = str | os.PathLike[str]
 
@@ -83,7 +71,7 @@ Named = str | os.PathLike[str]
 def adapter_names(names: Named | Sequence[Named]) -> tuple[str, ...]:
     """What the user named, one or several."""
     some = [names] if isinstance(names, str | os.PathLike) else names
-    return tuple(map(os.fspath, some))
+    return tuple(os.fspath(name) for name in some)
 
 
 def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
@@ -94,19 +82,24 @@ def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
         NotExpressibleError: One cannot be merged.
         FormatError: A file is malformed.
     """
-    found = []
-    for name in adapter_names(names):
-        path, _, weight = name.rpartition(":")
-        try:
-            factor = float(weight) if path and not Path(name).exists() else 1.0
-        except ValueError:
-            factor = 1.0
-        else:
-            name = path if path and not Path(name).exists() else name
-        if not -1e6 < factor < 1e6:
-            raise DcpconvError("an adapter's weight is no number", [("adapter", name)])
-        found.append(Weighed(read_adapter(locate(name)), factor))
-    return tuple(found)
+    return tuple(
+        Weighed(read_adapter(locate(name)), weight)
+        for name, weight in map(_weighed, adapter_names(names))
+    )
+
+
+def _weighed(text: str) -> tuple[str, float]:
+    """``DIR:0.5`` as its two parts; a name with a colon that is there is a name."""
+    name, _, number = text.rpartition(":")
+    if not name or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(weight):
+        raise DcpconvError("an adapter's weight is no number", [("adapter", text)])
+    return name, weight
 
 
 def adapted(
@@ -148,7 +141,7 @@ def adapted(
             ],
             hint=_hint(adapters, weights),
         )
-    return _changed(weights, merged), (*_told(adapters, merged), *merged.notes)
+    return _changed(weights, merged), (*_told(adapters), *merged.notes)
 
 
 def merge_of(
@@ -162,7 +155,7 @@ def merge_of(
     merged = Merged()
     replaced: dict[str, Path] = {}
     for one in adapters:
-        finder = _Finder(weights, one.adapter, spec)
+        finder = Finder(weights, one.adapter, spec)
         for low_rank in one.adapter.updates:
             _add(merged, finder, low_rank, one.weight, dequantize=dequantize)
         for key, entry in one.adapter.given.items():
@@ -179,7 +172,7 @@ def merge_of(
 
 
 def _add(
-    merged: Merged, finder: _Finder, low_rank: LowRank, weight: float, *, dequantize: bool
+    merged: Merged, finder: Finder, low_rank: LowRank, weight: float, *, dequantize: bool
 ) -> None:
     places = finder.places(low_rank.key)
     if not places:
@@ -192,7 +185,11 @@ def _add(
     for place in places:
         if not _is_fit(merged, low_rank.key, place, dequantize=dequantize, update=update):
             return
-        for entry in finder.together(place.entry, merged):
+        together = finder.together(place.entry)
+        if len(together) > 1:
+            told = " and ".join(sorted(entry.key for entry in together))
+            merged.say(f"{told} are one tensor: both change, as PEFT merges them")
+        for entry in together:
             merged.updates.setdefault(entry.key, []).append(_placed(update, place))
             stored.append(entry.key)
     merged.found.append((low_rank.key, tuple(stored)))
@@ -251,7 +248,7 @@ def _update(
     )
 
 
-def _placed(update: Update, place: _Place) -> Update:
+def _placed(update: Update, place: Place) -> Update:
     """The update of the matrix as the base stores it."""
     if place.is_turned:
         update = replace(
@@ -265,7 +262,7 @@ def _placed(update: Update, place: _Place) -> Update:
 
 
 def _give(
-    merged: Merged, finder: _Finder, key: str, entry: TensorEntry, *, dequantize: bool
+    merged: Merged, finder: Finder, key: str, entry: TensorEntry, *, dequantize: bool
 ) -> None:
     places = finder.places(key)
     owner = None if places else finder.owner_of(key)
@@ -273,7 +270,7 @@ def _give(
         # A head that was tied and now has values of its own.
         merged.owners[key] = owner
         merged.added[key] = replace(owner, key=finder.stored_key(key), updates=())
-        places = [_Place(merged.added[key], owner.shape)]
+        places = [Place(merged.added[key], owner.shape)]
     if not places:
         merged.missing.append(Fault(key, "the adapter replaces what the base does not have"))
         return
@@ -293,7 +290,7 @@ def _give(
 
 
 def _is_fit(
-    merged: Merged, key: str, place: _Place, *, dequantize: bool, update: Update | None = None
+    merged: Merged, key: str, place: Place, *, dequantize: bool, update: Update | None = None
 ) -> bool:
     entry = place.entry
     why = ""
@@ -306,142 +303,6 @@ def _is_fit(
     if why:
         merged.misshapen.append(Fault(key, why))
     return not why
-
-
-@dataclass
-class _Finder:
-    """Finds the stored tensors behind the keys of one adapter."""
-
-    weights: Weights
-    adapter: Adapter
-    spec: ModelSpec | None
-
-    def places(self, key: str) -> list[_Place]:
-        """Where a tensor is stored; nothing where the base does not have it."""
-        entry = self._entry(key)
-        if entry is not None:
-            return [_Place(entry, entry.shape)]
-        for prefix in _PREFIXES:
-            for other in (prefix + key, key.removeprefix(prefix)):
-                if other in self._made:
-                    shape, pieces = self._made[other]
-                    found = [_lanes(piece, shape) for piece in pieces]
-                    return [] if None in found else [place for place in found if place]
-        return []
-
-    def _entry(self, key: str) -> TensorEntry | None:
-        entries = self.weights.entries
-        names = dict.fromkeys(
-            name for prefix in _PREFIXES for name in (prefix + key, key.removeprefix(prefix))
-        )
-        found = [name for name in names if name in entries]
-        return entries[found[0]] if key in found or len(found) == 1 else None
-
-    def stored_key(self, key: str) -> str:
-        """What a key that the base lacks would be stored as."""
-        return self.weights.root + key
-
-    def together(self, entry: TensorEntry, merged: Merged) -> list[TensorEntry]:
-        """A tensor and those that are the same one under another name, as PEFT changes all."""
-        names = {entry.key} | self._ties.get(entry.key, set())
-        if len(names) > 1:
-            told = " and ".join(sorted(names))
-            note = f"{told} are one tensor: both change, as PEFT merges them"
-            if note not in merged.notes:
-                merged.notes.append(note)
-        return [one for one in self.weights.entries.values() if one.key in names]
-
-    def owner_of(self, key: str) -> TensorEntry | None:
-        """The tensor that a name which is not stored stands for, in a tied model."""
-        table = self.weights.keymap
-        if table is None or self.spec is None or not self.spec.tied:
-            return None
-        pairs = table.tie_pairs()
-        return self.weights.entries.get(pairs.get(key, ""))
-
-    @cached_property
-    def _ties(self) -> dict[str, set[str]]:
-        entries = self.weights.entries
-        pairs = set(self.weights.tied.items())
-        if self.spec is not None and self.spec.tied and self.weights.keymap is not None:
-            pairs |= set(self.weights.keymap.tie_pairs().items())
-        found: dict[str, set[str]] = {}
-        for key, owner in pairs:
-            if key in entries and owner in entries:
-                names = {entries[key].key, entries[owner].key}
-                for name in names:
-                    found.setdefault(name, set()).update(names)
-        return found
-
-    @cached_property
-    def _made(self) -> Mapping[str, tuple[tuple[int, ...], tuple[Piece, ...]]]:
-        """What the tables make of the base, in the adapter's naming."""
-        table = self._table()
-        if table is None or self.weights.keymap is None or table is self.weights.keymap:
-            return {}
-        try:
-            coverage = cover(self.weights, table, spec=self.spec)
-        except DcpconvError:
-            return {}
-        return {target.key: (target.shape, target.pieces) for target in coverage.targets}
-
-    def _table(self) -> Keymap | None:
-        keys = [low_rank.key for low_rank in self.adapter.updates] or list(self.adapter.given)
-        some: TensorEntry | None = next(iter(self.adapter.catalog.tensors.values()), None)
-        if some is None:
-            return None
-        told = {key: replace(some, key=key) for key in keys}
-        pretended = Catalog("torch", Path(), Path("adapter"), {}, told)
-        try:
-            table = target_keymap("hf", None, self.weights.keymap, self.spec)
-        except KeymapError:
-            table = None
-        if table is not None and any(table.knows(key) for key in map(_templated, keys)):
-            return table
-        return recognise(pretended, spec=self.spec).keymap
-
-
-def _templated(key: str) -> str:
-    from dcpconv.families.keymaps import split_key  # noqa: PLC0415
-
-    return split_key(key)[0]
-
-
-def _lanes(piece: Piece, shape: tuple[int, ...]) -> _Place | None:
-    """Where a piece of a matrix lies in the stored tensor; ``None`` where it is no matrix there."""
-    entry = piece.entry
-    if piece.placed is None or piece.wanted is None:
-        return _Place(entry, shape)
-    if not len(shape) == len(entry.shape) <= 2:
-        return None
-    stored, wanted = piece.placed, piece.wanted
-    straight = [_lane(stored, wanted, dim, dim, piece) for dim in range(len(shape))]
-    if all(straight):
-        return _Place(entry, shape, *(straight if len(shape) == 2 else (None, *straight)))
-    turned = [_lane(stored, wanted, dim, 1 - dim, piece) for dim in range(len(shape))]
-    if len(shape) == 2 and all(turned):
-        return _Place(entry, shape, *turned, is_turned=True)
-    return None
-
-
-def _lane(
-    stored: Placement, wanted: Placement, here: int, there: int, piece: Piece
-) -> Lane | None:
-    """How an axis of the stored tensor runs along one of the wanted; ``None`` where it does not."""
-    base, steps = stored.dims[here]
-    other, others = wanted.dims[there]
-    move, moves = dict(steps), dict(others)
-    axes = []
-    for axis in dict.fromkeys((*move, *moves)):
-        low, high = piece.limit.get(axis, (0, {**stored.lengths, **wanted.lengths}[axis]))
-        base += low * move.get(axis, 0)
-        other += low * moves.get(axis, 0)
-        if high - low == 1:
-            continue
-        if axis not in move or axis not in moves:
-            return None
-        axes.append((high - low, move[axis], moves[axis]))
-    return Lane(base, other, tuple(axes))
 
 
 def _changed(weights: Weights, merged: Merged) -> Weights:
@@ -469,9 +330,7 @@ def _changed(weights: Weights, merged: Merged) -> Weights:
             paths={**catalog.paths, **paths},
             tied={k: v for k, v in catalog.tied.items() if not {k, v} & replaced},
         ),
-        entries={
-            key: change(entry) for key, entry in {**weights.entries, **merged.added}.items()
-        },
+        entries={key: change(entry) for key, entry in {**weights.entries, **merged.added}.items()},
         tied={
             key: owner
             for key, owner in weights.tied.items()
@@ -494,7 +353,7 @@ def widened(coverage: Coverage) -> Coverage:
     return replace(coverage, targets=tuple(map(widen, coverage.targets)))
 
 
-def _told(adapters: Sequence[Weighed], merged: Merged) -> Iterator[str]:
+def _told(adapters: Sequence[Weighed]) -> Iterator[str]:
     for one in adapters:
         adapter = one.adapter
         weight = f", times {one.weight:g}" if one.weight != 1 else ""
@@ -504,7 +363,6 @@ def _told(adapters: Sequence[Weighed], merged: Merged) -> Iterator[str]:
             f"{weight}{given}"
         )
         yield from adapter.notes
-    del merged
 
 
 def _hint(adapters: Iterable[Weighed], weights: Weights) -> str | None:

@@ -34,7 +34,7 @@ TARGETS = {
     "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     "qwen3_moe": ["q_proj", "v_proj"],
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "patterns": {
@@ -96,7 +96,7 @@ def test_every_kind_of_lora_is_merged_as_peft_merges_it(
 ) -> None:
     model_type = "qwen2" if variant == "bias" else "llama"  # qwen2 has biases
     save_hf(tiny(model_type, dtype=dtype), tmp_path / "base")
-    fields = {"target_modules": PROJECTIONS, **VARIANTS[variant]}
+    fields: dict[str, Any] = {"target_modules": PROJECTIONS, **VARIANTS[variant]}
     want = trained(tiny(model_type, dtype=dtype), tmp_path / "adapter", **fields)
 
     convert(tmp_path / "base", tmp_path / "out", form="hf", adapter=tmp_path / "adapter")
@@ -121,11 +121,9 @@ def test_two_adapters_with_weights(tmp_path: Path) -> None:
     save_hf(base, tmp_path / "base")
     one = trained(tiny("llama"), tmp_path / "one", target_modules=["q_proj"], seed=1)
     two = trained(tiny("llama"), tmp_path / "two", target_modules=["q_proj", "up_proj"], seed=2)
-    names = [tmp_path / "one", f"{tmp_path / 'two'}:0.5"]
+    names: list[str | Path] = [tmp_path / "one", f"{tmp_path / 'two'}:0.5"]
     convert(tmp_path / "base", tmp_path / "out", form="hf", adapter=names)
-    want = {
-        key: one[key] + 0.5 * (two[key] - value) for key, value in base.state_dict().items()
-    }
+    want = {key: one[key] + 0.5 * (two[key] - value) for key, value in base.state_dict().items()}
     assert_close(hf_tensors(tmp_path / "out"), want, ulps=4)
 
 
@@ -134,7 +132,7 @@ def test_merging_before_and_after_a_change_of_naming_gives_the_same_bits(
     variant: str, tmp_path: Path
 ) -> None:
     save_hf(tiny("llama"), tmp_path / "base")
-    fields = {"target_modules": PROJECTIONS, **VARIANTS[variant]}
+    fields: dict[str, Any] = {"target_modules": PROJECTIONS, **VARIANTS[variant]}
     trained(tiny("llama"), tmp_path / "adapter", **fields)
     adapter = tmp_path / "adapter"
     convert(tmp_path / "base", tmp_path / "merged", form="hf", adapter=adapter)
@@ -163,7 +161,7 @@ def test_a_live_model_gets_the_bits_of_the_conversion(dtype: torch.dtype, tmp_pa
 
 
 def test_experts_stacked_in_one_tensor(tmp_path: Path) -> None:
-    fields = {"target_modules": [], "r": 2, "lora_alpha": 6}
+    fields: dict[str, Any] = {"target_modules": [], "r": 2, "lora_alpha": 6}
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(

@@ -138,7 +138,7 @@ def lora_fields(fields: Mapping[str, Any], *, file: Path) -> LoraFields:
     for name, value in (("r", rank), *(("rank_pattern", value) for value in ranks.values())):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             wrong.append((name, f"{value!r} is no number of ranks"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not _is_number(alpha):
         wrong.append(("lora_alpha", f"{alpha!r} is no number"))
     parameters = fields.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
@@ -184,11 +184,15 @@ def _numbers(
         except re.error as error:
             wrong.append((name, f"{pattern!r} is no pattern: {error}"))
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             wrong.append((name, f"{value!r} is no number"))
             continue
         good[pattern] = value
     return good
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pattern(patterns: Mapping[str, float], module: str) -> str:

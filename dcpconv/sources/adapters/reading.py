@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, TensorEntry
-from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError, NotExpressibleError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.fields import CONFIG, LoraFields, lora_fields, read_config
 from dcpconv.sources.adapters.record import Adapter, LowRank
@@ -52,6 +52,36 @@ def is_adapter(path: Path) -> bool:
 def is_adapter_key(key: str) -> bool:
     """Whether a key is of LoRA."""
     return bool(_PART.fullmatch(key) or _MINIMIND.fullmatch(key))
+
+
+def beside_note(source: Path) -> tuple[str, ...]:
+    """What to say of a base whose directory also holds an adapter, which transformers loads too."""
+    file = weights_of(source)
+    if file is None or is_adapter(source):
+        return ()
+    name = file.relative_to(source)
+    return (f"{name} is an adapter and was left out; --adapter {source} merges it",)
+
+
+def require_model(catalog: Catalog, *, is_hf: bool, is_merged: bool) -> None:
+    """Refuses factors of an adapter where a model is wanted.
+
+    Raises:
+        NotExpressibleError: The checkpoint holds some, and the result has no place for them.
+    """
+    if not (is_hf or is_merged):
+        return
+    factors = [key for key in catalog.tensors if is_adapter_key(_told(bare(key)))]
+    if factors:
+        raise NotExpressibleError(
+            "these are tensors of an adapter, which are no model; nothing was written",
+            [
+                ("source", catalog.source),
+                *(("key", key) for key in factors[:5]),
+                ("found", f"{len(factors)} of LoRA among {len(catalog.tensors)} keys"),
+            ],
+            hint=f"merge them into a base: dcpconv convert BASE DST --adapter {catalog.source}",
+        )
 
 
 def open_adapter(path: Path) -> Catalog:
@@ -142,9 +172,7 @@ class _Parts:
     found: dict[str, TensorEntry] = field(default_factory=dict)
 
 
-def _peft(
-    path: Path, catalog: Catalog, keys: Mapping[str, str], settled: LoraFields
-) -> Adapter:
+def _peft(path: Path, catalog: Catalog, keys: Mapping[str, str], settled: LoraFields) -> Adapter:
     parts: dict[str, _Parts] = {}
     given: dict[str, TensorEntry] = {}
     names: set[str] = set()
@@ -226,9 +254,7 @@ def _low_rank(
     )
 
 
-def _place(
-    module: str, parts: Mapping[str, _Parts], settled: LoraFields
-) -> tuple[str, str]:
+def _place(module: str, parts: Mapping[str, _Parts], settled: LoraFields) -> tuple[str, str]:
     """Module and parameter that factors belong to.
 
     Parameters that are no ``weight`` are wrapped one around the other, in the order in which the
