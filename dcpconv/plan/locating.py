@@ -1,6 +1,5 @@
 """Where the tensors that an adapter speaks of are stored in its base, whatever their names are.
 
-
 Adapters spell the base as the model in memory did.  Where the base is stored in another naming, the
 tables say where the rows and columns of each matrix lie.
 """
