@@ -46,7 +46,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("is_bin", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("form", ["hf", "dcp", "torch"])
-def test_every_form_of_a_result(form: Any, is_bin: bool, base: Path, tmp_path: Path) -> None:
+def test_every_form_of_a_result(form: Any, *, is_bin: bool, base: Path, tmp_path: Path) -> None:
     weights = hf_tensors(base)
     pairs = factors(weights, MODULES)
     adapter = save_peft(tmp_path / "adapter", peft_tensors(pairs), is_bin=is_bin)
@@ -76,13 +76,12 @@ def test_the_sum_is_rounded_once(dtype: str, tmp_path: Path) -> None:
 def test_what_the_adapter_does_not_touch_keeps_its_bits(tmp_path: Path) -> None:
     base = save_hf(tiny("glm"), tmp_path / "base")
     weights = hf_tensors(base)
-    key = "model.layers.0.mlp.gate_up_proj.weight"
-    weights[key][::2] = -0.0
+    weights["model.layers.0.self_attn.k_proj.weight"][::2] = -0.0
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     pairs = factors(weights, ["q_proj"])
     adapter = save_peft(tmp_path / "adapter", peft_tensors(pairs))
-    convert(base, tmp_path / "out.pth", to="chatglm3", root="", adapter=adapter)
-    convert(tmp_path / "out.pth", tmp_path / "back", form="hf", assets=base)
+    convert(base, tmp_path / "fused.pth", to="chatglm3", root="")
+    convert(tmp_path / "fused.pth", tmp_path / "back", form="hf", assets=base, adapter=adapter)
     found = hf_tensors(tmp_path / "back")
     assert_near(found, merged(weights, pairs))
     for name, value in weights.items():
@@ -205,7 +204,8 @@ def test_everything_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> N
     pairs = factors(weights, ["q_proj"])
     module = "model.layers.0.self_attn.q_proj"
     pairs[module] = (pairs[module][0], pairs[module][1][:-3])
-    pairs["model.layers.7.self_attn.q_proj"] = pairs["model.layers.1.self_attn.q_proj"]
+    a, b = pairs["model.layers.1.self_attn.q_proj"]
+    pairs["model.layers.7.self_attn.q_proj"] = a.clone(), b.clone()
     tensors = peft_tensors(pairs) | {f"{PREFIX}score.weight": torch.ones(2, 96)}
     adapter = save_peft(tmp_path / "adapter", tensors, modules_to_save=["score"])
     with pytest.raises(CoverageError) as caught:
