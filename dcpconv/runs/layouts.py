@@ -26,8 +26,10 @@ from dcpconv.runs.listing import (
 Layout = Literal["hf-trainer", "lingua", "torchtitan", "accelerate", "minimind", "dcp"]
 """Whose directory a step is; ``dcp`` is a plain DCP directory that was named by its path."""
 
-HELD: Final = ("weights", "optimizer", "scheduler", "scaler", "rng", "trainer state")
+HELD: Final = ("weights", "adapter", "optimizer", "scheduler", "scaler", "rng", "trainer state")
 """What a step can hold, in the order it is told."""
+
+_ADAPTERS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Matched whole: ``checkpoint-500.tmp``, ``checkpoint-best``, ``.ipynb_checkpoints`` are no steps.
 # At most 18 digits, for Python refuses to read thousands of them as one number.
@@ -111,7 +113,7 @@ def judge(layout: Layout, listing: Listing) -> Judged:
     ]
     metadata = f"{weights}/{METADATA}" if weights else METADATA
     if form is not None and (form != "dcp" or metadata in listing.files):
-        holds.add("weights")
+        holds.add("adapter" if weights.rpartition("/")[2] in _ADAPTERS else "weights")
     held = tuple(name for name in HELD if name in holds)
     return Judged(form, weights, held, (*problems, *empty))
 
@@ -181,7 +183,7 @@ def _weights(listing: Listing, problems: list[str]) -> tuple[Form | None, str]:
     if "pytorch_model_fsdp.bin" in files:
         return "torch", "pytorch_model_fsdp.bin"
     for name in files:
-        if name.rpartition("/")[2] in {"adapter_model.safetensors", "adapter_model.bin"}:
+        if name.rpartition("/")[2] in _ADAPTERS:
             return ("hf" if name.endswith("safetensors") else "torch"), name
     if any(name.startswith("global_step") for name in listing.directories):
         return None, ""

@@ -179,13 +179,15 @@ def test_weights_alone_are_a_complete_step_that_says_so(tmp_path: Path) -> None:
     assert step.holds == ("weights", "trainer state")
 
 
-def test_adapters_count_as_weights_also_in_directories_of_their_own(tmp_path: Path) -> None:
+def test_adapters_are_told_as_such_also_in_directories_of_their_own(tmp_path: Path) -> None:
     for step, name in ((5, "adapter_model.safetensors"), (6, "default/adapter_model.bin")):
         path = hf_trainer(tmp_path, step)
         (path / "model.safetensors").unlink()
         write(path, {name: "w"})
 
-    assert all(step.is_complete for step in find_checkpoints(tmp_path))
+    steps = find_checkpoints(tmp_path)
+    assert all(step.is_complete for step in steps)
+    assert [step.holds[0] for step in steps] == ["adapter", "adapter"]
 
 
 def test_a_minimind_file_says_its_epoch_and_step(tmp_path: Path) -> None:
