@@ -13,7 +13,7 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.adapting import adapted, read_adapters, widened
+from dcpconv.plan.adapting import adapted, read_adapters, trained_apart, widened
 from dcpconv.plan.block_scales import FACTORS, SCALE
 from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
 from dcpconv.plan.left_out import without_idle
@@ -126,7 +126,8 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     weights, merged = adapted(
         weights, adapters, spec=spec, dequantize=options.dequantize, undone="nothing was loaded"
     )
-    catalog, notes = weights.catalog, (*notes, *merged)
+    spec, apart = trained_apart(weights, spec)
+    catalog, notes = weights.catalog, (*notes, *merged, *apart)
     root = ""
     if target is None:
         weights = _as_wanted(weights, wanted)

@@ -19,6 +19,7 @@ from dcpconv.core.errors import CoverageError, DcpconvError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.coverage import Coverage, Fault, Target
 from dcpconv.plan.locating import Finder, Place
+from dcpconv.plan.ties import differing
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter, LowRank
 from dcpconv.sources.recognition import Weights
@@ -337,6 +338,25 @@ def _changed(weights: Weights, merged: Merged) -> Weights:
             if not {stored.get(key), stored.get(owner)} & replaced
         },
     )
+
+
+def trained_apart(
+    weights: Weights, spec: ModelSpec | None
+) -> tuple[ModelSpec | None, tuple[str, ...]]:
+    """The numbers of a tied model whose head or embedding an adapter replaces by another tensor."""
+    table, entries = weights.keymap, weights.entries
+    if spec is None or not spec.tied or table is None:
+        return spec, ()
+    pairs = [
+        (key, owner)
+        for key, owner in table.tie_pairs().items()
+        if key in entries and owner in entries
+        if any(update.given for name in (key, owner) for update in entries[name].updates)
+    ]
+    if not differing(weights, pairs):
+        return spec, ()
+    note = f"the adapter has {pairs[0][0]} and {pairs[0][1]} apart: a model that ties them has one"
+    return spec.model_copy(update={"tied": False}), (note,)
 
 
 def widened(coverage: Coverage) -> Coverage:

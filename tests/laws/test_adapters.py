@@ -20,6 +20,7 @@ from dcpconv.core.errors import (
     NotACheckpointError,
     NotExpressibleError,
 )
+from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
 from support.checkpoints.adapters import (
     PREFIX,
@@ -197,6 +198,9 @@ def test_a_head_that_was_tied_gets_values_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(found["lm_head.weight"], head)
     assert torch.equal(found["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    model = tiny("llama", seed=5)
+    load_init_weights(model, base, adapter=adapter)
+    assert_same({key: value for key, value in model.state_dict().items() if key in found}, found)
 
 
 def test_everything_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> None:
