@@ -158,7 +158,7 @@ def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterat
     if start == stop:
         return
     itemsize = widest = box.fill.target_dtype.itemsize
-    if not box.is_fragmented:
+    if not box.is_fragmented and not box.fill.changes:  # a product has blocks of rows of its own
         tile = min(tile, CACHED)
     if box.fill.changes:
         widest = max(itemsize, box.fill.computed_dtype.itemsize)

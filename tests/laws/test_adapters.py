@@ -96,7 +96,7 @@ def test_factors_go_where_a_fused_base_keeps_their_matrix(tmp_path: Path) -> Non
     pairs = factors(hf_tensors(base), ["q_proj", "k_proj", "v_proj", "down_proj"])
     adapter = save_peft(tmp_path / "adapter", peft_tensors(pairs))
     convert(base, tmp_path / "fused.pth", to="chatglm3", root="")
-    assets = {"assets": base}
+    assets: dict[str, Any] = {"assets": base}
     convert(tmp_path / "fused.pth", tmp_path / "merged.pth", adapter=adapter, **assets)
     convert(tmp_path / "merged.pth", tmp_path / "back", form="hf", **assets)
     assert_near(hf_tensors(tmp_path / "back"), merged(hf_tensors(base), pairs))
@@ -238,7 +238,7 @@ def test_check_says_that_an_adapter_fits(base: Path, tmp_path: Path) -> None:
     assert check(adapter, against=tmp_path / "other")
 
 
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "IA3": {"peft_type": "IA3"},
     "PREFIX_TUNING": {"peft_type": "PREFIX_TUNING"},
     "PiSSA": {"init_lora_weights": "pissa_niter_16"},
@@ -302,9 +302,10 @@ def test_an_adapter_alone_stays_an_adapter(base: Path, tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     assert any("adapter" in note for note in report.notes)
-    for wish in ({"form": "dcp"}, {"to": "lingua"}):
-        with pytest.raises(NotExpressibleError, match="adapter without its base"):
-            convert(adapter, tmp_path / "no", **wish)
+    with pytest.raises(NotExpressibleError, match="adapter without its base"):
+        convert(adapter, tmp_path / "no", form="dcp")
+    with pytest.raises(NotExpressibleError, match="adapter without its base"):
+        convert(adapter, tmp_path / "no", to="lingua")
     torch.save(tensors, tmp_path / "factors.pth")
     with pytest.raises(NotExpressibleError, match="tensors of an adapter"):
         convert(tmp_path / "factors.pth", tmp_path / "no", form="hf", assets=base)

@@ -160,6 +160,22 @@ def test_a_live_model_gets_the_bits_of_the_conversion(dtype: torch.dtype, tmp_pa
         assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_matrices_stored_inputs_by_outputs(fields: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=131, n_positions=32, n_embd=48, n_layer=2, n_head=4)
+    )
+    save_hf(model, tmp_path / "base")
+    wanted: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    want = trained(model, tmp_path / "adapter", **wanted, **fields)
+    convert(tmp_path / "base", tmp_path / "out.pth", adapter=tmp_path / "adapter")
+    found = torch_tensors(tmp_path / "out.pth")
+    assert_close(found, {key: want[key] for key in found}, ulps=8 if fields else 1)
+
+
 def test_experts_stacked_in_one_tensor(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"target_modules": [], "r": 2, "lora_alpha": 6}
     from transformers import GptOssConfig, GptOssForCausalLM

@@ -17,6 +17,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.engine.dequantise import Computed
 from dcpconv.engine.grids import AREA, grids
 from dcpconv.formats.safetensors import read_catalog
+from dcpconv.loading.reading import memory
 from dcpconv.plan.coverage import as_stored
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.local import Sources
@@ -47,7 +48,7 @@ def read(entry: TensorEntry, directory: Path, offsets: Any, sizes: Any, tile: in
     """A region of a tensor as it is computed, whole or in tiles of so many elements."""
     fill = fill_of(as_stored("w", entry), offsets, sizes, dtype=BY_NAME["float32"])
     box, made = Computed(fill), torch.zeros(sizes)
-    view = memoryview(made.numpy()).cast("B")
+    view = memory(made)
     with Sources(directory) as sources:
         for start in range(0, fill.numel, tile or fill.numel):
             stop = min(fill.numel, start + (tile or fill.numel))
