@@ -47,15 +47,45 @@ def merge(fill: Fill, parts: Iterator[Part], values: Tensor, start: int, sources
         sources: Where files are open; factors are kept as long as it lives.
     """
     kept = _kept(sources)
-    for part in parts:
-        box = next((changed for changed in fill.changes if changed.holds(part)), None)
-        if box is None:
-            continue
-        first = (part.offset - box.chunk.extent.offset) // box.entry.dtype.itemsize
-        width = box.chunk.sizes[-1] if box.chunk.sizes else 1
-        for grid in grids(first, part.target - start, part.loops, width):
-            for update in box.entry.updates:
-                _apply(grid, kept.ready(update, box.entry), box, values)
+    with _ALONE:
+        for part in parts:
+            box = next((changed for changed in fill.changes if changed.holds(part)), None)
+            if box is None:
+                continue
+            first = (part.offset - box.chunk.extent.offset) // box.entry.dtype.itemsize
+            width = box.chunk.sizes[-1] if box.chunk.sizes else 1
+            for grid in grids(first, part.target - start, part.loops, width):
+                for update in box.entry.updates:
+                    _apply(grid, kept.ready(update, box.entry), box, values)
+
+
+class _Alone:
+    """Keeps torch's products to the thread that asks: ours are enough for all cores, and its own,
+    started for every block, wait for one another longer than they compute."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = 1
+
+    def __enter__(self) -> None:
+        import torch  # noqa: PLC0415 - only a merge needs it
+
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        import torch  # noqa: PLC0415
+
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._before)
+
+
+_ALONE = _Alone()
 
 
 def _apply(grid: Grid, ready: _Ready, box: Changed, values: Tensor) -> None:
@@ -171,7 +201,7 @@ class _Ready:
 
         made = torch.empty(grid.height, grid.width, dtype=self.dtype)
         column = grid.column + (box.chunk.offsets[-1] if box.chunk.offsets else 0)
-        for at, expert, row, count in _spans(box, grid.row, grid.height, self.shape):
+        for at, expert, row, count in _spans(box, grid.row, grid.height):
             into = made[at : at + count]
             if self.update.given is not None:
                 self._take(into, expert, row, column)
@@ -232,7 +262,7 @@ class _Ready:
             return self._factor(self._column_norms(), self.columns, start, grid.width)
         made = [
             self._factor(self._row_norms(row, count), self.rows, row, count)
-            for _, _, row, count in _spans(box, grid.row, grid.height, self.shape)
+            for _, _, row, count in _spans(box, grid.row, grid.height)
         ]
         return torch.cat(made)
 
@@ -300,7 +330,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int, sources: Sources, dtype
     import torch  # noqa: PLC0415
 
     stored = getattr(torch, entry.dtype.name)
-    experts, height, columns = _matrix(entry.shape)
+    _, height, columns = _matrix(entry.shape)
     made = torch.empty(stop - start, columns, dtype=stored)
     for chunk in entry.chunks:
         sizes, offsets = _matrix(chunk.sizes), (0,) * (3 - len(chunk.offsets)) + chunk.offsets
@@ -319,17 +349,13 @@ def read_rows(entry: TensorEntry, start: int, stop: int, sources: Sources, dtype
             box = torch.frombuffer(data, dtype=stored)
             box = box.as_strided((high - low, sizes[2]), (strides[1], strides[2]))
             made[low - start : high - start, offsets[2] : offsets[2] + sizes[2]] = box
-    del experts
     return made.to(dtype)  # type: ignore[call-overload,no-any-return]
 
 
-def _spans(
-    box: Changed, row: int, height: int, shape: tuple[int, int, int]
-) -> Iterator[tuple[int, int, int, int]]:
+def _spans(box: Changed, row: int, height: int) -> Iterator[tuple[int, int, int, int]]:
     """``(place, matrix of the stack, row of it, count)`` of rows of a chunk that follow another."""
     sizes = _matrix(box.chunk.sizes)
     offsets = (0,) * (3 - len(box.chunk.offsets)) + box.chunk.offsets
-    del shape
     done = 0
     while done < height:
         expert, at = divmod(row + done, sizes[1])
