@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from dcpconv.checking.adapters import adapter_path, check_adapter
 from dcpconv.checking.against import (
     compare_keys,
     compare_results,
@@ -75,6 +76,9 @@ def check(
         LayoutError: A size is needed that neither config nor shapes reveal.
     """
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow)
+    adapter = adapter_path(source)
+    if adapter is not None and to is None:
+        return check_adapter(adapter, against, said)
     found = understand(source, said, collects=True)
     notes = list(found.notes)
     if found.parameters is None and found.keymap is not None:

@@ -82,6 +82,14 @@ def convert(
     ] = None,
     assets: Assets = None,
     spec: Spec = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An adapter to merge into SRC: PEFT directory, hub id, MiniMind file or DCP."
+            "  DIR:0.5 adds half of it.  Repeatable.",
+            metavar="DIR",
+        ),
+    ] = None,
     dequantize: Annotated[
         bool,
         typer.Option(
@@ -169,6 +177,7 @@ def convert(
             allow=allow or (),
             assets=assets,
             spec=spec or (),
+            adapter=adapter or (),
             dequantize=dequantize,
             chunks=chunks,
             model_parallel=model_parallel,
@@ -204,6 +213,8 @@ def lines(report: ConversionReport) -> Iterator[str]:
             f"relabel   {count(item.tensors, 'tensor')}  {item.source_layout} ->"
             f" {item.target_layout}"
         )
+    if report.merged:
+        yield f"merged    {count(report.merged, 'tensor')} with what the adapter adds"
     if report.cast:
         yield f"cast      {count(report.cast, 'tensor')} to {report.target.dtypes[0]}"
     for loss in report.lossy:

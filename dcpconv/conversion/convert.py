@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from dcpconv.conversion.adapters import decide_adapter
 from dcpconv.conversion.deciding import Decided, decide
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request, Wanted, guarded
@@ -22,8 +23,11 @@ from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.adapting import read_adapters
 from dcpconv.sources.said import Said
 from dcpconv.stores.hub import locate
+
+_MOVED = ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
 
 Engine = Literal["stream", "torch"]
 
@@ -52,6 +56,7 @@ def convert(
     allow: Sequence[str] = (),
     assets: str | os.PathLike[str] | None = None,
     spec: str | Sequence[str] = (),
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     chunks: int = 1,
     model_parallel: int = 1,
     max_file_size: int | None = None,
@@ -83,6 +88,8 @@ def convert(
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.
         spec: Numbers of the model that no file states, or states wrongly: ``heads=8,kv_heads=2``.
+        adapter: Adapters to merge into the source, in this order: PEFT directories, hub ids, files
+            of MiniMind, or DCP directories; ``DIR:0.5`` adds half of one.
         chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
         model_parallel: Files of a torch result ``to="meta"``, which is then a directory: every
             rank's share of each tensor, as Meta releases its larger models.
@@ -119,7 +126,7 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    request = Request(locate(source), said, only, wanted, trust)
+    request = Request(locate(source), said, only, wanted, trust, read_adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
     if not dry_run:
         request.check_target()
@@ -129,18 +136,19 @@ def convert(
             return torch_engine.convert_plain(
                 request.source, wanted.path, form=form, overwrite=overwrite, trust=trust
             )
-    with _opened(request, by_torch=is_by_torch, dry_run=dry_run) as everything:
-        decided = decide(everything, request)
+    alone = decide_adapter(request)
+    if alone is not None:
+        opened: AbstractContextManager[Catalog] = nullcontext(alone.job.catalog)
+    else:
+        opened = _opened(request, by_torch=is_by_torch, dry_run=dry_run)
+    with opened as everything:
+        decided = alone or decide(everything, request)
         if dry_run:
             return decided.report
         moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
         return replace(
             decided.report,
-            moved={
-                name: nbytes
-                for name in ("reflinked", "copied", "buffered", "relabelled", "cast", "holes")
-                if (nbytes := getattr(moved, name))
-            },
+            moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
             is_dry_run=False,

@@ -20,9 +20,11 @@ from dcpconv.engine.space import block_size
 from dcpconv.families.side_files import SideFiles, dequantized
 from dcpconv.formats.torchfile import meta_ranks
 from dcpconv.plan.account import aim
+from dcpconv.plan.adapting import merged_into
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.taking_up import take_up
+from dcpconv.sources.adapters.reading import beside_note, require_model
 from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.understanding import understand
@@ -53,6 +55,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
     """Accounts for every key and plans every byte; only headers are read."""
     wanted = request.wanted
     form = wanted.form_from(everything.form)
+    require_model(everything, is_hf=form == "hf", is_merged=bool(request.adapters))
     source = understand(
         request.source,
         request.said,
@@ -61,6 +64,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         catalog=everything,
     )
     going, kept_notes = take_up(aim(source, to=wanted.to, form=form))
+    going, merge_notes = merged_into(going, request.adapters)
     job = Job(going, wanted, form)
     coverage, notes = job.cover()
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
@@ -79,6 +83,8 @@ def decide(everything: Catalog, request: Request) -> Decided:
     all_notes = (
         *source.notes,
         *kept_notes,
+        *merge_notes,
+        *(() if request.adapters else beside_note(source.catalog.source)),
         *notes,
         *aside_notes,
         *side.notes,

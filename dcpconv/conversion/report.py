@@ -62,6 +62,7 @@ class ConversionReport:
         disk_nbytes: Bytes of all files of the result.
         seconds: Wall time; 0.0 after a dry run.
         is_dry_run: Whether nothing was written.
+        merged: Tensors that adapters changed.
     """
 
     source: Side
@@ -80,6 +81,7 @@ class ConversionReport:
     disk_nbytes: int
     seconds: float
     is_dry_run: bool
+    merged: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""

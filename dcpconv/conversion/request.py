@@ -10,6 +10,7 @@ from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.metadata import METADATA_FILE
+from dcpconv.plan.adapting import Weighed
 from dcpconv.sources.said import Said
 
 
@@ -69,6 +70,7 @@ class Request:
         only: The part of it to take.
         wanted: What the result should be.
         trust: Whether torch may unpickle without restrictions.
+        adapters: What is merged into it, in this order.
     """
 
     source: Path
@@ -76,6 +78,7 @@ class Request:
     only: str | None
     wanted: Wanted
     trust: bool
+    adapters: tuple[Weighed, ...] = ()
 
     def check_target(self) -> None:
         """Raises early, before anything is read, where the target cannot be written."""
@@ -97,7 +100,7 @@ class Request:
         changed = (wanted.to, wanted.root, wanted.dtype, wanted.max_file_size)
         stated = (said.from_, said.keymap, said.assets, self.only)
         is_verbatim = all(change is None for change in (*changed, *stated))
-        is_verbatim = is_verbatim and wanted.chunks == 1 and not said.sizes
+        is_verbatim = is_verbatim and wanted.chunks == 1 and not said.sizes and not self.adapters
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
 
 

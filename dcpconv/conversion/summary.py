@@ -19,7 +19,7 @@ def labels(tensors: Iterable[OutTensor], outline: Outline) -> dict[tuple[str, in
         id(chunk.fill): tensor.key
         for tensor in tensors
         for chunk in tensor.chunks
-        if chunk.fill.is_cast
+        if chunk.fill.is_computed
     }
     if not keys:
         return {}
@@ -69,6 +69,7 @@ def summarise(
         target.relabelled for target in coverage.targets if target.relabelled is not None
     )
     cast = {t.path for t in tensors if any(chunk.fill.is_cast for chunk in t.chunks)}
+    merged = {t.path for t in tensors if any(chunk.fill.changes for chunk in t.chunks)}
     relabelled = {job.path_of(target.key) for target in coverage.targets if target.relabelled}
     family = job.aim.weights.keymap.name if job.aim.weights.keymap else AS_STORED
     return ConversionReport(
@@ -90,7 +91,7 @@ def summarise(
             sum(fill.nbytes for file in outline.files for _, fill in file.payloads),
             _labels_by_bytes(target_bytes),
         ),
-        copied=len({tensor.path for tensor in tensors} - cast - relabelled),
+        copied=len({tensor.path for tensor in tensors} - cast - relabelled - merged),
         relabelled=tuple(
             Relabelled(source, target, count) for (source, target), count in layouts.items()
         ),
@@ -106,4 +107,5 @@ def summarise(
         disk_nbytes=disk_nbytes(outline, side),
         seconds=0.0,
         is_dry_run=True,
+        merged=len(merged),
     )

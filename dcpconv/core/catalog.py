@@ -52,13 +52,69 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Lane:
+    """Where the rows, or columns, of another tensor lie in this one: they share these axes.
+
+    Attributes:
+        here: First index in this tensor.
+        there: First index in the other one.
+        axes: ``(length, step here, step there)`` of every axis, outermost first.
+    """
+
+    here: int
+    there: int
+    axes: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an adapter does to the matrix W of a stored tensor: ``m * (W + scale * left @ right)``.
+
+    A tensor of one dim is a matrix of one row; one of three is a stack of matrices.  Either the
+    two factors are there, or ``given``.
+
+    Attributes:
+        scale: Factor on the product.
+        left: Rows of the product by ranks, or ``None`` for a single 1.
+        right: Ranks by columns of the product.
+        is_flipped: The factors are stored as ``(right.T, left.T)``: ``left`` as ranks by rows.
+        experts: Matrices in the stack; their factors lie side by side, as PEFT keeps them.
+        given: Elements to take instead of W's, of the same shape.
+        magnitude: DoRA's m of every row: it is divided by the norm of the row of the sum first.
+        by_column: The magnitudes are of columns.
+        rows: Which rows of the product W has, where not all of them in the same order.
+        columns: Likewise.
+    """
+
+    scale: float = 1.0
+    left: TensorEntry | None = None
+    right: TensorEntry | None = None
+    is_flipped: bool = False
+    experts: int = 1
+    given: TensorEntry | None = None
+    magnitude: TensorEntry | None = None
+    by_column: bool = False
+    rows: Lane | None = None
+    columns: Lane | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One stored tensor: what it is, and which boxes of it lie where."""
+    """One stored tensor: what it is, and which boxes of it lie where.
+
+    Attributes:
+        key: As the checkpoint lists it.
+        dtype: Element type as stored.
+        shape: In elements.
+        chunks: Boxes that cover it.
+        updates: What adapters do to it when it is read, in order.
+    """
 
     key: str
     dtype: DType
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
+    updates: tuple[Update, ...] = ()
 
     @property
     def numel(self) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dcpconv.core.catalog import KeyPath
-from dcpconv.core.dtypes import DType
+from dcpconv.core.catalog import Chunk, KeyPath, TensorEntry
+from dcpconv.core.dtypes import BY_NAME, DType
 
 Loop = tuple[int, int, int]
 """``(count, source_step, target_step)``: how often, and how many elements apart on both sides."""
@@ -77,6 +77,24 @@ class BlockScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """A stored box that adapters change on the way.
+
+    Attributes:
+        entry: The tensor, with its updates.
+        chunk: The box, in C order without gaps.
+    """
+
+    entry: TensorEntry
+    chunk: Chunk
+
+    def holds(self, part: Part) -> bool:
+        """Whether a part reads from the box."""
+        extent = self.chunk.extent
+        return part.file == extent.file and 0 <= part.offset - extent.offset < extent.nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Fill:
     """How one target box, stored in C order without gaps, gets all of its elements.
 
@@ -88,6 +106,7 @@ class Fill:
         data: The bytes themselves, for a box that no source holds; there are no parts then.
         scales: Factors that the elements of the parts are multiplied by on the way, for a cast out
             of a type of one byte; every part then reads from one of the matrices.
+        changes: Boxes that some of the parts read from and that adapters change.
     """
 
     source_dtype: DType
@@ -96,6 +115,7 @@ class Fill:
     parts: tuple[Part, ...]
     data: bytes | None = None
     scales: tuple[BlockScale, ...] = ()
+    changes: tuple[Changed, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -107,10 +127,21 @@ class Fill:
         """Whether values change type on the way."""
         return self.source_dtype is not self.target_dtype
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether its elements are not bytes of the source."""
+        return self.is_cast or bool(self.changes)
+
+    @property
+    def computed_dtype(self) -> DType:
+        """What its elements are while they are computed: wide enough to round only once."""
+        is_wide = self.source_dtype.itemsize > 4 or self.target_dtype.itemsize > 4
+        return BY_NAME["float64" if is_wide else "float32"]
+
     def congruence(self, modulus: int) -> int | None:
         """Where the box should start, modulo ``modulus``, so that its first long run lines up with
         the source's blocks; ``None`` where no run is long enough to gain from it."""
-        if self.is_cast:
+        if self.is_computed:
             return None
         itemsize = self.target_dtype.itemsize
         for part in self.parts:

@@ -53,6 +53,13 @@ def cast(
     return overflowed, underflowed
 
 
+def tensor(buffer: memoryview, dtype: DType) -> Tensor:
+    """The elements of a buffer, flat, as torch sees them."""
+    import torch  # noqa: PLC0415 - only a cast needs it
+
+    return torch.frombuffer(buffer, dtype=getattr(torch, dtype.name))
+
+
 def dequantise(
     source: memoryview,
     into: memoryview,

@@ -46,6 +46,7 @@ class Tally:
     buffered: int = 0
     relabelled: int = 0
     cast: int = 0
+    merged: int = 0
     holes: int = 0
 
     def add(self, other: Tally) -> None:

@@ -1,4 +1,5 @@
-"""Read weights in scaled blocks multiplied out, for files and for live tensors alike.
+"""Read weights in scaled blocks multiplied out, and such as adapters change, for files and for
+live tensors alike.
 
 The factors of a matrix are read as the elements need them, so that memory stays within the caller's
 buffers whatever the size of the matrix or of its blocks.
@@ -9,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import BlockScale, Fill, Part
-from dcpconv.engine import cast
+from dcpconv.engine import cast, merging
 from dcpconv.engine.boxes import Box
 from dcpconv.stores.local import Sources
 
@@ -30,6 +32,7 @@ def multiply_out(
     into: memoryview,
     sources: Sources,
     scratch: memoryview,
+    dtype: DType | None = None,
 ) -> tuple[int, int]:
     """Multiply elements ``start`` to ``stop`` of a box by the factors of their blocks.
 
@@ -38,9 +41,10 @@ def multiply_out(
         start: First element of the interval.
         stop: End of the interval.
         source: The elements as they are stored, writable memory.
-        into: As many elements of the fill's target dtype.
+        into: As many elements of ``dtype``.
         sources: Where the factors' files are open.
         scratch: Room for factors, 4 KiB or more.
+        dtype: Type of the products; the fill's target dtype by default.
 
     Returns:
         ``(overflowed, underflowed)``, as ``cast``.
@@ -65,7 +69,7 @@ def multiply_out(
                 source,
                 into,
                 source_dtype=fill.source_dtype,
-                target_dtype=fill.target_dtype,
+                target_dtype=dtype or fill.target_dtype,
                 part=replace(cut, target=cut.target - start),
                 scale=scale,
                 factors=factors,
@@ -76,8 +80,49 @@ def multiply_out(
     return overflowed, underflowed
 
 
-class Scaled:
-    """A box in scaled blocks that reads as if it were stored multiplied out.
+def work_out(
+    box: Box,
+    start: int,
+    stop: int,
+    *,
+    source: memoryview,
+    into: memoryview,
+    sources: Sources,
+    scratch: memoryview,
+) -> None:
+    """Make elements ``start`` to ``stop`` of a box, in ``fill.computed_dtype``: multiplied out, and
+    changed as adapters say.
+
+    Args:
+        box: A box whose fill has changes.
+        start: First element of the interval.
+        stop: End of the interval.
+        source: The elements as they are stored, writable memory.
+        into: As many elements of the computed dtype.
+        sources: Where the files are open.
+        scratch: Room for factors, 4 KiB or more.
+    """
+    fill = box.fill
+    dtype = fill.computed_dtype
+    if fill.scales:
+        multiply_out(
+            box,
+            start,
+            stop,
+            source=source,
+            into=into,
+            sources=sources,
+            scratch=scratch,
+            dtype=dtype,
+        )
+    else:
+        cast.cast(source, into, source_dtype=fill.source_dtype, target_dtype=dtype)
+    values = cast.tensor(into, dtype)
+    merging.merge(fill, box.parts_in(start, stop), values, start, sources)
+
+
+class Computed:
+    """A box of scaled blocks, or one that adapters change, that reads as if it were stored so.
 
     Attributes:
         itemsize: Bytes per element as it reads: of the fill's target dtype.
@@ -87,6 +132,8 @@ class Scaled:
     __slots__ = ("_box", "is_relabelled", "itemsize")
 
     def __init__(self, fill: Fill) -> None:
+        if fill.changes and fill.target_dtype is not fill.computed_dtype:
+            raise ValueError(f"{fill.target_dtype} would round what {fill.computed_dtype} holds")
         self._box = Box(fill)
         self.itemsize = fill.target_dtype.itemsize
         self.is_relabelled = True
@@ -104,24 +151,25 @@ class Scaled:
         into: memoryview,
         scratch: Callable[[], memoryview] = lambda: memoryview(bytearray(1 << 20)),
     ) -> None:
-        """Put elements ``start`` to ``stop``, multiplied out, into ``into``.
+        """Put elements ``start`` to ``stop``, as they are computed, into ``into``.
 
         Args:
             start: First element of the interval.
             stop: End of the interval.
             sources: Where the files are open.
             into: Memory of exactly the interval.
-            scratch: Gives room, 16 KiB or more; nothing else is allocated but a few temporaries
-                of ``cast.STEP`` elements.
+            scratch: Gives room, 16 KiB or more; what is allocated beside it is small, or what
+                ``merging`` says.
         """
         room = scratch()
         spare, stored = room[: len(room) // _SPARE], room[len(room) // _SPARE :]
         step = self._box.tile(len(stored))
+        make = work_out if self._box.fill.changes else multiply_out
         for at in range(start, stop, step):
             end = min(at + step, stop)
             source = stored[: (end - at) * self._box.itemsize]
             self._box.read(at, end, sources=sources, into=source, scratch=lambda: spare)
-            multiply_out(
+            make(
                 self._box,
                 at,
                 end,

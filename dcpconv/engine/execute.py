@@ -54,6 +54,7 @@ class Moved:
         buffered: Read and written in the source's order.
         relabelled: Read and written in another order.
         cast: Changed in type; bytes as stored in the result.
+        merged: Changed by an adapter, and in type where that was asked for.
         holes: Holes of a sparse source that stay holes.
         losses: Every payload that a cast changed by more than rounding, in order.
         peak_buffer: Most bytes of buffers held at one time.
@@ -64,6 +65,7 @@ class Moved:
     buffered: int
     relabelled: int
     cast: int
+    merged: int
     holes: int
     losses: tuple[CastLoss, ...]
     peak_buffer: int
@@ -147,6 +149,7 @@ def execute(
         buffered=total.buffered,
         relabelled=total.relabelled,
         cast=total.cast,
+        merged=total.merged,
         holes=total.holes,
         losses=losses,
         peak_buffer=pool.peak,

@@ -36,7 +36,7 @@ def _alike(outline: Outline, block: int) -> int:
     total = 0
     for file in outline.files:
         for offset, fill in file.payloads:
-            if fill.is_cast:
+            if fill.is_computed:
                 continue
             itemsize = fill.target_dtype.itemsize
             for part in fill.parts:

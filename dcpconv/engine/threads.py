@@ -16,7 +16,7 @@ from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
-from dcpconv.engine.dequantise import multiply_out
+from dcpconv.engine.dequantise import multiply_out, work_out
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.stores.local import Sources
 
@@ -342,7 +342,21 @@ class Crew:
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
         self._gather(tile, desk, into=source)
-        if fill.scales:
+        if fill.changes:
+            dtype = fill.computed_dtype
+            made = desk.output[: (tile.stop - tile.start) * dtype.itemsize]
+            work_out(
+                tile.box,
+                tile.start,
+                tile.stop,
+                source=source,
+                into=made,
+                sources=self._sources,
+                scratch=desk.scratch,
+            )
+            result = desk.tile[: tile.nbytes]  # what was read into it has been used
+            lost = cast(made, result, source_dtype=dtype, target_dtype=fill.target_dtype)
+        elif fill.scales:
             lost = multiply_out(
                 tile.box,
                 tile.start,
@@ -357,7 +371,10 @@ class Crew:
                 source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype
             )
         write(output.fd, result, tile.offset, system=self._ladder.system)
-        desk.tally.cast += tile.nbytes
+        if fill.changes:
+            desk.tally.merged += tile.nbytes
+        else:
+            desk.tally.cast += tile.nbytes
         if any(lost):
             place = (output.name, tile.payload)
             known = desk.losses.get(place, (0, 0))

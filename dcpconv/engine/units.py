@@ -109,7 +109,7 @@ def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
 
 def _is_alone(piece: Write, long: int) -> bool:
     if isinstance(piece, Tile):
-        return piece.box.fill.is_cast
+        return piece.box.fill.is_computed
     return piece.nbytes >= long
 
 
@@ -142,12 +142,12 @@ def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> It
     box = Box(fill)
     itemsize = fill.target_dtype.itemsize
     position = 0
-    for part in () if fill.is_cast else box.long_runs(long):
+    for part in () if fill.is_computed else box.long_runs(long):
         yield from _tiles(offset, box, position, part.target, tile=tile)
         position = part.target + part.numel
         at, nbytes = offset + part.target * itemsize, part.numel * itemsize
         yield from _runs(at, part.file, part.offset, nbytes, block=block, long=long)
-    if position == 0 and not fill.is_cast and len(fill.parts) == 1 and not box.is_relabelled:
+    if position == 0 and not fill.is_computed and len(fill.parts) == 1 and not box.is_relabelled:
         (part,) = fill.parts
         yield Run(offset, fill.nbytes, part.file, part.offset)
     else:
@@ -157,10 +157,12 @@ def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> It
 def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterator[Tile]:
     if start == stop:
         return
-    itemsize = box.fill.target_dtype.itemsize
-    if not box.is_fragmented:
+    itemsize = widest = box.fill.target_dtype.itemsize
+    if not box.is_fragmented and not box.fill.changes:  # a product has blocks of rows of its own
         tile = min(tile, CACHED)
-    step = box.tile(tile // max(itemsize, box.itemsize) * box.itemsize)
+    if box.fill.changes:
+        widest = max(itemsize, box.fill.computed_dtype.itemsize)
+    step = box.tile(tile // max(widest, box.itemsize) * box.itemsize)
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         nbytes = (end - begin) * itemsize

@@ -100,7 +100,7 @@ def _hint(path: Path) -> str | None:
     if ranked:
         return f"one file per rank lies in {', '.join(map(str, ranked[:3]))}; name that directory"
     if "adapter_config.json" in names:
-        return "this is a PEFT adapter without its base model; merge it into the base first"
+        return f"this is a PEFT adapter; to merge it: dcpconv convert BASE DST --adapter {path}"
     explained = dcp.explain(path)
     if explained:
         return explained

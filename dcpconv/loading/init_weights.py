@@ -31,6 +31,7 @@ from dcpconv.loading.report import LoadReport
 from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
 from dcpconv.loading.world import World
+from dcpconv.plan.adapting import adapter_names
 from dcpconv.sources.said import parse_allowed
 
 __all__ = ["LoadReport", "load_init_weights"]
@@ -48,6 +49,7 @@ def load_init_weights(
     spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
     dequantize: bool = False,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     strict: bool = True,
     dtype: Literal["model", "source"] = "model",
     ignore: Sequence[str] = (),
@@ -86,6 +88,8 @@ def load_init_weights(
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
             fp32, and round once to the parameter's dtype: the bits of ``convert`` with the same
             option.
+        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each: every
+            rank multiplies the rows of its own shards, in fp32, and rounds once.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a
             buffer is left uninitialised.  Otherwise these are only reported; misshapen tensors, and
             one-byte weights that a model of another dtype would get without their factors
@@ -126,6 +130,7 @@ def load_init_weights(
         spec=(spec,) if isinstance(spec, str) else tuple(spec),
         allow=parse_allowed(allow),
         dequantize=dequantize,
+        adapters=adapter_names(adapter),
     )
     if (
         dtype not in {"model", "source"}

@@ -24,7 +24,7 @@ from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.cast import cast
-from dcpconv.engine.dequantise import Scaled
+from dcpconv.engine.dequantise import Computed
 from dcpconv.stores.local import Sources
 
 TILE = 4 << 20
@@ -100,7 +100,7 @@ class Derived:
         into[:] = self.data[start * self.itemsize : stop * self.itemsize]
 
 
-Readable = Box | Derived | Scaled
+Readable = Box | Derived | Computed
 """A box that can be read interval by interval."""
 
 
@@ -108,7 +108,7 @@ def box_of(fill: Fill) -> Readable:
     """A fill, prepared for reading."""
     if fill.data is not None:
         return Derived(fill.data, fill.source_dtype.itemsize)
-    return Scaled(fill) if fill.scales else Box(fill)
+    return Computed(fill) if fill.scales or fill.changes else Box(fill)
 
 
 def dtype_of(tensor: Tensor) -> DType:

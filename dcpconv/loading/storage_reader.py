@@ -10,7 +10,7 @@ buffers of ``dcpconv.loading.reading``; with the default planner tensors are rea
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,6 +34,7 @@ from dcpconv.core.errors import FormatError
 from dcpconv.loading.objects import Objects
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.loading.supply import Options, Supply, prepare
+from dcpconv.plan.adapting import adapter_names
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
@@ -68,6 +69,8 @@ class CheckpointReader(StorageReader):
         trust: Hand objects of any class to ``torch.load``, which imports and calls what they name.
             Otherwise an object is handed on only where its pickle names harmless globals: torch's
             own safe ones, NumPy's, the plain containers and values of the standard library.
+        adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each; what
+            they change is offered as fp32, and rounded once to the type of the tensor that asks.
         jobs: Threads.
 
     Attributes:
@@ -88,6 +91,7 @@ class CheckpointReader(StorageReader):
         allow: tuple[str, ...] = (),
         dequantize: bool = False,
         trust: bool = False,
+        adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +104,7 @@ class CheckpointReader(StorageReader):
             spec=(spec,) if isinstance(spec, str) else spec,
             allow=parse_allowed(allow),
             dequantize=dequantize,
+            adapters=adapter_names(adapter),
         )
         self._root = root
         self._trust = trust

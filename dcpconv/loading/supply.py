@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.account import Shapes, aim, factors_of
+from dcpconv.plan.adapting import merged_into, read_adapters
 from dcpconv.plan.block_scales import SCALE
 from dcpconv.plan.coverage import Coverage, Target
+from dcpconv.plan.offering import trained_apart, widened
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
@@ -33,6 +35,7 @@ class Options:
         spec: Numbers of the model that no file states, as ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
         dequantize: Whether weights in scaled blocks are multiplied out.
+        adapters: What is merged into the source, ``DIR`` or ``DIR:WEIGHT`` each.
     """
 
     to: str | None = None
@@ -42,6 +45,7 @@ class Options:
     spec: Sequence[str] = ()
     allow: Sequence[str] = ()
     dequantize: bool = False
+    adapters: tuple[str, ...] = ()
 
     @property
     def advice(self) -> str:
@@ -107,7 +111,11 @@ def prepare(
         FormatError: A file is truncated, malformed or unsafe.
     """
     going = aim(understand(source, options.said()), to=options.to, form="dcp", wanted=wanted)
+    going, merged = merged_into(going, read_adapters(options.adapters), undone="nothing was loaded")
+    spec, apart = trained_apart(going.weights, going.spec)
+    going = replace(going, spec=spec)
     going.require_expressible(undone="nothing was loaded", allow_by="allow=[NAME]")
     coverage = going.stored(product=PRODUCT, whole=True) if whole else going.cover(product=PRODUCT)
-    notes = (*going.source.notes, *(f"{key} is left out ({why})" for key, why in going.allowed))
-    return Supply(going.source.catalog, going.weights, coverage, going.root, notes)
+    left_out = (f"{key} is left out ({why})" for key, why in going.allowed)
+    notes = (*going.source.notes, *merged, *apart, *left_out)
+    return Supply(going.source.catalog, going.weights, widened(coverage), going.root, notes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 
-from dcpconv.core.catalog import KeyPath, c_strides
+from dcpconv.core.catalog import KeyPath, TensorEntry, c_strides
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.layout import Box, anonymous, nest, overlap
-from dcpconv.core.outline import BlockScale, Fill, OutChunk, OutTensor, Part
+from dcpconv.core.outline import BlockScale, Changed, Fill, OutChunk, OutTensor, Part
 from dcpconv.plan.coverage import Coverage, Piece, Target
 from dcpconv.plan.derived import encode
 
@@ -61,8 +61,9 @@ def fill_of(
                 hint="a rank file is missing, or two runs were saved into one directory",
             )
     scales = tuple(_scale(piece) for piece in target.pieces if piece.scale is not None)
-    source = target.pieces[0].entry.dtype if scales else target.dtype
-    return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales)
+    changes = tuple(chain.from_iterable(_changes(piece.entry) for piece in target.pieces))
+    source = target.pieces[0].entry.dtype if scales or changes else target.dtype
+    return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales, changes=changes)
 
 
 def whole(shape: tuple[int, ...]) -> tuple[Region, ...]:
@@ -195,6 +196,19 @@ def _scale(piece: Piece) -> BlockScale:
         factors_dtype=factors.dtype,
         factors_shape=(down, across),
     )
+
+
+def _changes(entry: TensorEntry) -> Iterable[Changed]:
+    if not entry.updates:
+        return
+    for chunk in entry.chunks:
+        if chunk.strides is not None and chunk.strides != c_strides(chunk.sizes):
+            raise FormatError(
+                "a tensor that the adapter changes is not stored in C order",
+                [("key", entry.key), ("strides", list(chunk.strides))],
+                hint="convert the base as it is first, then merge into that",
+            )
+        yield Changed(entry, chunk)
 
 
 def _box(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from dcpconv.core.catalog import TensorEntry
 from dcpconv.engine.execute import fill
 from dcpconv.plan.coverage import as_stored
 from dcpconv.plan.fills import fill_of
@@ -26,19 +28,25 @@ def differing(weights: Weights, pairs: Iterable[tuple[str, str]]) -> list[tuple[
     unequal = []
     with Sources.of(weights.catalog) as sources:
         for key, owner in pairs:
-            one, other = weights.entries[key], weights.entries[owner]
-            if (one.dtype, one.shape) != (other.dtype, other.shape) or not _equal(
-                weights, key, owner, sources
+            one, other = _given(weights.entries[key]), _given(weights.entries[owner])
+            stored = (one.dtype, one.shape, one.updates)
+            if stored != (other.dtype, other.shape, other.updates) or not _equal(
+                one, other, sources
             ):
                 unequal.append((key, owner))
     return unequal
 
 
-def _equal(weights: Weights, key: str, owner: str, sources: Sources) -> bool:
-    entry = weights.entries[key]
+def _given(entry: TensorEntry) -> TensorEntry:
+    """The tensor, or what an adapter has in its place."""
+    given = [update.given for update in entry.updates]
+    return given[-1] if given and given[-1] is not None and len(given) == 1 else entry
+
+
+def _equal(entry: TensorEntry, other: TensorEntry, sources: Sources) -> bool:
     row_nbytes = entry.nbytes // max(1, entry.shape[0]) if entry.shape else entry.nbytes
     rows = max(1, _BLOCK // max(1, row_nbytes))
-    both = [as_stored(name, weights.entries[name]) for name in (key, owner)]
+    both = [as_stored(one.key, replace(one, updates=())) for one in (entry, other)]
     length = entry.shape[0] if entry.shape else 1
     for start in range(0, length, rows):
         offsets = (start, *(0,) * (len(entry.shape) - 1)) if entry.shape else ()

@@ -14,7 +14,7 @@ from dcpconv.core.catalog import Chunk, Extent, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.layout import Layout
 from dcpconv.core.outline import Fill, OutFile, Outline
-from dcpconv.engine.dequantise import Scaled
+from dcpconv.engine.dequantise import Computed
 from dcpconv.engine.execute import execute
 from dcpconv.loading.reading import memory
 from dcpconv.plan.coverage import Piece, Target
@@ -63,7 +63,7 @@ def carried_out(directory: Path, fill: Fill, rng: random.Random) -> Tensor:
 def read_out(directory: Path, fill: Fill, rng: random.Random) -> Tensor:
     """What a live tensor gets, interval by interval, with as little scratch as is asked for."""
     made = torch.zeros(fill.numel, dtype=getattr(torch, fill.target_dtype.name))
-    box = Scaled(fill)
+    box = Computed(fill)
     edges = sorted({0, fill.numel, *(rng.randint(0, fill.numel) for _ in range(3))})
     with Sources(directory) as sources:
         for start, stop in pairwise(edges):

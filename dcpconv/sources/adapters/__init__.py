@@ -1,0 +1,1 @@
+"""Adapters: low-rank and other additions to a base model's weights, read from headers alone."""

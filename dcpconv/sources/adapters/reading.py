@@ -1,0 +1,314 @@
+"""Reads an adapter: PEFT directories, MiniMind's files, and either inside other checkpoints.
+
+Source: peft 0.21.2 ``utils/save_and_load.py``, ``tuners/tuners_utils.py``; jingyaogong/minimind
+``model/model_lora.py`` at HEAD: ``W + B @ A``, without a scale.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog, Chunk, TensorEntry
+from dcpconv.core.errors import FormatError, NotACheckpointError, NotExpressibleError
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.sources.adapters.fields import CONFIG, LoraFields, lora_fields, read_config
+from dcpconv.sources.adapters.record import Adapter, LowRank
+from dcpconv.sources.fitting import bare
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the tensors."""
+
+_PART = re.compile(
+    r"(?:(?P<module>.+)\.)?"
+    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+)
+_MINIMIND = re.compile(r"(?P<module>.+)\.lora\.(?P<part>[AB])\.weight")
+_PREFIX = "base_model.model."
+_SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
+
+
+def weights_of(path: Path) -> Path | None:
+    """The file with the tensors of a PEFT directory, or ``None`` where it is none."""
+    places = [path, *(path / name for name in ("adapter_model", "adapter"))]
+    files = (place / name for place in places for name in WEIGHTS)
+    return next((file for file in files if file.is_file()), None) if path.is_dir() else None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter and no model: a PEFT directory without weights of a base."""
+    if weights_of(path) is None:
+        return False
+    names = {item.name for item in path.iterdir()}
+    others = [n for n in names if n.endswith(".safetensors") and n not in WEIGHTS]
+    others += [n for n in names if n.startswith(("pytorch_model", "model")) and n.endswith(".bin")]
+    return not others and ".metadata" not in names
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key is of LoRA."""
+    return bool(_PART.fullmatch(key) or _MINIMIND.fullmatch(key))
+
+
+def beside_note(source: Path) -> tuple[str, ...]:
+    """What to say of a base whose directory also holds an adapter, which transformers loads too."""
+    file = weights_of(source)
+    if file is None or is_adapter(source):
+        return ()
+    name = file.relative_to(source)
+    return (f"{name} is an adapter and was left out; --adapter {source} merges it",)
+
+
+def require_model(catalog: Catalog, *, is_hf: bool, is_merged: bool) -> None:
+    """Refuses factors of an adapter where a model is wanted.
+
+    Raises:
+        NotExpressibleError: The checkpoint holds some, and the result has no place for them.
+    """
+    if not (is_hf or is_merged):
+        return
+    factors = [key for key in catalog.tensors if is_adapter_key(_told(bare(key)))]
+    if factors:
+        raise NotExpressibleError(
+            "these are tensors of an adapter, which are no model; nothing was written",
+            [
+                ("source", catalog.source),
+                *(("key", key) for key in factors[:5]),
+                ("found", f"{len(factors)} of LoRA among {len(catalog.tensors)} keys"),
+            ],
+            hint=f"merge them into a base: dcpconv convert BASE DST --adapter {catalog.source}",
+        )
+
+
+def open_adapter(path: Path) -> Catalog:
+    """The tensors of an adapter.
+
+    Raises:
+        NotACheckpointError: There is nothing of the kind.
+        FormatError: A file is malformed.
+    """
+    file = weights_of(path)
+    if file is None and path.is_dir():
+        inner = [item for item in path.iterdir() if item.is_dir() and weights_of(item)]
+        if len(inner) == 1:
+            return open_adapter(inner[0])
+        if inner:
+            raise NotACheckpointError(
+                "there are several adapters in this directory",
+                [("path", path), *(("adapter", item) for item in sorted(inner))],
+                hint=f"name one: --adapter {min(inner)}",
+            )
+    return open_checkpoint(file or path)
+
+
+def read_adapter(path: Path) -> Adapter:
+    """What an adapter says, from headers and its config.
+
+    Raises:
+        NotACheckpointError: There is no adapter.
+        NotExpressibleError: It is of a kind that cannot be merged.
+        FormatError: A file is malformed, or factors lack their counterpart; all are listed.
+    """
+    if not path.exists():
+        raise NotACheckpointError("there is no such file or directory", [("adapter", path)])
+    config = _config_of(path)
+    fields = read_config(config) if config is not None else {}
+    settled = lora_fields(fields, file=config) if config is not None else None
+    catalog = _absolute(open_adapter(path))
+    keys = {key: bare(key).removeprefix("module.") for key in catalog.tensors}
+    if any(_MINIMIND.fullmatch(key) for key in keys.values()):
+        return _minimind(path, catalog, keys)
+    if not any(_PART.fullmatch(_told(key)) for key in keys.values()):
+        raise NotACheckpointError(
+            "this is no adapter: no key is of LoRA",
+            [("adapter", path), *(("key", key) for key in list(keys)[:5])],
+            hint="--adapter takes a PEFT directory, or a file with keys such as X.lora_A.weight",
+        )
+    if settled is None:
+        raise NotACheckpointError(
+            f"the adapter has no {CONFIG}, which says what to multiply it by",
+            [("adapter", path), ("expected", (path if path.is_dir() else path.parent) / CONFIG)],
+            hint=f"copy {CONFIG} of the run there; its lora_alpha and r give the scale",
+        )
+    return _peft(path, catalog, keys, settled)
+
+
+def _config_of(path: Path) -> Path | None:
+    """The config of an adapter: in it, or above it for a checkpoint inside a run's step."""
+    directory = path if path.is_dir() else path.parent
+    file = weights_of(path)
+    inner = [item for item in directory.iterdir() if item.is_dir() and weights_of(item)]
+    one = inner if path.is_dir() and len(inner) == 1 else []
+    places = [*([file.parent] if file else []), directory, *one, directory.parent]
+    return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
+
+
+def _absolute(catalog: Catalog) -> Catalog:
+    """The catalog with whole paths: its tensors are read along with those of a base elsewhere."""
+    root = os.path.realpath(catalog.path)
+
+    def whole(chunk: Chunk) -> Chunk:
+        extent = replace(chunk.extent, file=f"{root}/{chunk.extent.file}")
+        return replace(chunk, extent=extent)
+
+    tensors = {
+        key: replace(entry, chunks=tuple(map(whole, entry.chunks)))
+        for key, entry in catalog.tensors.items()
+    }
+    return replace(catalog, tensors=tensors)
+
+
+def _told(key: str) -> str:
+    """A key below the base model: without PEFT's own two modules and containers before them."""
+    return key.rpartition(_PREFIX)[2] if _PREFIX in key else key
+
+
+@dataclass(slots=True)
+class _Parts:
+    found: dict[str, TensorEntry] = field(default_factory=dict)
+
+
+def _peft(path: Path, catalog: Catalog, keys: Mapping[str, str], settled: LoraFields) -> Adapter:
+    parts: dict[str, _Parts] = {}
+    given: dict[str, TensorEntry] = {}
+    names: set[str] = set()
+    frozen = 0
+    for key, plain in keys.items():
+        entry, told = catalog.tensors[key], _told(plain)
+        match = _PART.fullmatch(told)
+        if match is not None:
+            names.add(match["name"] or "")
+            part = match["part"] + ("_bias" if match["leaf"] == "bias" else "")
+            parts.setdefault(match["module"] or "", _Parts()).found[part] = entry
+        elif ".original_module." in told or told.endswith(".base_layer.weight"):
+            frozen += 1
+        else:
+            name = _SAVED.sub("", told).replace(".base_layer.", ".")
+            given[name] = entry
+    if len(names) > 1:
+        raise FormatError(
+            "there are several adapters in one checkpoint",
+            [("adapter", path), *(("name", name or "(none)") for name in sorted(names))],
+            hint="save one of them with model.save_pretrained(DIR, selected_adapters=[NAME])",
+        )
+    faults: list[tuple[str, object]] = []
+    updates = []
+    for module, part in parts.items():
+        update = _low_rank(module, part.found, parts, settled, faults)
+        if update is not None:
+            updates.append(update)
+    if faults:
+        raise FormatError("the adapter is not whole", [("adapter", path), *faults])
+    note = f"{frozen} tensors of the adapter are the base's own, frozen ones; the base has them"
+    return Adapter(
+        path,
+        "PEFT LoRA",
+        catalog,
+        tuple(updates),
+        given,
+        settled.base,
+        (note,) if frozen else (),
+    )
+
+
+def _low_rank(
+    module: str,
+    found: Mapping[str, TensorEntry],
+    parts: Mapping[str, _Parts],
+    settled: LoraFields,
+    faults: list[tuple[str, object]],
+) -> LowRank | None:
+    is_embedding = any("embedding" in part for part in found)
+    word = "lora_embedding_" if is_embedding else "lora_"
+    a, b = found.get(f"{word}A"), found.get(f"{word}B")
+    if a is None or b is None:
+        faults.append(("missing", f"{module}.{word}{'A' if a is None else 'B'}"))
+        return None
+    name, parameter = _place(module, parts, settled)
+    rank = settled.rank_of(name if parameter == "weight" else f"{name}.{parameter}")
+    ok = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] and a.numel and b.numel
+    if not ok or (a.shape[0] != rank and (parameter == "weight" or a.shape[0] % rank)):
+        shapes = f"A {list(a.shape)}, B {list(b.shape)}, where r is {rank}"
+        faults.append(("misshapen", f"{module}  {shapes}"))
+        return None
+    magnitude = found.get("lora_magnitude_vector")
+    if settled.is_dora != (magnitude is not None):
+        says = "use_dora" if settled.is_dora else "no use_dora"
+        faults.append(("magnitude", f"{module}: the config says {says}"))
+        return None
+    return LowRank(
+        name,
+        parameter,
+        a,
+        b,
+        settled.scale_of(name if parameter == "weight" else f"{name}.{parameter}"),
+        is_embedding,
+        settled.fan_in_fan_out and not is_embedding,
+        magnitude,
+        found.get("lora_B_bias"),
+        rank,
+    )
+
+
+def _place(module: str, parts: Mapping[str, _Parts], settled: LoraFields) -> tuple[str, str]:
+    """Module and parameter that factors belong to.
+
+    Parameters that are no ``weight`` are wrapped one around the other, in the order in which the
+    module has them: the last one outermost, the others inside it as ``base_layer``.  transformers'
+    experts have gate and up before down.
+    """
+    name = module
+    depth = 0
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+        depth += 1
+    below = {p.rpartition(".")[2] for p in settled.parameters if _is_below(name, p)}
+    wanted = sorted(below, key=lambda parameter: ("gate_up" not in parameter, parameter))
+    if not wanted:
+        return name, "weight"
+    deepest = depth
+    while f"{name}{'.base_layer' * (deepest + 1)}" in parts:
+        deepest += 1
+    # Of those that are wrapped here, the innermost comes first.
+    place = deepest - depth
+    return (name, wanted[place]) if place < len(wanted) else (name, "weight")
+
+
+def _is_below(module: str, parameter: str) -> bool:
+    owner = parameter.rpartition(".")[0]
+    return not owner or module == owner or module.endswith(f".{owner}")
+
+
+def _minimind(path: Path, catalog: Catalog, keys: Mapping[str, str]) -> Adapter:
+    pairs: dict[str, dict[str, TensorEntry]] = {}
+    others = 0
+    for key, plain in keys.items():
+        match = _MINIMIND.fullmatch(plain)
+        if match is None:
+            others += 1
+        else:
+            pairs.setdefault(match["module"], {})[match["part"]] = catalog.tensors[key]
+    faults = list(_halves(pairs))
+    if faults:
+        raise FormatError("the adapter is not whole", [("adapter", path), *faults])
+    updates = tuple(
+        LowRank(module, "weight", pair["A"], pair["B"], 1.0, rank=pair["A"].shape[0])
+        for module, pair in pairs.items()
+    )
+    note = f"{others} tensors beside the LoRA in {path.name} are left alone: the base counts"
+    return Adapter(path, "MiniMind LoRA", catalog, updates, {}, "", (note,) if others else ())
+
+
+def _halves(pairs: Mapping[str, Mapping[str, TensorEntry]]) -> Iterator[tuple[str, object]]:
+    for module, pair in pairs.items():
+        for part in "AB":
+            if part not in pair:
+                yield "missing", f"{module}.lora.{part}.weight"
+        if len(pair) == 2:
+            a, b = pair["A"].shape, pair["B"].shape
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+                yield "misshapen", f"{module}  A {list(a)}, B {list(b)}"
