@@ -18,16 +18,18 @@ from dcpconv.checking.against import (
     share_keys,
 )
 from dcpconv.checking.suggestions import suggest
-from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import DcpconvError, KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, keymaps, read_keymap, resolve_family
 from dcpconv.plan.coverage import MISFITS, Coverage, Fault, cover_as_stored
+from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import parse_allowed, refused_features, without
+from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.opening import Named, Side, open_side, open_target
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.settling import named_keymap, settle, target_keymap
@@ -174,6 +176,8 @@ def _against(
         wanted = named_keymap(name, own, None) if to else _of_config(name, target.spec)
         assert wanted is not None  # noqa: S101  a name was given
         return _into(wanted, weights, target.spec, allow=allow), {}
+    if target.model is not None and to is None and spells_like_files(weights):
+        return _as_live(weights, target.catalog, target.model)
     stated = to if to is not None else _known(target.family)
     wanted_keys = recognise(
         target.catalog, spec=target.spec, keymap=named_keymap(stated, own, target.spec)
@@ -197,6 +201,15 @@ def _against(
         raise
     accounts = (alike, converted) if may_be_alike else (converted,)
     return min(accounts, key=_faults), wanted_keys.entries
+
+
+def _as_live(
+    weights: Weights, wanted: Catalog, model: LiveModel
+) -> tuple[Coverage, Mapping[str, TensorEntry]]:
+    """The account against a live model of transformers, which says itself what its files become."""
+    shapes = {key: entry.shape for key, entry in wanted.tensors.items()}
+    keys = Weights(wanted, wanted.tensors, wanted.tied, None, "", ())
+    return compare_results(cover_in_memory(weights, model, shapes), weights, keys), wanted.tensors
 
 
 def _faults(coverage: Coverage) -> int:

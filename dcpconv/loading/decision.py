@@ -26,6 +26,7 @@ from dcpconv.loading.world import World, hostname, portable, raise_first
 from dcpconv.plan.account import Options, prepare
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.live_models import live_model
 from dcpconv.stores.hub import locate
 
 Read = Literal["auto", "all", "once", "rank0"]
@@ -155,7 +156,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     try:
         found, restored = _look_at_model(model, request)
         if request.read != "rank0" or world.rank == 0:
-            offer[:], supplied = _look_at_source(request, found)
+            offer[:], supplied = _look_at_source(model, request, found)
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
     if request.read == "rank0":
@@ -184,10 +185,12 @@ def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...
     return tuple(found), restore_buffers(model, device)
 
 
-def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offer], Supplied]:
+def _look_at_source(
+    model: nn.Module, request: Request, found: Sequence[Place]
+) -> tuple[list[Offer], Supplied]:
     path = locate(request.source)
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
-    supply = prepare(path, request.options, wanted=wanted)
+    supply = prepare(path, request.options, wanted=wanted, live=live_model(model))
     offer = offer_of(supply, os.fspath(request.source))
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)

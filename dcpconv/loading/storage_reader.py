@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,6 +38,7 @@ from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target, cover_as_stored
 from dcpconv.plan.fills import fill_of
 from dcpconv.plan.refusals import parse_allowed
+from dcpconv.sources.live_models import live_model
 from dcpconv.stores.hub import locate
 from dcpconv.stores.local import Sources
 
@@ -65,6 +66,8 @@ class CheckpointReader(StorageReader):
         allow: Features to leave out although the naming cannot express them.
         dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
             fp32; without ``to``, keys are then those of the source's own naming.
+        model: A model of transformers, whose keys in memory are presented: what published files
+            become in it.  The meta device is enough.
         jobs: Threads.
     """
 
@@ -80,6 +83,7 @@ class CheckpointReader(StorageReader):
         spec: str | tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
         dequantize: bool = False,
+        model: nn.Module | None = None,
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class CheckpointReader(StorageReader):
             dequantize=dequantize,
         )
         self._root = root
+        self._model = model
         self._jobs = jobs
         self._supply: Supply | None = None
         self._targets: dict[str, Target] = {}
@@ -191,12 +196,17 @@ class CheckpointReader(StorageReader):
     @property
     def _is_as_stored(self) -> bool:
         options = self._options
-        return options.to is None and options.keymap is None and not options.dequantize
+        return options.names_no_table and self._model is None
 
     def _open(self) -> tuple[Supply, dict[str, object]]:
         """What can be supplied, and the values that are no tensors."""
         if self._supply is None:
-            supply = prepare(locate(self._source), self._options)
+            supply = prepare(
+                locate(self._source),
+                self._options,
+                wanted=None if self._model is None else _shapes(self._model),
+                live=None if self._model is None else live_model(self._model),
+            )
             if self._is_as_stored and self._root is None:
                 weights = replace(
                     supply.weights, entries=supply.catalog.tensors, tied=supply.catalog.tied
@@ -225,6 +235,11 @@ class CheckpointReader(StorageReader):
                 hint=f"{self._options.advice}; a tensor of {target.dtype} takes them as they are",
             )
         return Landing(target.key, fill_of(target, tuple(item.storage_offsets), sizes), 0, tensor)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    state = model.state_dict(keep_vars=True)
+    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _origin(target: Target) -> torch.Size:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.core.errors import AmbiguousFamilyError
+from dcpconv.core.errors import AmbiguousFamilyError, NotExpressibleError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.plan.block_scales import FACTORS, SCALE
 from dcpconv.plan.coverage import Coverage, Target, cover_as_stored
+from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import refused_features, require_expressible
+from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.settling import find_spec, settle, target_keymap
 
@@ -49,6 +51,11 @@ class Options:
     spec: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
     dequantize: bool = False
+
+    @property
+    def names_no_table(self) -> bool:
+        """Whether nothing here needs a table of names."""
+        return self.to is None and self.keymap is None and not self.dequantize
 
     @property
     def advice(self) -> str:
@@ -90,13 +97,20 @@ class Supply:
         return tuple(name for name in names if name in self.catalog.tensors)
 
 
-def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> Supply:
+def prepare(
+    source: Path,
+    options: Options,
+    *,
+    wanted: Shapes | None = None,
+    live: LiveModel | None = None,
+) -> Supply:
     """Opens a source and accounts for its keys.
 
     Args:
         source: A checkpoint of any form.
         options: How to understand it.
         wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+        live: Where the model is one of transformers, what it says of its names.
 
     Raises:
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
@@ -110,6 +124,10 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
     sizes = parse_pairs(options.spec)
     weights, spec, settled = settle(catalog, config, from_=options.from_, own=own, sizes=sizes)
     notes = (*notes, *settled)
+    if live and wanted is not None and options.names_no_table and spells_like_files(weights):
+        coverage = cover_in_memory(weights, live, wanted)
+        _require_conversion(coverage, source)
+        return Supply(catalog, weights, coverage, "", (*catalog.notes, *notes))
     model = _model_weights(wanted) if wanted is not None else None
     target = target_keymap(options.to, own, weights.keymap, spec) if options.to else None
     if target is None and own is not None and own is not weights.keymap:
@@ -141,6 +159,19 @@ def prepare(source: Path, options: Options, *, wanted: Shapes | None = None) -> 
         if model is not None:
             root = _root_of(model, target)
     return Supply(catalog, weights, coverage, root, (*catalog.notes, *notes))
+
+
+def _require_conversion(coverage: Coverage, source: Path) -> None:
+    if coverage.refused:
+        raise NotExpressibleError(
+            f"the weights of {coverage.target} are made of its files in a way that cannot be"
+            " planned; nothing was loaded",
+            [
+                ("source", source),
+                *(("refused", f"{fault.key}: {fault.why}") for fault in coverage.refused),
+            ],
+            hint="from_pretrained can load them, on one device",
+        )
 
 
 def _model_weights(wanted: Shapes) -> Catalog:

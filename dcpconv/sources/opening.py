@@ -15,6 +15,7 @@ from dcpconv.families.configs import lingua, meta
 from dcpconv.families.configs.parameters import read_fields
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources import hub_headers
+from dcpconv.sources.live_models import LiveModel, live_model
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
 from dcpconv.sources.settling import find_spec
 from dcpconv.stores import hub
@@ -34,6 +35,7 @@ class Side:
         family: Naming that the thing itself states, or ``""``.
         notes: What to say about how it was read.
         is_config: Whether there are no keys but those that follow from ``spec``.
+        model: What a model of transformers says of its names.
     """
 
     catalog: Catalog
@@ -42,6 +44,7 @@ class Side:
     family: str = ""
     notes: tuple[str, ...] = ()
     is_config: bool = False
+    model: LiveModel | None = None
 
 
 def open_side(what: Named, *, assets: str | None = None, problems: list[str] | None = None) -> Side:
@@ -59,7 +62,8 @@ def open_side(what: Named, *, assets: str | None = None, problems: list[str] | N
     if is_model(what):
         catalog = read_model(what)
         name = type(what).__name__
-        return Side(catalog, _stated(assets), End(name, "module", len(catalog.tensors)))
+        end = End(name, "module", len(catalog.tensors))
+        return Side(catalog, _stated(assets), end, model=live_model(what))
     if not isinstance(what, (str, os.PathLike)):
         raise DcpconvError(
             "cannot take keys from this",
