@@ -176,8 +176,9 @@ def _against(
         wanted = named_keymap(name, own, None) if to else _of_config(name, target.spec)
         assert wanted is not None  # noqa: S101  a name was given
         return _into(wanted, weights, target.spec, allow=allow), {}
-    if target.model is not None and to is None and spells_like_files(weights):
-        return _as_live(weights, target.catalog, target.model)
+    live = target.model if to is None else None
+    if live is not None and spells_like_files(weights, side.spec, live):
+        return _as_live(weights, target.catalog, live)
     stated = to if to is not None else _known(target.family)
     wanted_keys = recognise(
         target.catalog, spec=target.spec, keymap=named_keymap(stated, own, target.spec)

@@ -124,7 +124,9 @@ def prepare(
     sizes = parse_pairs(options.spec)
     weights, spec, settled = settle(catalog, config, from_=options.from_, own=own, sizes=sizes)
     notes = (*notes, *settled)
-    if live and wanted is not None and options.names_no_table and spells_like_files(weights):
+    if not options.names_no_table or wanted is None:
+        live = None
+    if live is not None and wanted is not None and spells_like_files(weights, config, live):
         coverage = cover_in_memory(weights, live, wanted)
         _require_conversion(coverage, source)
         return Supply(catalog, weights, coverage, "", (*catalog.notes, *notes))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.errors import LayoutError
+from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.composed import Composed
 from dcpconv.plan.coverage import Coverage, Fault, Target, as_stored
 from dcpconv.plan.operations import Shapes, UntranslatableError, carry_out, target_keys
@@ -21,8 +22,16 @@ _FAMILIES = frozenset({"hf", "hf-memory"})
 """Namings whose keys transformers itself can read."""
 
 
-def spells_like_files(weights: Weights) -> bool:
-    """Whether a source's keys are ones that transformers' own conversion starts from."""
+def spells_like_files(weights: Weights, spec: ModelSpec | None, model: LiveModel) -> bool:
+    """Whether a source's keys are ones that transformers' own conversion starts from.
+
+    Args:
+        weights: The source.
+        spec: What its parameter file says.
+        model: The model that is to be filled.
+    """
+    if spec is not None and spec.architecture == model.model_type:
+        return True
     return weights.keymap is None or weights.keymap.family in _FAMILIES
 
 

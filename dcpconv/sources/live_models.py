@@ -60,12 +60,14 @@ class LiveModel:
 
     Attributes:
         name: Its class.
+        model_type: As its config says.
         tied: Key -> key of the tensor that it repeats, as the class ties them.
         model: The model itself, or one like it without wrappers and memory.
         computed: Keys that ``save_pretrained`` leaves out because the class computes them.
     """
 
     name: str
+    model_type: str
     tied: Mapping[str, str]
     model: Any
     computed: frozenset[str] = frozenset()
@@ -152,6 +154,7 @@ def live_model(model: object) -> LiveModel | None:
     names = getattr(bare, "all_tied_weights_keys", None) or {}
     return LiveModel(
         owner.__name__,
+        str(getattr(bare.config, "model_type", "")),
         dict(names),
         bare,
         frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ()),
