@@ -52,6 +52,7 @@ class Offer:
         ignored: Source keys that are dropped, with the reason.
         left: Entries beside the weights.
         notes: What a user should know.
+        digest: Equal on two ranks that see the same checkpoint.
     """
 
     source: str
@@ -65,13 +66,7 @@ class Offer:
     ignored: tuple[Fault, ...]
     left: int
     notes: tuple[str, ...]
-
-    def digest(self) -> str:
-        """Equal on two ranks that see the same checkpoint."""
-        hasher = hashlib.sha256()
-        for key, one in sorted(self.tensors.items()):
-            hasher.update(f"{key} {one.kind} {one.shape}\n".encode())
-        return hasher.hexdigest()[:16]
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +117,16 @@ def offer_of(supply: Supply, source: str) -> Offer:
         ignored=coverage.ignored,
         left=len(coverage.left),
         notes=supply.notes,
+        digest=_digest(supply),
     )
+
+
+def _digest(supply: Supply) -> str:
+    """Of what is stored, not of what is offered: ranks of a pipeline want different things."""
+    hasher = hashlib.sha256()
+    for key, entry in sorted(supply.catalog.tensors.items()):
+        hasher.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
+    return hasher.hexdigest()[:16]
 
 
 def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) -> Account:

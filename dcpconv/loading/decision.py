@@ -255,7 +255,7 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
         f"{offer.source}  {offer.form}  {offer.family}",
         f"{offer.target}  {len(account.chosen)} tensors match",
         hostname(),
-        offer.digest(),
+        offer.digest,
         len(account.chosen),
         account.missing,
         account.unexpected,

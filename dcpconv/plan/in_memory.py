@@ -79,6 +79,9 @@ def cover_in_memory(weights: Weights, model: LiveModel, wanted: Shapes) -> Cover
         ignored.extend(Fault(key, f"would be {group.first}") for key in keys)
     for name, owner in _second_names(model, wanted, made):
         made[name] = replace(made[owner], key=name, tied_to=owner)
+    for key, name in model.published(wanted.keys() - made.keys() - lost.keys()).items():
+        if name != key:
+            lost[key] = f"needs {name}"
     return Coverage(
         weights.keymap.name if weights.keymap else "as stored",
         model.name,

@@ -14,12 +14,13 @@ Source:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-"""Components that wrappers put into names of modules."""
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Components that wrappers put into names of modules; around a whole model also ``module``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class LiveModel:
         tied: Key -> key of the tensor that it repeats, as the class ties them.
         model: The model itself, or one like it without wrappers and memory.
         computed: Keys that ``save_pretrained`` leaves out because the class computes them.
+        dropped: Patterns of stored keys that the class has no use for.
     """
 
     name: str
@@ -71,6 +73,7 @@ class LiveModel:
     tied: Mapping[str, str]
     model: Any
     computed: frozenset[str] = frozenset()
+    dropped: tuple[str, ...] = ()
 
     def groups(self, keys: Iterable[str], wanted: Mapping[str, object]) -> tuple[Group, ...]:
         """What becomes of the keys of a checkpoint.
@@ -116,15 +119,28 @@ class LiveModel:
             ),
         )
 
+    def published(self, keys: Iterable[str]) -> dict[str, str]:
+        """What files call what the model has in memory; ``*`` stands for the number of an expert."""
+        from transformers import core_model_loading as core  # noqa: PLC0415
+        from transformers.conversion_mapping import (  # noqa: PLC0415
+            get_model_conversion_mapping,
+        )
+
+        mapping = [
+            one.reverse_transform()
+            for one in reversed(get_model_conversion_mapping(self.model, add_legacy=False))
+            if not isinstance(one, core.PrefixChange)
+        ]
+        renamings = [one for one in mapping if isinstance(one, core.WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, core.WeightConverter)]
+        return {
+            key: core.rename_source_key(key, renamings, converters, reverse=True)[0]
+            for key in sorted(keys, key=core.dot_natural_key)
+        }
+
     def passes_over(self, key: str) -> bool:
         """Whether the class drops a stored key without a word."""
-        patterns = [str(one) for one in self.model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001
-        buffers = [name for name, _ in self.model.named_buffers()]
-        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-            patterns.append(r"rotary_emb\.inv_freq")
-        if any(name.endswith("position_ids") for name in buffers):
-            patterns.append(r"(^|\.)position_ids$")
-        return any(re.search(pattern, key) for pattern in patterns)
+        return any(re.search(pattern, key) for pattern in self.dropped)
 
     def _operation(self, operation: Any) -> Operation:
         arguments = {
@@ -158,7 +174,23 @@ def live_model(model: object) -> LiveModel | None:
         dict(names),
         bare,
         frozenset(getattr(bare, "_keys_to_ignore_on_save", None) or ()),
+        tuple(_dropped(bare)),
     )
+
+
+def _dropped(model: Any) -> Iterator[str]:
+    """Patterns of stored keys that a class passes over.
+
+    Source:
+        transformers 5.23, ``_adjust_missing_and_unexpected_keys`` in ``modeling_utils.py``: beside
+        what the class lists, tables that older versions stored and newer ones compute.
+    """
+    yield from map(str, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        yield r"rotary_emb\.inv_freq"
+    if any(name.endswith("position_ids") for name in buffers):
+        yield r"(^|\.)position_ids$"
 
 
 def _has_mapping() -> bool:
@@ -173,7 +205,7 @@ def _unwrapped(model: Any) -> Any:
     """The outermost module of transformers under wrappers around the whole model."""
     while model is not None and _transformers_class(type(model)) is None:
         inner = getattr(model, "_modules", {})
-        if len(inner) != 1 or next(iter(inner)) not in _WRAPPED:
+        if len(inner) != 1 or next(iter(inner)) not in _WRAPPED | {"module"}:
             return None
         model = next(iter(inner.values()))
     return model
@@ -193,17 +225,10 @@ def _is_wrapper(kind: type) -> bool:
 
 def _bare(model: Any, owner: type) -> Any:
     """A model whose modules have the names and classes that transformers gave them."""
-    wrapped = any(
-        _is_wrapper(type(module)) or set(name.split(".")) & set(_WRAPPED[:3])
-        for name, module in _named_modules(model)
-    )
-    if not wrapped:
+    if not any(
+        any(map(_is_wrapper, type(module).__mro__)) or set(name.split(".")) & set(_WRAPPED)
+        for name, module in model.named_modules()
+    ):
         return model
-    import torch  # noqa: PLC0415
-
-    with torch.device("meta"):
+    with sys.modules["torch"].device("meta"):  # a live model has imported it
         return owner(model.config)
-
-
-def _named_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    yield from model.named_modules()
