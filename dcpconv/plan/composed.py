@@ -160,9 +160,7 @@ class Composed:
     def cut(self, dim: int, start: int, stop: int) -> Composed:
         """What lies in ``[start, stop)`` of one dim."""
         dim = _dim(dim, self.shape)
-        strands = tuple(
-            part for strand in self.strands for part in _cut(strand, dim, start, stop)
-        )
+        strands = tuple(part for strand in self.strands for part in _cut(strand, dim, start, stop))
         return Composed((*self.shape[:dim], stop - start, *self.shape[dim + 1 :]), strands)
 
     def split(self, dim: int, sizes: Sequence[int]) -> list[Composed]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dcpconv.core.errors import LayoutError
 from dcpconv.plan.composed import Composed
-from dcpconv.sources.live_models import Group, Operation
+from dcpconv.sources.live_models import Group
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
@@ -143,8 +143,7 @@ def _split(parts: Parts, arguments: Mapping[str, Any], around: Around) -> Parts:
         raise LayoutError("the model has no such tensor", [("key", key) for key in unknown])
     sizes = [around.wanted[key][dim] for key in keys]
     return {
-        target: [part]
-        for target, part in zip(around.targets, one.split(dim, sizes), strict=True)
+        target: [part] for target, part in zip(around.targets, one.split(dim, sizes), strict=True)
     }
 
 
@@ -204,9 +203,7 @@ def _ernie_join(parts: Parts, arguments: Mapping[str, Any], around: Around) -> P
         for pattern in around.group.source_patterns:
             some = parts[pattern]
             each = -(-len(some) // count)
-            stacks.append(
-                Composed.stack(some[at * each : (at + 1) * each], arguments["stack_dim"])
-            )
+            stacks.append(Composed.stack(some[at * each : (at + 1) * each], arguments["stack_dim"]))
         made[target] = [Composed.concatenate(stacks, arguments["concat_dim"])]
     return made
 

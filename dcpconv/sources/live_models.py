@@ -120,7 +120,7 @@ class LiveModel:
         )
 
     def published(self, keys: Iterable[str]) -> dict[str, str]:
-        """What files call what the model has in memory; ``*`` stands for the number of an expert."""
+        """What files call what the model has; ``*`` stands for the number of an expert."""
         from transformers import core_model_loading as core  # noqa: PLC0415
         from transformers.conversion_mapping import (  # noqa: PLC0415
             get_model_conversion_mapping,

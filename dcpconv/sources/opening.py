@@ -15,8 +15,8 @@ from dcpconv.families.configs import lingua, meta
 from dcpconv.families.configs.parameters import read_fields
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources import hub_headers
-from dcpconv.sources.live_models import LiveModel, live_model
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
+from dcpconv.sources.live_models import LiveModel, live_model
 from dcpconv.sources.settling import find_spec
 from dcpconv.stores import hub
 

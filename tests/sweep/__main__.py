@@ -16,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sweep import STEPS
-from sweep.page import summary, write_page
+from sweep.page import PAGE, page, summary
 
 PATIENCE = 180
 """Seconds for one architecture."""
@@ -50,15 +51,15 @@ def main() -> int:
         for some in pool.map(lambda batch: _batch(batch, options.steps), batches):
             found |= some
             options.results.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"{len(found)} of {len(names)}", file=sys.stderr, flush=True)
-    print(summary(found))
-    if options.write:
-        write_page(found)
+            sys.stderr.write(f"{len(found)} of {len(names)}\n")
+    sys.stdout.write(f"{summary(found)}\n")
+    if options.write and not options.only:
+        PAGE.write_text(page(found, version("transformers")))
     return 0
 
 
 def _all() -> list[str]:
-    from sweep.building import architectures  # noqa: PLC0415 - transformers only where it is used
+    from sweep.building import architectures
 
     return [one.model_type for one in architectures()]
 
@@ -85,13 +86,13 @@ def _batch(names: list[str], steps: str) -> dict[str, Any]:
 
 
 def _work(names: list[str], steps: list[str]) -> int:
-    import warnings  # noqa: PLC0415
+    import warnings
 
-    import torch  # noqa: PLC0415
-    from transformers.utils import logging  # noqa: PLC0415
+    import torch
+    from transformers.utils import logging
 
-    from sweep.building import CannotBuildError, architectures  # noqa: PLC0415
-    from sweep.steps import prove  # noqa: PLC0415
+    from sweep.building import CannotBuildError, architectures
+    from sweep.steps import prove
 
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
@@ -116,7 +117,8 @@ def _work(names: list[str], steps: list[str]) -> int:
         finally:
             signal.alarm(0)
             shutil.rmtree(work, ignore_errors=True)
-        print(json.dumps({name: result}), flush=True)
+        sys.stdout.write(json.dumps({name: result}) + "\n")
+        sys.stdout.flush()
     return 0
 
 

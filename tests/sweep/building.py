@@ -101,13 +101,15 @@ class CannotBuildError(Exception):
 
 def architectures() -> Iterator[Architecture]:
     """Every ``model_type`` that an auto class knows a model for."""
-    tables = {
-        head: getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS
-    }
+    tables = {head: getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES") for head in HEADS}
     for model_type, config in configuration_auto.CONFIG_MAPPING_NAMES.items():
         base = _one(modeling_auto.MODEL_MAPPING_NAMES.get(model_type, ""))
         found = next(
-            ((head, _one(table[model_type])) for head, table in tables.items() if model_type in table),
+            (
+                (head, _one(table[model_type]))
+                for head, table in tables.items()
+                if model_type in table
+            ),
             ("BASE", base),
         )
         if found[1]:
@@ -154,9 +156,11 @@ def build(one: Architecture, seed: int = 0) -> Any:
         except CannotBuildError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a config or model does not like
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(
-                error
-            ).strip() else type(error).__name__
+            reason = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+                if str(error).strip()
+                else type(error).__name__
+            )
     raise CannotBuildError(reason)
 
 
@@ -185,7 +189,7 @@ def _fields(config_class: Any, way: Shrinking) -> dict[str, Any]:
     for name, kind in parts.items():
         part = values.pop(name, None)
         used = type(part) if isinstance(part, PreTrainedConfig) else _named(kind)
-        if used is not None and used is not PreTrainedConfig and name not in {"generation_config"}:
+        if used is not None and used is not PreTrainedConfig and name != "generation_config":
             fields[name] = {**_fields(used, way), "model_type": used.model_type}
     names = {name for name in values if not name.startswith("_")}
     heads, width = way.heads, way.width
@@ -212,21 +216,31 @@ _WIDTHS = re.compile(
     r"^(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|projection_dim|hidden_dim|"
     r"emb_dim|model_dim|out_hidden_size|text_embed_dim|d_embed|attention_hidden_size)$"
 )
-_FFN = re.compile(r"(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|dim_feedforward)")
-_HEADS = re.compile(r"^(num_attention_heads|n_heads?|num_heads|encoder_attention_heads|"
-                    r"decoder_attention_heads|attention_heads)$")
+_FFN = re.compile(
+    r"(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim|dim_feedforward)"
+)
+_HEADS = re.compile(
+    r"^(num_attention_heads|n_heads?|num_heads|encoder_attention_heads|"
+    r"decoder_attention_heads|attention_heads)$"
+)
 _KV = re.compile(r"^(num_key_value_heads|n_kv_heads|multi_query_group_num)$")
-_HEAD_DIM = re.compile(r"^(head_dim|d_kv|d_head|attention_head_dim|qk_nope_head_dim|v_head_dim|"
-                       r"qk_rope_head_dim|swa_head_dim)$")
+_HEAD_DIM = re.compile(
+    r"^(head_dim|d_kv|d_head|attention_head_dim|qk_nope_head_dim|v_head_dim|"
+    r"qk_rope_head_dim|swa_head_dim)$"
+)
 _RANKS = re.compile(r"(lora_rank|_rank)$")
 _EXPERTS = re.compile(r"(num_.*experts|n_routed_experts|moe_num_experts|num_experts)$")
 _TOPK = re.compile(r"(experts_per_tok|top_k|topk|moe_k|num_selected_experts)$")
-_POSITIONS = re.compile(r"(max_position_embeddings|n_positions|max_source_positions|"
-                        r"max_target_positions|max_sequence_length|seq_length)$")
+_POSITIONS = re.compile(
+    r"(max_position_embeddings|n_positions|max_source_positions|"
+    r"max_target_positions|max_sequence_length|seq_length)$"
+)
 _IMAGE = re.compile(r"^(image_size|img_size)$")
 _VOCAB = re.compile(r"vocab_size$")
 _TOKENS = re.compile(r"(_token_id|_token_index|_token_ids|_id)$")
-_MAYBE_NONE = re.compile(r"^(layer_types|mlp_layer_types|layers_block_type|sliding_window_pattern)$")
+_MAYBE_NONE = re.compile(
+    r"^(layer_types|mlp_layer_types|layers_block_type|sliding_window_pattern)$"
+)
 
 
 def _small(name: str, value: Any, way: Shrinking, heads: int, width: int) -> Any:

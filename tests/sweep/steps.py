@@ -53,7 +53,7 @@ def prove(one: Architecture, work: Path, only: Container[str] = STEPS) -> Result
         "live": lambda: load_into(other(reference), origin, model),
         "meta": lambda: load_into(on_meta(reference), origin, model),
         "memory": lambda: from_memory(model, work / "memory", other(reference)),
-        "base": lambda: into_base(one, model, origin),
+        "base": lambda: into_base(one, origin),
         "damage": lambda: damage(origin, work / "damaged", reference),
         "namings": lambda: namings(one, origin, work / "namings", reference),
     }
@@ -182,7 +182,7 @@ def from_memory(model: Any, work: Path, fresh: Any) -> str:
     return same_state(fresh, model)
 
 
-def into_base(one: Architecture, model: Any, origin: Path) -> str:
+def into_base(one: Architecture, origin: Path) -> str:
     """The class without a head takes what is its own of the files, as from_pretrained does."""
     if not one.base or one.base == one.model:
         return "skipped: it has no head"
@@ -224,8 +224,11 @@ def damage(origin: Path, work: Path, reference: Any) -> str:
         coverage = check(place, against=reference)
         if coverage:
             raise FailedError(f"{name} {lost} passes the check")
-        if not any(lost in f"{f.key} {f.why}" or f.key in reference.state_dict()
-                   for part in (coverage.missing, coverage.misshapen) for f in part):
+        if not any(
+            lost in f"{f.key} {f.why}" or f.key in reference.state_dict()
+            for part in (coverage.missing, coverage.misshapen)
+            for f in part
+        ):
             raise FailedError(f"{name} {lost} is not told")
         both = {f.key for f in coverage.missing} & {f.key for f in coverage.unknown}
         if both:
@@ -292,16 +295,14 @@ def outputs_of(model: Any) -> list[Tensor] | None:
         size = getattr(config, "image_size", 32)
         across = size if isinstance(size, int) else 32
         channels = getattr(config, "num_channels", 3)
-        inputs["pixel_values"] = torch.randn(
-            (1, channels, across, across), generator=generator
-        )
+        inputs["pixel_values"] = torch.randn((1, channels, across, across), generator=generator)
     if not inputs:
         return None
     try:
         torch.manual_seed(0)
         with torch.no_grad():
             made = model(**inputs)
-        return [value for value in _tensors(made)]
+        return list(_tensors(made))
     except Exception:  # noqa: BLE001 - inputs are guessed
         return None
 
@@ -316,8 +317,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def same_outputs(one: list[Tensor], other: list[Tensor] | None) -> bool:
     """Equal, NaN to NaN."""
-    return other is not None and len(one) == len(other) and all(
-        torch.allclose(a, b, equal_nan=True) for a, b in zip(one, other, strict=True)
+    return (
+        other is not None
+        and len(one) == len(other)
+        and all(torch.allclose(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
     )
 
 

@@ -94,15 +94,11 @@ CASES = [
         lambda c: Composed.concatenate(c, 0).cut(0, 2, 5).transpose(0, 1),
         id="cut-across-two",
     ),
-    pytest.param(
-        [(1, 5)], lambda t: t[0].reshape(5), lambda c: c[0].reshape((5,)), id="length-1"
-    ),
-    pytest.param(
-        [()] * 3, lambda t: torch.stack(t), lambda c: Composed.stack(c, 0), id="numbers"
-    ),
+    pytest.param([(1, 5)], lambda t: t[0].reshape(5), lambda c: c[0].reshape((5,)), id="length-1"),
+    pytest.param([()] * 3, torch.stack, lambda c: Composed.stack(c, 0), id="numbers"),
     pytest.param(
         [(0, 5), (2, 5)],
-        lambda t: torch.cat(t),
+        torch.cat,
         lambda c: Composed.concatenate(c, 0),
         id="nothing-and-something",
     ),
