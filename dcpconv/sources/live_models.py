@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +127,12 @@ class LiveModel:
             get_model_conversion_mapping,
         )
 
-        mapping = [
-            one.reverse_transform()
-            for one in reversed(get_model_conversion_mapping(self.model, add_legacy=False))
-            if not isinstance(one, core.PrefixChange)
-        ]
+        mapping = []
+        for one in reversed(get_model_conversion_mapping(self.model, add_legacy=False)):
+            # A prefix was there or was not: nothing in the model says which.
+            if not isinstance(one, core.PrefixChange):
+                with suppress(NotImplementedError, ValueError):  # some have no way back
+                    mapping.append(one.reverse_transform())
         renamings = [one for one in mapping if isinstance(one, core.WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, core.WeightConverter)]
         return {

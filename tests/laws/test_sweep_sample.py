@@ -36,7 +36,7 @@ SAMPLE = (
     "llava",  # towers under other names
     "qwen2_vl",  # another tower, other names
     "gemma3",  # towers, and norms around everything
-    "mllama",  # cross attention
+    "paligemma",  # a projector between two towers
 )
 KNOWN = {one.model_type: one for one in architectures()}
 

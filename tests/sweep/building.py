@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto import configuration_auto, modeling_auto
 
-LARGEST = 40_000_000
-"""Parameters of a model that still counts as tiny."""
+LARGEST = 70_000_000
+"""Elements of a model that still counts as tiny."""
 
 HEADS = (
     "CAUSAL_LM",
@@ -149,26 +149,24 @@ def build(one: Architecture, seed: int = 0) -> Any:
         try:
             numel = _numel(model, shrunk(config_class, way))
             if numel > LARGEST:
-                reason = reason or f"no smaller than {numel:,} parameters"
+                reason = reason or f"no smaller than {numel:,} elements"
                 continue
             torch.manual_seed(seed)
             return model(shrunk(config_class, way)).eval()
         except CannotBuildError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a config or model does not like
-            reason = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                if str(error).strip()
-                else type(error).__name__
-            )
+            said = " ".join(str(error).split())
+            reason = f"{type(error).__name__}: {said[:160]}"
     raise CannotBuildError(reason)
 
 
 def _numel(model: Any, config: Any) -> int:
-    """Parameters of a model, counted without memory where its class allows that."""
+    """Elements of a model, counted without memory where its class allows that."""
     try:
         with torch.device("meta"):
-            return sum(p.numel() for p in model(config).parameters())
+            made = model(config)
+            return sum(t.numel() for t in (*made.parameters(), *made.buffers()))
     except TypeError:  # torch.empty() with a dtype by position
         return 0
 
@@ -209,7 +207,7 @@ def _named(kind: Any) -> Any:
 
 _SKIPPED = re.compile(
     r"^(transformers_version|model_type|architectures|id2label|label2id|problem_type|torch_dtype|"
-    r"dtype|return_dict|output_.*|use_bfloat16|chunk_size_feed_forward|attn_implementation)$"
+    r"dtype|return_dict|output_.*|num_feat_extract_layers|use_bfloat16|chunk_size_feed_forward|attn_implementation)$"
 )
 _LAYERS = re.compile(r"(^|_)(num_.*layers|n_layers?|layers|depth|num_blocks|n_blocks|.*_layers)$")
 _WIDTHS = re.compile(
@@ -236,15 +234,17 @@ _POSITIONS = re.compile(
     r"max_target_positions|max_sequence_length|seq_length)$"
 )
 _IMAGE = re.compile(r"^(image_size|img_size)$")
-_VOCAB = re.compile(r"vocab_size$")
+_VOCAB = re.compile(r"vocab")
+_CHUNK = re.compile(r"chunk_size$")
+_CHUNKS = 16
+"""Positions that a state space takes at a time; more only cost time."""
 _TOKENS = re.compile(r"(_token_id|_token_index|_token_ids|_id)$")
-_MAYBE_NONE = re.compile(
-    r"^(layer_types|mlp_layer_types|layers_block_type|sliding_window_pattern)$"
-)
 
 
 def _small(name: str, value: Any, way: Shrinking, heads: int, width: int) -> Any:
     """A smaller value for a field; ``None`` to leave it to its class."""
+    if name == "vocab_size" and value is None:
+        return 300
     if _SKIPPED.match(name) or value is None or isinstance(value, bool):
         return None
     if isinstance(value, int):
@@ -266,6 +266,8 @@ def _small_int(name: str, value: int, way: Shrinking, heads: int, width: int) ->
         return 2
     if _LAYERS.search(name) and value > 2:
         return 2
+    if _CHUNK.search(name) and value > _CHUNKS:
+        return _CHUNKS
     if not way.is_thorough:
         return None
     rules = (

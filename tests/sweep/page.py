@@ -67,14 +67,14 @@ def page(results: Results, version: str) -> str:
     for name, one in sorted(built.items()):
         cells = " | ".join(_mark(one, step) for step in STEPS[:-1])
         lines.append(f"| {name} | {one['class']} | {cells} | {_namings(one)} |")
-    wrong = [
+    told = [
         f"- {name}, {step}: {_plain(one[step])}"
         for name, one in sorted(built.items())
         for step in STEPS
         if _is_wrong(one, step)
     ]
-    if wrong:
-        lines += ["", "## Does not hold", "", *wrong]
+    if told:
+        lines += ["", "## Does not hold", "", *told]
     lines += ["", "## Not built", ""]
     lines += [f"- {name}: {_plain(why)}" for name, why in sorted(skipped.items())]
     lines += [
