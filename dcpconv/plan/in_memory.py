@@ -190,10 +190,8 @@ def _second_names(
     for name, owner in model.tied.items():
         joined = sets.get(name, {name}) | sets.get(owner, {owner})
         sets |= dict.fromkeys(joined, joined)
-    found = []
+    found: list[tuple[str, str]] = []
     for name, names in sets.items():
         if name in wanted and name not in made:
-            owner = next((one for one in sorted(names) if one in made), None)
-            if owner is not None:
-                found.append((name, owner))
+            found.extend((name, one) for one in sorted(names & made.keys())[:1])
     return found

@@ -132,7 +132,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
