@@ -9,12 +9,13 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.t
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+SWEEP_ARGS ?=
 
 # One thread per process: tests start several processes, and more threads only fight.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fmt lint type bench docs check interop install clean
+.PHONY: help demo test fmt lint type bench sweep docs check interop install clean
 
 help:  ## show this table
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -38,6 +39,9 @@ type: $(VENV)/.lint  ## check types (mypy, strict, tests included)
 
 bench: $(VENV)/.bench  ## measure speed and memory against a plain file copy
 	@$(PY) -m bench $(BENCH_ARGS)
+
+sweep: $(VENV)/.installed  ## carry every architecture of transformers everywhere (an hour); SWEEP_ARGS="--only llama"
+	@PYTHONPATH=tests $(PY) -m sweep --write $(SWEEP_ARGS)
 
 docs: $(VENV)/.installed  ## write the generated pages of docs/ and the index of the tables anew
 	@$(PY) docs/generate.py

@@ -18,14 +18,16 @@ from dcpconv.checking.against import (
     share_keys,
 )
 from dcpconv.checking.suggestions import suggest
-from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import DcpconvError, KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import MISFITS, Coverage, Fault, cover_as_stored
+from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.kept import explains_more
+from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
@@ -167,6 +169,9 @@ def _against(
                 hint="check against a live model or a key list: `dcpconv keys SRC -o FILE`",
             )
         return _into(source, table, numbers=target.spec), {}
+    live = target.model if target.said.from_ is None else None
+    if live is not None and spells_like_files(source.weights, source.architecture, live):
+        return _as_live(source.weights, target.catalog, live)
     weights, wanted_keys = source.weights, target.weights
     is_tied = any(one.spec is not None and one.spec.tied for one in (source, target))
     alike = compare_keys(weights, wanted_keys, is_tied=is_tied)
@@ -188,6 +193,15 @@ def _against(
         raise
     accounts = (alike, converted) if may_be_alike else (converted,)
     return min(accounts, key=_faults), wanted_keys.entries
+
+
+def _as_live(
+    weights: Weights, wanted: Catalog, model: LiveModel
+) -> tuple[Coverage, Mapping[str, TensorEntry]]:
+    """The account against a live model of transformers, which says itself what its files become."""
+    shapes = {key: entry.shape for key, entry in wanted.tensors.items()}
+    keys = Weights(wanted, wanted.tensors, wanted.tied, None, "", ())
+    return compare_results(cover_in_memory(weights, model, shapes), weights, keys), wanted.tensors
 
 
 def _faults(coverage: Coverage) -> int:

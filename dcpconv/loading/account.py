@@ -54,6 +54,7 @@ class Offer:
         left: Entries beside the weights.
         files: Size and sampled bytes of every file.
         notes: What a user should know.
+        digest: Equal on two ranks that see the same checkpoint.
     """
 
     source: str
@@ -68,15 +69,7 @@ class Offer:
     left: int
     files: tuple[Sampled, ...]
     notes: tuple[str, ...]
-
-    def digest(self) -> str:
-        """Equal on two ranks that see the same checkpoint."""
-        hasher = hashlib.sha256()
-        for key, one in sorted(self.tensors.items()):
-            hasher.update(f"{key} {one.kind} {one.shape}\n".encode())
-        for file in self.files:
-            hasher.update(f"{file.file} {file.nbytes} {file.digest}\n".encode())
-        return hasher.hexdigest()[:16]
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +98,7 @@ def offer_of(supply: Supply, source: str) -> Offer:
     """What can be said about a supply without its bytes."""
     coverage = supply.coverage
     root = supply.root
+    files = sample(supply.catalog)
     return Offer(
         source=source,
         form=supply.catalog.form,
@@ -126,9 +120,20 @@ def offer_of(supply: Supply, source: str) -> Offer:
         misshapen=coverage.misshapen,
         ignored=coverage.ignored,
         left=len(coverage.left),
-        files=sample(supply.catalog),
+        files=files,
         notes=supply.notes,
+        digest=_digest(supply, files),
     )
+
+
+def _digest(supply: Supply, files: Sequence[Sampled]) -> str:
+    """Of what is stored, not of what is offered: ranks of a pipeline want different things."""
+    hasher = hashlib.sha256()
+    for key, entry in sorted(supply.catalog.tensors.items()):
+        hasher.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
+    for file in files:
+        hasher.update(f"{file.file} {file.nbytes} {file.digest}\n".encode())
+    return hasher.hexdigest()[:16]
 
 
 def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) -> Account:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcpconv.loading.model import walk
+from dcpconv.loading.model import flat_pieces, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
     computed: list[str] = []
     left: list[str] = []
     seen: set[int] = set()
+    flattened = {id(owner) for owner, _ in flat_pieces(model)}
     for prefix, module, initialise in _owners(model):
         if id(module) in seen:
             continue
@@ -56,7 +57,11 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
         names = _own(module)
         meta = [name for name in names if _buffer(module, name).is_meta]
         has_weights = any(not tensor.is_meta for tensor in module.parameters())
-        if (not meta and any(True for _ in module.parameters())) or (meta and has_weights):
+        # FSDP1 takes parameters away from modules that would initialise them all the same.
+        has_own = any(True for _ in module.parameters()) or any(
+            id(part) in flattened for part in module.modules()
+        )
+        if (not meta and has_own) or (meta and has_weights):
             left.extend(prefix + name for name in meta)
             continue
         for name in meta:
@@ -72,7 +77,43 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
             written = [name for name in names if _is_written(module, name, before[name])]
         computed.extend(prefix + name for name in written)
         left.extend(prefix + name for name in meta if name not in written)
-    return Restored(tuple(computed), tuple(left))
+    above = _computed_above(model, left) if left else ()
+    return Restored((*computed, *above), tuple(name for name in left if name not in above))
+
+
+def _computed_above(model: nn.Module, names: list[str]) -> tuple[str, ...]:
+    """Buffers that the model around their module computes when it initialises itself.
+
+    Asked only where it has no memory of its own yet: nothing that holds a value is written.
+
+    Source:
+        transformers 5.23, ``FalconH1PreTrainedModel._init_weights``: the model hands each layer its
+        ``mup_vector``.
+    """
+    modules = dict(walk(model))
+    before = {}
+    around: set[str] = set()
+    for name in names:
+        prefix, _, buffer = name.rpartition(".")
+        tensor = _buffer(modules[f"{prefix}." if prefix else ""], buffer)
+        if not tensor.is_meta:
+            before[name] = (id(tensor), tensor._version)  # noqa: SLF001
+            around |= {prefix for prefix in modules if name.startswith(prefix)}
+    for prefix in sorted(around, key=len, reverse=True):
+        module = modules[prefix]
+        hook = getattr(module, "_init_weights", None)
+        if callable(hook) and all(tensor.is_meta for tensor in module.parameters()):
+            with torch.no_grad():
+                hook(module)
+    return tuple(
+        name
+        for name, seen in before.items()
+        if _is_written(
+            modules[f"{prefix}." if (prefix := name.rpartition(".")[0]) else ""],
+            name.rpartition(".")[2],
+            seen,
+        )
+    )
 
 
 def _owners(

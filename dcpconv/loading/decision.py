@@ -28,6 +28,7 @@ from dcpconv.loading.supply import Options, Supply, prepare
 from dcpconv.loading.world import World, hostname, portable, raise_first
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.live_models import live_model
 from dcpconv.stores.hub import locate
 
 Read = Literal["auto", "all", "once", "rank0"]
@@ -154,13 +155,13 @@ def unlike(source: str, heard: Sequence[tuple[str, Offer]]) -> FormatError:
     right = {file.file: file for file in first.files}
     facts: list[tuple[str, object]] = [
         ("source", source),
-        ("rank 0", f"{first_host} {first.digest()}"),
+        ("rank 0", f"{first_host} {first.digest}"),
     ]
-    others = [rank for rank, (_, offer) in enumerate(heard) if offer.digest() != first.digest()]
+    others = [rank for rank, (_, offer) in enumerate(heard) if offer.digest != first.digest]
     for rank in others[:8]:
         host, offer = heard[rank]
         found = {file.file: file for file in offer.files}
-        facts.append((f"rank {rank}", f"{host} {offer.digest()}"))
+        facts.append((f"rank {rank}", f"{host} {offer.digest}"))
         for name in dict.fromkeys([*right, *found]):
             old, new = right.get(name), found.get(name)
             if old == new:
@@ -198,7 +199,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     try:
         found, restored = _look_at_model(model, request)
         if request.read != "rank0" or world.rank == 0:
-            offer[:], supplied = _look_at_source(request, found)
+            offer[:], supplied = _look_at_source(model, request, found)
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
     if request.read == "rank0":
@@ -230,10 +231,12 @@ def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 
-def _look_at_source(request: Request, found: Sequence[Place]) -> tuple[list[Offer], Supplied]:
+def _look_at_source(
+    model: nn.Module, request: Request, found: Sequence[Place]
+) -> tuple[list[Offer], Supplied]:
     path = locate(request.source)
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
-    supply = prepare(path, request.options, wanted=wanted)
+    supply = prepare(path, request.options, wanted=wanted, live=live_model(model))
     offer = offer_of(supply, os.fspath(request.source))
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)
@@ -304,7 +307,7 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
         f"{offer.source}  {offer.form}  {offer.family}",
         f"{offer.target}  {len(account.chosen)} tensors match",
         hostname(),
-        offer.digest(),
+        offer.digest,
         len(account.chosen),
         account.missing,
         account.unexpected,

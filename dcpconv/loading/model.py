@@ -110,7 +110,7 @@ class Place:
 
 def places(model: nn.Module) -> tuple[Place, ...]:
     """Every parameter and buffer, tied ones once, in the order of ``state_dict``."""
-    flats = _flat_pieces(model)
+    flats = flat_pieces(model)
     found: dict[object, Place] = {}
     for prefix, module in walk(model):
         flat_names = [name for owner, name in flats if owner is module]
@@ -179,7 +179,7 @@ def device_of(place: Place, device: torch.device | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _flat_pieces(model: nn.Module) -> dict[tuple[nn.Module, str], FlatPiece]:
+def flat_pieces(model: nn.Module) -> dict[tuple[nn.Module, str], FlatPiece]:
     """The parameters that FSDP1 manages, by the module and name they had before."""
     pieces: dict[tuple[nn.Module, str], FlatPiece] = {}
     if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

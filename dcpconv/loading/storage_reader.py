@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,6 +38,7 @@ from dcpconv.plan.adapting import adapter_names
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.live_models import live_model
 from dcpconv.sources.said import parse_allowed
 from dcpconv.stores.hub import locate
 from dcpconv.stores.local import Sources
@@ -71,6 +72,8 @@ class CheckpointReader(StorageReader):
             own safe ones, NumPy's, the plain containers and values of the standard library.
         adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each; what
             they change is offered as fp32, and rounded once to the type of the tensor that asks.
+        model: A model of transformers, whose keys in memory are presented: what published files
+            become in it.  The meta device is enough.
         jobs: Threads.
 
     Attributes:
@@ -92,6 +95,7 @@ class CheckpointReader(StorageReader):
         dequantize: bool = False,
         trust: bool = False,
         adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+        model: nn.Module | None = None,
         jobs: int | None = None,
     ) -> None:
         super().__init__()
@@ -108,6 +112,7 @@ class CheckpointReader(StorageReader):
         )
         self._root = root
         self._trust = trust
+        self._model = model
         self._jobs = jobs
         self._load_id = str(uuid4())
         self._supply: Supply | None = None
@@ -223,14 +228,19 @@ class CheckpointReader(StorageReader):
     @property
     def _is_as_stored(self) -> bool:
         options = self._options
-        return options.to is None and options.keymap is None
+        return options.to is None and options.keymap is None and self._model is None
 
     def _open(self) -> tuple[Supply, Objects]:
         """What can be supplied, and the values that are no tensors."""
         if self._supply is None or self._objects is None:
-            options = self._options
             is_whole = self._is_as_stored and self._root is None
-            supply = prepare(locate(self._source), options, whole=is_whole)
+            supply = prepare(
+                locate(self._source),
+                self._options,
+                wanted=None if self._model is None else _shapes(self._model),
+                live=None if self._model is None else live_model(self._model),
+                whole=is_whole,
+            )
             torn = any(fault.key.endswith(FACTORS) for fault in supply.coverage.unknown)
             hint = self._options.advice if torn else "to= names another naming"
             supply.coverage.require(self._source, hint=hint)
@@ -255,6 +265,11 @@ class CheckpointReader(StorageReader):
             )
         fill = fill_of(target, tuple(item.storage_offsets), sizes)
         return Landing(item.storage_index.fqn, fill, 0, tensor)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    state = model.state_dict(keep_vars=True)
+    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _origin(target: Target) -> torch.Size:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.plan.account import Shapes, aim, factors_of
+from dcpconv.core.errors import NotExpressibleError
+from dcpconv.plan.account import Shapes, aim, aim_at, factors_of
 from dcpconv.plan.adapting import merged_into, read_adapters
 from dcpconv.plan.block_scales import SCALE
 from dcpconv.plan.coverage import Coverage, Target
+from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.offering import trained_apart, widened
+from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
-from dcpconv.sources.understanding import understand
+from dcpconv.sources.understanding import Source, understand
 
 PRODUCT = BY_NAME["float32"]
 """What elements and factors are multiplied in: whoever wants another type rounds once, from it."""
@@ -46,6 +49,11 @@ class Options:
     allow: Sequence[str] = ()
     dequantize: bool = False
     adapters: tuple[str, ...] = ()
+
+    @property
+    def names_no_table(self) -> bool:
+        """Whether nothing here needs a table of names."""
+        return self.to is None and self.keymap is None and not self.dequantize
 
     @property
     def advice(self) -> str:
@@ -94,7 +102,12 @@ class Supply:
 
 
 def prepare(
-    source: Path, options: Options, *, wanted: Shapes | None = None, whole: bool = False
+    source: Path,
+    options: Options,
+    *,
+    wanted: Shapes | None = None,
+    live: LiveModel | None = None,
+    whole: bool = False,
 ) -> Supply:
     """Opens a source and accounts for its keys.
 
@@ -102,6 +115,7 @@ def prepare(
         source: A checkpoint of any form.
         options: How to understand it.
         wanted: The tensors of a model; decides the naming where ``options.to`` does not.
+        live: Where the model is one of transformers, what it says of its names.
         whole: Keep every key as it is stored, with its containers and what stands beside weights.
 
     Raises:
@@ -110,7 +124,15 @@ def prepare(
         NotExpressibleError: The naming cannot hold this model; all reasons are listed.
         FormatError: A file is truncated, malformed or unsafe.
     """
-    going = aim(understand(source, options.said()), to=options.to, form="dcp", wanted=wanted)
+    understood = understand(source, options.said())
+    if (
+        live is not None
+        and wanted is not None
+        and options.names_no_table
+        and spells_like_files(understood.weights, understood.architecture, live)
+    ):
+        return _in_memory(understood, options, live, wanted)
+    going = aim(understood, to=options.to, form="dcp", wanted=wanted)
     going, merged = merged_into(going, read_adapters(options.adapters), undone="nothing was loaded")
     spec, apart = trained_apart(going.weights, going.spec)
     going = replace(going, spec=spec)
@@ -119,3 +141,23 @@ def prepare(
     left_out = (f"{key} is left out ({why})" for key, why in going.allowed)
     notes = (*going.source.notes, *merged, *apart, *left_out)
     return Supply(going.source.catalog, going.weights, widened(coverage), going.root, notes)
+
+
+def _in_memory(source: Source, options: Options, live: LiveModel, wanted: Shapes) -> Supply:
+    """What a model of transformers makes of its own published files."""
+    going, merged = merged_into(
+        aim_at(source, None), read_adapters(options.adapters), undone="nothing was loaded"
+    )
+    coverage = cover_in_memory(going.weights, live, wanted)
+    if coverage.refused:
+        raise NotExpressibleError(
+            f"the weights of {coverage.target} are made of its files in a way that cannot be"
+            " planned; nothing was loaded",
+            [
+                ("source", source.catalog.source),
+                *(("refused", f"{fault.key}: {fault.why}") for fault in coverage.refused),
+            ],
+            hint="from_pretrained can load them, on one device",
+        )
+    notes = (*source.notes, *merged)
+    return Supply(going.source.catalog, going.weights, widened(coverage), "", notes)

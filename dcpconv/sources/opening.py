@@ -12,6 +12,7 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources import hub_headers
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
+from dcpconv.sources.live_models import LiveModel, live_model
 from dcpconv.stores import hub
 
 Openable = str | os.PathLike[str] | Any
@@ -45,12 +46,14 @@ class Opened:
         end: What reports call it.
         family: Naming that the thing itself states, or ``""``.
         place: Where its parameter file would be, if it has one.
+        model: What a model of transformers says of its names.
     """
 
     catalog: Catalog
     end: End
     family: str = ""
     place: Path | None = None
+    model: LiveModel | None = None
 
 
 def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
@@ -66,7 +69,8 @@ def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
     """
     if is_model(what):
         catalog = read_model(what)
-        return Opened(catalog, End(type(what).__name__, "module", len(catalog.tensors)))
+        end = End(type(what).__name__, "module", len(catalog.tensors))
+        return Opened(catalog, end, model=live_model(what))
     if not isinstance(what, (str, os.PathLike)):
         raise DcpconvError(
             "cannot take keys from this",

@@ -15,6 +15,7 @@ from dcpconv.families.configs.patching import patched_spec
 from dcpconv.families.keymaps import Keymap, is_known, keymaps
 from dcpconv.families.parameter_files import ParameterFile, read_parameter_file
 from dcpconv.sources.key_lists import is_keylist
+from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
@@ -35,6 +36,7 @@ class Source:
         end: What reports call it.
         problems: What is wrong with its files, one sentence each.
         notes: What else a user should know, one sentence each.
+        model: What a live model of transformers says of its names.
     """
 
     catalog: Catalog
@@ -45,6 +47,7 @@ class Source:
     end: End
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    model: LiveModel | None = None
 
     @property
     def keymap(self) -> Keymap | None:
@@ -202,6 +205,7 @@ def _recognised(
         said,
         replace(opened.end, keys=len(catalog.tensors)),
         notes=(*catalog.notes, *notes, *remarks),
+        model=opened.model,
     )
 
 
