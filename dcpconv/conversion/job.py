@@ -204,9 +204,9 @@ class Job:
 
 
 def most_used(tensors: Iterable[OutTensor]) -> DType | None:
-    """Element type of most bytes of floating-point tensors."""
+    """Element type of most bytes of floating-point tensors; one byte is how a type is packed."""
     nbytes: Counter[DType] = Counter()
     for tensor in tensors:
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             nbytes[tensor.dtype] += sum(chunk.fill.nbytes for chunk in tensor.chunks)
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
