@@ -129,7 +129,7 @@ def prepare(
         live is not None
         and wanted is not None
         and options.names_no_table
-        and spells_like_files(understood.weights, understood.architecture, live)
+        and spells_like_files(understood.weights)
     ):
         return _in_memory(understood, options, live, wanted)
     going = aim(understood, to=options.to, form="dcp", wanted=wanted)

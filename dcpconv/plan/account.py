@@ -14,6 +14,7 @@ from dcpconv.core.catalog import Catalog, Form, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
+from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.block_scales import FACTORS, multiplied_out, stated_block
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
@@ -158,7 +159,11 @@ class Aim:
         )
         if self.renames:
             return coverage
-        return covered_by_own(coverage, self.weights, self.source.parameters)
+        parameters, is_dequantized = self.source.parameters, self.source.said.dequantize
+        is_packed = parameters is not None and bool(parameters.quantized_by)
+        return covered_by_own(
+            coverage, self.weights, parameters, is_packed=is_packed and not is_dequantized
+        )
 
     def _is_stored_twice(self, key: str, owner: str) -> bool:
         tied, entries = self.weights.tied, self.weights.entries
@@ -184,11 +189,16 @@ def aim(
         KeymapError: No such family, or none of its tables is for this architecture.
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
             changes the bytes.
+        SpecError: Another naming needs the parameter file, which cannot be read.
     """
     model = _as_catalog(wanted) if wanted is not None else None
     table = _table(source, to, form, model)
     if table is not None:
         source.weights.require_keymap()
+    parameters = source.parameters
+    is_renamed = table is not None and table is not source.keymap
+    if is_renamed and source.spec is None and parameters is not None and parameters.trouble:
+        configs.read_spec(parameters.file)  # raises: another naming needs what the file says
     return aim_at(source, table, form=form, model=model, wanted=wanted)
 
 
