@@ -22,7 +22,9 @@ long."""
 _FLOAT32 = BY_NAME["float32"]
 
 _FP4_VALUES = [
-    sign * magnitude for sign in (1.0, -1.0) for magnitude in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    sign * magnitude
+    for sign in (1.0, -1.0)
+    for magnitude in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 ]
 """What the 16 codes of four bits mean: a sign, two bits of exponent, one of mantissa.
 

@@ -52,11 +52,7 @@ def multiply_out(
     fill, itemsize = box.fill, box.itemsize
     overflowed = underflowed = 0
     for part in box.parts_in(start, stop):
-        scale = next(
-            scale
-            for scale in fill.scales
-            if scale.holds(part, itemsize)
-        )
+        scale = next(scale for scale in fill.scales if scale.holds(part, itemsize))
         width = scale.factors_dtype.itemsize
         room = len(scratch) // width
         for cut, (first, count) in in_blocks(

@@ -18,6 +18,7 @@ FACTORS = (SCALE, "_scale")
 """What the key of factors of any kind adds to the key of a weight in one byte.  Only those of
 ``SCALE`` belong to blocks; others belong to rows or tensors, in compressed-tensors' checkpoints."""
 
+
 def scales_of(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Factors of every matrix of one-byte floats that has them, by the key of the matrix."""
     return {

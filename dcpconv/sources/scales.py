@@ -15,7 +15,10 @@ from dcpconv.core.catalog import Catalog, Factors, KeyPath, TensorEntry, c_strid
 from dcpconv.core.dtypes import BY_NAME, FP4
 from dcpconv.sources.unscalable import unscalable
 
-_UINT8, _INT8 = BY_NAME["uint8"], BY_NAME["int8"]
+_UINT8, _INT8, _E8M0 = (BY_NAME[name] for name in ("uint8", "int8", "float8_e8m0fnu"))
+
+_MX = 32
+"""Elements of an MX block.  Source: OCP Microscaling Formats (MX) 1.0, table 1."""
 
 _BLOCK = (128, 128)
 """Rows and columns of a block where nothing says.  Source: deepseek-ai/DeepSeek-V3 config.json."""
@@ -43,6 +46,7 @@ Source: openai/gpt-oss-20b, its model.safetensors.index.json and that of its ``o
 _ACTIVATIONS = (
     "input_scale",
     "output_scale",
+    "input_global_scale",
     "activation_scale",
     "input_zero_point",
     "output_zero_point",
@@ -97,14 +101,8 @@ def multiplied(
     for key, entry in tensors.items():
         if (packed := _packed(key, entry, tensors)) is not None:
             name, factors = packed
-            expected = entry.shape[:-1]
-            if factors.key != f"{name}_scale":
-                found = factors.shape
-            else:  # a row of bytes is not cut into blocks there
-                expected = (*expected, -(-2 * entry.shape[-1] // _MX))
-                found = factors.shape
-            if found != expected:
-                unlike.append((factors.key, expected, found))
+            if factors.shape != _exponents(key, entry):
+                unlike.append((factors.key, _exponents(key, entry), factors.shape))
                 continue
             made[key] = _of_halves(name, entry, factors, is_turned=key.endswith("_blocks"))
             places[name] = key
@@ -168,10 +166,6 @@ def _pair(value: object) -> tuple[int, int] | None:
     return None
 
 
-_MX = 32
-"""Elements of an MX block.  Source: OCP Microscaling Formats (MX) 1.0, table 1."""
-
-
 def _packed(
     key: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]
 ) -> tuple[str, TensorEntry] | None:
@@ -183,13 +177,19 @@ def _packed(
         factors = tensors.get(name + scales)
         if name == key or factors is None or factors.dtype not in {_UINT8, _E8M0}:
             continue
+        if end == "_packed" and factors.shape != _exponents(key, entry):
+            continue  # other numbers of bits: the file does not say how many
         rank = 2 if end == "_packed" else 4
         if len(entry.shape) >= rank and 0 not in entry.shape and name not in tensors:
             return name, factors
     return None
 
 
-_E8M0 = BY_NAME["float8_e8m0fnu"]
+def _exponents(key: str, entry: TensorEntry) -> tuple[int, ...]:
+    """How many exponents MXFP4 elements need; those in ``X_packed`` are not cut into blocks."""
+    if key.endswith("_packed"):
+        return (*entry.shape[:-1], -(-2 * entry.shape[-1] // _MX))
+    return entry.shape[:-1]
 
 
 def _of_halves(
@@ -212,9 +212,7 @@ def _of_halves(
     shape: tuple[int, ...] = (*lead, columns)
     strides = c_strides(shape)
     if is_turned:
-        shape, strides = (
-            (*values[:-2], values[-1], values[-2]) for values in (shape, strides)
-        )
+        shape, strides = ((*values[:-2], values[-1], values[-2]) for values in (shape, strides))
     rows = prod(lead)
     size = _MX if is_whole else 2 * entry.shape[-1]
     chunks = tuple(
