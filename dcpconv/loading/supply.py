@@ -53,7 +53,7 @@ class Options:
     @property
     def names_no_table(self) -> bool:
         """Whether nothing here needs a table of names."""
-        return self.to is None and self.keymap is None and not self.dequantize
+        return self.to is None and self.keymap is None
 
     @property
     def advice(self) -> str:

@@ -116,7 +116,7 @@ def multiplied(
                 continue
             made[key] = replace(entry, factors=Factors(scale, *blocks))
             names[key] = scale.key
-    dropped = {key: _DROPPED for key in _activations(tensors, made, is_any=bool(names))}
+    dropped = dict.fromkeys(_activations(tensors, made, is_any=bool(names)), _DROPPED)
     gone = {*names.values(), *dropped, *(key for key, _, _ in unlike)}
     kept = {
         (made[key].key if key in made else key): made.get(key, entry)
@@ -137,7 +137,7 @@ def multiplied(
 
 
 def stated_block(config: Mapping[str, object] | None) -> tuple[int, int] | None:
-    """Rows and columns of a block, from a config of any model; ``None`` where it does not say.
+    """Rows and columns of all blocks, from a config of any model; ``None`` where it does not say.
 
     Source: transformers 5.23 ``FineGrainedFP8Config``; compressed-tensors 0.20
     ``QuantizationArgs``.
@@ -146,7 +146,8 @@ def stated_block(config: Mapping[str, object] | None) -> tuple[int, int] | None:
     stated = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(stated, dict):
         return None
-    found = {_pair(stated.get("weight_block_size"))}
+    size = stated.get("weight_block_size")
+    found = {_pair(size)} if size is not None else set()
     groups = stated.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -154,7 +155,6 @@ def stated_block(config: Mapping[str, object] | None) -> tuple[int, int] | None:
             strategy, size = weights.get("strategy"), weights.get("group_size")
             is_grouped = strategy in {"group", "tensor_group"} and isinstance(size, int)
             found.add(_pair([1, size] if is_grouped else weights.get("block_structure")))
-    found.discard(None)
     return found.pop() if len(found) == 1 else None
 
 

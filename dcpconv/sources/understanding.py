@@ -23,7 +23,6 @@ from dcpconv.sources.said import Said
 from dcpconv.sources.scales import Scaled, multiplied
 from dcpconv.sources.selection import select, why_no_weights
 
-
 _NOT_SCALED = Scaled()
 
 

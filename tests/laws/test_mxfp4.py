@@ -16,15 +16,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from dcpconv import convert
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import CoverageError
+from dcpconv.engine.dequantise import Computed
 from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.reading import memory
 from dcpconv.loading.storage_reader import CheckpointReader
 from dcpconv.plan.coverage import Piece, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.opening import open_source
 from dcpconv.sources.scales import multiplied
 from dcpconv.stores.local import Sources
-from dcpconv.engine.dequantise import Computed
-from dcpconv.loading.reading import memory
 from support.checkpoints.families import hf_tensors, torch_tensors
 from support.checkpoints.gpt_oss import model, published
 from support.checkpoints.stock import stock_load
@@ -146,7 +146,7 @@ def test_any_region(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) 
     rng = random.Random(seed)
     monkeypatch.setattr("dcpconv.engine.cast.STEP", rng.choice([1, 37, 1000]))
     generator = torch.Generator().manual_seed(seed)
-    shape = tuple(rng.randint(1, most) for most in (4, 9, 3)) + (rng.choice([1, 3, 16]),)
+    shape = (*(rng.randint(1, most) for most in (4, 9, 3)), rng.choice([1, 3, 16]))
     blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     scales = torch.randint(100, 140, shape[:-1], generator=generator, dtype=torch.uint8)
     save_file({"w_blocks": blocks, "w_scales": scales}, tmp_path / "in.safetensors")

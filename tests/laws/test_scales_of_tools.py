@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
@@ -246,6 +245,9 @@ def test_through_a_table_as_by_two_steps(tmp_path: Path) -> None:
             stored[f"{module}weight_scale"] = torch.rand(tensor.shape[0], 1) + 0.5
             stored[f"{module}input_scale"] = torch.ones(())
     rewrite(source, stored)
+    fields = json.loads((source / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "fbgemm_fp8"}
+    (source / "config.json").write_text(json.dumps(fields))
     convert(source, tmp_path / "between", form="hf", dequantize=True)
     convert(tmp_path / "between", tmp_path / "two", to="lingua")
     report = convert(source, tmp_path / "one", to="lingua", dequantize=True)
