@@ -68,7 +68,7 @@ def test_every_code_under_every_exponent(tmp_path: Path, label: str) -> None:
         dtype=label,
         allow=("overflow",),
     )
-    right = convert_moe_packed_tensors(blocks, scales, dtype=DTYPES[label])  # type: ignore[no-untyped-call]
+    right = convert_moe_packed_tensors(blocks, scales, dtype=DTYPES[label])
     assert right.isfinite().sum() > 2000
     same(hf_tensors(tmp_path / "out"), {"e.w": right})
 
@@ -150,7 +150,7 @@ def test_any_region(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) 
     blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     scales = torch.randint(100, 140, shape[:-1], generator=generator, dtype=torch.uint8)
     save_file({"w_blocks": blocks, "w_scales": scales}, tmp_path / "in.safetensors")
-    right = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    right = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
 
     catalog, scaled = multiplied(open_source(tmp_path / "in.safetensors").catalog)
     entry = catalog.tensors["w"]
@@ -182,7 +182,7 @@ def test_openais_own_files_are_not_turned(tmp_path: Path) -> None:
     stored = {"block.0.mlp.mlp1_weight.blocks": blocks, "block.0.mlp.mlp1_weight.scales": scales}
     save_file(stored, tmp_path / "in.safetensors")
     convert(tmp_path / "in.safetensors", tmp_path / "out", form="hf", dequantize=True)
-    right = convert_moe_packed_tensors(blocks, scales).mT.contiguous()  # type: ignore[no-untyped-call]
+    right = convert_moe_packed_tensors(blocks, scales).mT.contiguous()
     same(hf_tensors(tmp_path / "out"), {"block.0.mlp.mlp1_weight": right})
 
 

@@ -64,7 +64,7 @@ def published(directory: Path) -> tuple[Path, dict[str, Tensor]]:
         experts, inputs, outputs = tensor.shape
         blocks, scales = packed(experts, outputs, inputs, seed)
         stored[f"{key}_blocks"], stored[f"{key}_scales"] = blocks, scales
-        worth[key] = convert_moe_packed_tensors(blocks, scales)  # type: ignore[no-untyped-call]
+        worth[key] = convert_moe_packed_tensors(blocks, scales)
     directory.mkdir(parents=True)
     fields = config().to_dict() | {
         "architectures": ["GptOssForCausalLM"],
@@ -75,7 +75,7 @@ def published(directory: Path) -> tuple[Path, dict[str, Tensor]]:
     }
     (directory / "config.json").write_text(json.dumps(fields))
     # Exponents and their blocks in different files, as a shard's end may have it.
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in (1, 2):
         name = f"model-0000{number}-of-00002.safetensors"
         some = {key: stored[key] for key in stored if key.endswith("_scales") == (number == 2)}

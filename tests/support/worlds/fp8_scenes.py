@@ -124,8 +124,10 @@ def _halves_by_dcp(directory: Path) -> Any:
     model = _sharded(tiny_gpt_oss(), meta=False)
     right = tiny_gpt_oss()
     right.load_state_dict(torch.load(directory / "gpt_oss/worth.pt"))
-    expected = get_model_state_dict(_sharded(right, meta=False))
-    state = {key: one for key, one in get_model_state_dict(model).items() if "layers.1" in key}
+    expected: dict[str, Any] = get_model_state_dict(_sharded(right, meta=False))
+    state: dict[str, Any] = {
+        key: one for key, one in get_model_state_dict(model).items() if "layers.1" in key
+    }
     dcp_load(state, storage_reader=CheckpointReader(directory / "gpt_oss/in", dequantize=True))
     for key, tensor in state.items():
         assert torch.equal(tensor.to_local(), expected[key].to_local()), key
