@@ -54,7 +54,13 @@ def check_adapter(
         return Coverage(adapter.kind, adapter.kind, targets, read=end, notes=(*adapter.notes, note))
     base = understand_described(against, said)
     weights = _weights(base)
-    merged = merge_of(weights, [Weighed(adapter)], spec=base.spec, dequantize=True)
+    merged = merge_of(
+        weights,
+        [Weighed(adapter)],
+        spec=base.spec,
+        architecture=base.architecture,
+        dequantize=True,
+    )
     stored = {entry.key: entry for entry in weights.entries.values()}
     return Coverage(
         source=adapter.kind,

@@ -24,9 +24,9 @@ from dcpconv.sources.adapters.record import Adapter, LowRank
 from dcpconv.sources.recognition import Weights
 from dcpconv.stores.hub import locate
 
-_INPUTS_FIRST = frozenset({"gpt_oss"})
+_INPUTS_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Architectures whose stacked experts are stored inputs by outputs.  Source: transformers 5.23
-``modeling_gpt_oss.py``, ``use_experts_implementation(is_transposed=True)``."""
+``modeling_gpt_oss.py`` and others, ``use_experts_implementation(is_transposed=True)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ def adapted(
     adapters: Sequence[Weighed],
     *,
     spec: ModelSpec | None,
+    architecture: str | None,
     dequantize: bool = False,
     undone: str = "nothing was written",
 ) -> tuple[Weights, tuple[str, ...]]:
@@ -115,7 +116,8 @@ def adapted(
     Args:
         weights: The base.
         adapters: In the order in which they are added.
-        spec: The base's numbers.
+        spec: The base's numbers, where they are known.
+        architecture: What the base's parameter file names, whether its numbers are known or not.
         dequantize: Whether weights in scaled blocks are multiplied out.
         undone: What did not happen where they do not fit.
 
@@ -124,7 +126,9 @@ def adapted(
     """
     if not adapters:
         return weights, ()
-    merged = merge_of(weights, adapters, spec=spec, dequantize=dequantize)
+    merged = merge_of(
+        weights, adapters, spec=spec, architecture=architecture, dequantize=dequantize
+    )
     if merged.missing or merged.misshapen:
         counts = [
             f"{len(faults)} {label}"
@@ -158,6 +162,7 @@ def merged_into(
         aim.weights,
         adapters,
         spec=aim.spec,
+        architecture=aim.source.architecture,
         dequantize=aim.source.said.dequantize,
         undone=undone,
     )
@@ -170,13 +175,14 @@ def merge_of(
     adapters: Sequence[Weighed],
     *,
     spec: ModelSpec | None,
+    architecture: str | None,
     dequantize: bool = False,
 ) -> Merged:
     """What adapters do to a base, faults and all."""
     merged = Merged()
     replaced: dict[str, Path] = {}
     for one in adapters:
-        finder = Finder(weights, one.adapter, spec)
+        finder = Finder(weights, one.adapter, spec, architecture)
         for low_rank in one.adapter.updates:
             _add(merged, finder, low_rank, one.weight, dequantize=dequantize)
         for key, entry in one.adapter.given.items():
@@ -199,7 +205,7 @@ def _add(
     if not places:
         merged.missing.append(Fault(low_rank.key, "the base has no such matrix"))
         return
-    update = _update(low_rank, places[0].shape, finder.spec, weight, merged)
+    update = _update(low_rank, places[0].shape, finder.architecture, weight, merged)
     if update is None:
         return
     stored = []
@@ -231,7 +237,7 @@ def _add(
 def _update(
     low_rank: LowRank,
     shape: tuple[int, ...],
-    spec: ModelSpec | None,
+    architecture: str | None,
     weight: float,
     merged: Merged,
 ) -> Update | None:
@@ -244,9 +250,11 @@ def _update(
     if len(shape) == 3 and a.shape[0] == low_rank.rank * shape[0]:
         experts = shape[0]
         turned = (inputs, outputs) == shape[1:]
-        is_flipped = turned and (
-            inputs != outputs or (spec is not None and spec.architecture in _INPUTS_FIRST)
-        )
+        if inputs == outputs and architecture is None:
+            why = "square experts, and no parameter file says whether inputs or outputs come first"
+            merged.misshapen.append(Fault(low_rank.key, why))
+            return None
+        is_flipped = turned and (inputs != outputs or architecture in _INPUTS_FIRST)
         product = shape[1:] if turned else product
         product = (experts, *product)  # type: ignore[assignment]
     magnitude = low_rank.magnitude

@@ -51,6 +51,7 @@ class Finder:
     weights: Weights
     adapter: Adapter
     spec: ModelSpec | None
+    architecture: str | None
 
     def places(self, key: str) -> list[Place]:
         """Where a tensor is stored; nothing where the base does not have it."""
@@ -126,7 +127,7 @@ class Finder:
         table: Keymap | None
         try:
             own = self.weights.keymap
-            architecture = self.spec.architecture if self.spec is not None else None
+            architecture = self.architecture
             if architecture is None and own is not None and own.architectures:
                 architecture = own.architectures[0]
             table = resolve_family("hf", architecture)
