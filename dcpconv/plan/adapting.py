@@ -22,7 +22,7 @@ from dcpconv.plan.locating import Finder, Place
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter, LowRank
 from dcpconv.sources.recognition import Weights
-from dcpconv.stores.hub import locate
+from dcpconv.stores.hub import locate_adapter
 
 _INPUTS_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Architectures whose stacked experts are stored inputs by outputs.  Source: transformers 5.23
@@ -83,7 +83,7 @@ def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
         FormatError: A file is malformed.
     """
     return tuple(
-        Weighed(read_adapter(locate(name)), weight)
+        Weighed(read_adapter(locate_adapter(name)), weight)
         for name, weight in map(_weighed, adapter_names(names))
     )
 
