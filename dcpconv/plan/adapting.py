@@ -287,7 +287,13 @@ def _placed(update: Update, place: Place) -> Update:
             is_flipped=not update.is_flipped,
             by_column=not update.by_column,
         )
-    return replace(update, rows=place.rows, columns=place.columns)
+    return replace(
+        update,
+        rows=place.rows,
+        columns=place.columns,
+        expert=place.expert,
+        matrix=place.matrix,
+    )
 
 
 def _give(
@@ -308,9 +314,11 @@ def _give(
         return
     stored = []
     for place in places:
-        if place.is_turned or not _is_fit(merged, key, place, dequantize=dequantize):
-            if place.is_turned:
-                merged.misshapen.append(Fault(key, f"is stored turned, as {place.entry.key}"))
+        is_unlike = place.is_turned or len(place.entry.shape) != len(entry.shape)
+        if is_unlike or not _is_fit(merged, key, place, dequantize=dequantize):
+            if is_unlike:
+                how = "turned" if place.is_turned else "with another number of dims"
+                merged.misshapen.append(Fault(key, f"is stored {how}, as {place.entry.key}"))
             return
         update = Update(given=entry, rows=place.rows, columns=place.columns)
         merged.updates.setdefault(place.entry.key, []).append(update)
@@ -327,6 +335,8 @@ def _is_fit(
         why = f"is stored as {entry.dtype.label}; --dequantize multiplies fp8 blocks out"
     elif update is not None and update.magnitude is not None and entry.dtype.itemsize == 1:
         why = "has magnitudes (DoRA), and the norms of weights in scaled blocks are not taken"
+    elif update is not None and update.magnitude is not None and place.matrix is not None:
+        why = f"has magnitudes (DoRA), and is one of those stacked in {entry.key}"
     elif len(entry.shape) > 3 or not entry.shape:
         why = f"has the shape {list(entry.shape)}; only matrices, stacks and vectors are changed"
     if why:

@@ -94,7 +94,10 @@ def locate_adapter(source: str | os.PathLike[str]) -> Path:
         path = snapshot_download(
             repository.name,
             revision=repository.revision,
-            allow_patterns=[weights, *(pattern for pattern in _ASIDE if "safetensors" not in pattern)],
+            allow_patterns=[
+                weights,
+                *(pattern for pattern in _ASIDE if "safetensors" not in pattern),
+            ],
             ignore_patterns=["*/*"],
         )
     return Path(path)

@@ -119,8 +119,8 @@ def require_whole(path: Path, catalog: Catalog) -> None:
                 ("adapter", path),
                 *(("empty", f"{entry.key}  {list(entry.shape)}") for entry in empty),
             ],
-            hint="a run under DeepSpeed ZeRO-3 saved them without gathering; its own checkpoint"
-            " (global_step*) has them, or save again with stage3_gather_16bit_weights_on_model_save",
+            hint="a run under DeepSpeed ZeRO-3 saved them without gathering: its global_step* has"
+            " them; stage3_gather_16bit_weights_on_model_save gathers the next ones",
         )
 
 
