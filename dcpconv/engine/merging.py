@@ -186,8 +186,8 @@ class _Ready:
             columns = a.reshape(experts, -1, a.shape[-1])
             left = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
             if update.expert is not None:
-                some = slice(update.expert, update.expert + 1)
-                columns, left = columns[some], left[some]
+                one_of = slice(update.expert, update.expert + 1)
+                columns, left = columns[one_of], left[one_of]
             if update.is_flipped:
                 left, columns = columns.transpose(1, 2), left.transpose(1, 2)
         if self.rows is not None:

@@ -322,7 +322,7 @@ def test_square_experts_need_a_parameter_file(tmp_path: Path) -> None:
     stack = {"mlp.experts.down_proj": torch.zeros(3, 8, 8)}
     save_file(stack, tmp_path / "base.safetensors")
     pair = {"mlp.experts": (torch.ones(6, 8), torch.ones(8, 6))}
-    fields = {"target_parameters": ["mlp.experts.down_proj"], "r": 2}
+    fields: dict[str, Any] = {"target_parameters": ["mlp.experts.down_proj"], "r": 2}
     adapter = save_peft(tmp_path / "adapter", peft_tensors(pair), **fields)
     with pytest.raises(CoverageError, match="no parameter file says"):
         convert(tmp_path / "base.safetensors", tmp_path / "out.pth", adapter=adapter)

@@ -242,3 +242,20 @@ def test_experts_split_in_an_adapter_and_stacked_in_the_base(
     assets: dict[str, Any] = {"assets": tmp_path / "base"}
     convert(tmp_path / "memory.pth", tmp_path / "out", form="hf", adapter=adapter, **assets)
     assert_same(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "want"))
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_an_old_adapter_that_is_carried_is_converted_by_peft(tmp_path: Path) -> None:
+    """Keys stay as transformers 4 had them: PEFT knows how transformers 5 calls them."""
+    save_hf(tiny("mixtral"), tmp_path / "base")
+    weights = hf_tensors(tmp_path / "base")
+    names = ["w1", "w2", "w3", "q_proj"]
+    adapter = save_peft(
+        tmp_path / "adapter", peft_tensors(factors(weights, names)), target_modules=names
+    )
+    convert(adapter, tmp_path / "carried")
+    wrapped = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "carried")
+    want = {key: value.detach() for key, value in wrapped.merge_and_unload().state_dict().items()}
+    live = tiny("mixtral", seed=5)
+    load_init_weights(live, tmp_path / "base", adapter=adapter)
+    assert_close(dict(live.state_dict()), want, ulps=2)
