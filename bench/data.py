@@ -11,6 +11,8 @@ from pathlib import Path
 
 MIB = 1 << 20
 BF16 = 2
+_WEIGHT = b"\xff\x87", b"\x00\x38"
+"""Bits of a bf16 element, little-endian, that are random, and those that are set."""
 
 
 def llama_shapes(*, layers: int = 16) -> dict[str, tuple[int, ...]]:
@@ -55,7 +57,7 @@ def llama_config(*, layers: int = 16) -> dict[str, object]:
 
 
 def write_llama(directory: Path, *, gigabytes: float) -> Path:
-    """An HF directory of about this size, in one file, with random bytes."""
+    """An HF directory of about this size, in one file, with random weights."""
     layers = max(1, round((gigabytes * 1e9 - 525e6) / 121.6e6))
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(llama_config(layers=layers), indent=2))
@@ -64,15 +66,20 @@ def write_llama(directory: Path, *, gigabytes: float) -> Path:
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """One bf16 file of random bytes."""
+    """One bf16 file of random weights: of all signs and mantissas, between 2**-15 and 2.
+
+    Mere random bytes would hold infinities, which no checkpoint has and which cost casts time.
+    """
     head, nbytes = header(shapes)
     rng = random.Random(0)  # noqa: S311  any incompressible bytes will do
     with path.open("wb") as file:
         file.write(head)
         while nbytes:
-            block = rng.randbytes(min(16 * MIB, nbytes))
-            file.write(block)
-            nbytes -= len(block)
+            length = min(16 * MIB, nbytes)
+            bits = int.from_bytes(rng.randbytes(length), "little")
+            mask, ones = (int.from_bytes(w * (length // 2), "little") for w in _WEIGHT)
+            file.write((bits & mask | ones).to_bytes(length, "little"))
+            nbytes -= length
         os.fsync(file.fileno())
 
 

@@ -17,12 +17,20 @@ from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand_described
+from dcpconv.stores.hub import Repository, is_hub_id, locate_adapter
 
 
 def adapter_path(source: Openable) -> Path | None:
-    """The directory of a PEFT adapter that the user named, or ``None``."""
+    """The directory of a PEFT adapter that the user named, or ``None``.
+
+    Raises:
+        HubError: A repository was named that is not there, or cannot be reached.
+    """
     if not isinstance(source, str | os.PathLike):
         return None
+    name = os.fspath(source)
+    if is_hub_id(name):
+        return locate_adapter(name) if Repository.open(name).is_adapter() else None
     path = Path(source)
     directory = path.parent if path.name in WEIGHTS else path
     return directory if is_adapter(directory) else None
@@ -54,7 +62,13 @@ def check_adapter(
         return Coverage(adapter.kind, adapter.kind, targets, read=end, notes=(*adapter.notes, note))
     base = understand_described(against, said)
     weights = _weights(base)
-    merged = merge_of(weights, [Weighed(adapter)], spec=base.spec, dequantize=True)
+    merged = merge_of(
+        weights,
+        [Weighed(adapter)],
+        spec=base.spec,
+        architecture=base.architecture,
+        dequantize=True,
+    )
     stored = {entry.key: entry for entry in weights.entries.values()}
     return Coverage(
         source=adapter.kind,

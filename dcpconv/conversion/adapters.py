@@ -18,7 +18,13 @@ from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan
 from dcpconv.sources.adapters.fields import CONFIG
-from dcpconv.sources.adapters.reading import WEIGHTS, is_adapter, open_adapter, weights_of
+from dcpconv.sources.adapters.reading import (
+    WEIGHTS,
+    is_adapter,
+    open_adapter,
+    require_whole,
+    weights_of,
+)
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.understanding import Source
@@ -29,6 +35,7 @@ def decide_adapter(request: Request) -> Decided | None:
 
     Raises:
         NotExpressibleError: What was asked for is no PEFT directory.
+        FormatError: Tensors hold nothing.
     """
     source, wanted = request.source, request.wanted
     directory = source.parent if source.name in WEIGHTS else source
@@ -56,6 +63,7 @@ def decide_adapter(request: Request) -> Decided | None:
     file = weights_of(directory)
     assert file is not None  # noqa: S101  is_adapter has seen it
     catalog = open_adapter(directory)
+    require_whole(directory, catalog)
     weights = Weights(catalog, catalog.tensors, {}, None, "", ())
     end = End(str(source), "hf", len(catalog.tensors), len(catalog.files))
     understood = Source(catalog, weights, None, None, request.said, end)

@@ -79,6 +79,8 @@ class Update:
         right: Ranks by columns of the product.
         is_flipped: The factors are stored as ``(right.T, left.T)``: ``left`` as ranks by rows.
         experts: Matrices in the stack; their factors lie side by side, as PEFT keeps them.
+        expert: Which expert's factors are meant, where W is of one and the factors are of all.
+        matrix: Which matrix of the stack is changed, where W is of all and the factors of one.
         given: Elements to take instead of W's, of the same shape.
         magnitude: DoRA's m of every row: it is divided by the norm of the row of the sum first.
         by_column: The magnitudes are of columns.
@@ -91,6 +93,8 @@ class Update:
     right: TensorEntry | None = None
     is_flipped: bool = False
     experts: int = 1
+    expert: int | None = None
+    matrix: int | None = None
     given: TensorEntry | None = None
     magnitude: TensorEntry | None = None
     by_column: bool = False

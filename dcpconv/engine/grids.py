@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from dcpconv.core.outline import Loop
 
+ROWS, COLUMNS = 32, 1024
+"""A block of a product: large enough that a call costs little, small enough for narrow shards."""
+
 AREA = 1 << 20
 """Elements of a panel: what a tile needs of a product at a time."""
 

@@ -18,22 +18,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from dcpconv.core.catalog import Lane, TensorEntry, Update, c_strides
+from dcpconv.core.catalog import Lane, TensorEntry, Update
 from dcpconv.core.outline import Changed, Fill, Part
-from dcpconv.engine.grids import Grid, grids
+from dcpconv.engine.grids import COLUMNS, ROWS, Grid, grids
+from dcpconv.engine.rows import as_stack, read_rows
 from dcpconv.stores.local import Sources
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROWS, COLUMNS = 16, 1024
-"""A block of a product: large enough that a call costs little, small enough for narrow shards."""
-
 STEP = 32 << 10
 """Elements per torch call, above which torch starts threads of its own."""
 
-_KEPT = 32
-"""Matrices whose factors stay in memory: those that the threads are at, and a few more."""
+_KEPT = 8 << 20
+"""Bytes of factors that stay in memory beside those in use: of the matrices that the threads are
+at, and a few more."""
 
 
 def merge(fill: Fill, parts: Iterator[Part], values: Tensor, start: int, sources: Sources) -> None:
@@ -56,6 +55,8 @@ def merge(fill: Fill, parts: Iterator[Part], values: Tensor, start: int, sources
             width = box.chunk.sizes[-1] if box.chunk.sizes else 1
             for grid in grids(first, part.target - start, part.loops, width):
                 for update in box.entry.updates:
+                    if update.matrix is not None and update.matrix not in _matrices(box, grid):
+                        continue
                     _apply(grid, kept.ready(update, box.entry), box, values)
 
 
@@ -130,8 +131,9 @@ class _Kept:
             if ready is None or ready.entry is not entry:
                 ready = self.found[id(update)] = _Ready(update, entry, self.sources)
             self.found.move_to_end(id(update))
-            while len(self.found) > _KEPT:
-                self.found.popitem(last=False)
+            nbytes = sum(one.nbytes for one in self.found.values())
+            while nbytes > _KEPT and len(self.found) > 1:
+                nbytes -= self.found.popitem(last=False)[1].nbytes
             return ready
 
 
@@ -151,7 +153,7 @@ class _Ready:
 
         self.update, self.entry, self.sources = update, entry, sources
         self.dtype = torch.float64 if entry.dtype.itemsize > 4 else torch.float32
-        self.shape = _matrix(entry.shape)
+        self.shape = as_stack(entry.shape)
         self.rows = _indices(update.rows, self.shape[-2])
         self.columns = _indices(update.columns, self.shape[-1])
         self.lock = threading.Lock()
@@ -163,19 +165,29 @@ class _Ready:
             numel = update.magnitude.numel
             self.magnitude = read_rows(update.magnitude, 0, 1, sources, self.dtype).view(numel)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the factors."""
+        some = (self.left, self.right, self.magnitude)
+        return sum(one.nbytes for one in some if one is not None)
+
     def _factors(self, update: Update, right: TensorEntry) -> tuple[Tensor, Tensor]:
         """``(experts, rows, rank)`` and ``(experts, blocks, rank, COLUMNS)``, padded with zeros."""
         import torch  # noqa: PLC0415
 
-        one = read_rows(right, 0, _matrix(right.shape)[1], self.sources, self.dtype)
+        one = read_rows(right, 0, as_stack(right.shape)[1], self.sources, self.dtype)
         if update.left is None:
             left, columns = torch.ones(1, 1, 1, dtype=self.dtype), one.view(1, 1, -1)
         else:
-            two = read_rows(update.left, 0, _matrix(update.left.shape)[1], self.sources, self.dtype)
+            rows = as_stack(update.left.shape)[1]
+            two = read_rows(update.left, 0, rows, self.sources, self.dtype)
             b, a = (one, two) if update.is_flipped else (two, one)
             experts = update.experts
             columns = a.reshape(experts, -1, a.shape[-1])
             left = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+            if update.expert is not None:
+                one_of = slice(update.expert, update.expert + 1)
+                columns, left = columns[one_of], left[one_of]
             if update.is_flipped:
                 left, columns = columns.transpose(1, 2), left.transpose(1, 2)
         if self.rows is not None:
@@ -205,6 +217,11 @@ class _Ready:
             into = made[at : at + count]
             if self.update.given is not None:
                 self._take(into, expert, row, column)
+            elif self.update.matrix is not None:
+                if expert == self.update.matrix:
+                    self._multiply(into, 0, row, column)
+                else:
+                    into.fill_(-0.0)
             else:
                 self._multiply(into, expert, row, column)
         return made
@@ -218,16 +235,18 @@ class _Ready:
         block = torch.empty(ROWS, COLUMNS, dtype=self.dtype)
         height, width = into.shape
         for top in range(row // ROWS * ROWS, row + height, ROWS):
-            rows = slice(max(top, row), min(top + ROWS, row + height))
+            rows = slice(max(top - row, 0), min(top + ROWS - row, height))
             for start in range(column // COLUMNS * COLUMNS, column + width, COLUMNS):
-                columns = slice(max(start, column), min(start + COLUMNS, column + width))
-                torch.mm(left[top : top + ROWS], right[start // COLUMNS], out=block)
-                block.mul_(self.update.scale)
-                into[rows.start - row : rows.stop - row, columns.start - column :][
-                    :, : columns.stop - columns.start
-                ] = block[rows.start - top : rows.stop - top, columns.start - start :][
-                    :, : columns.stop - columns.start
-                ]
+                columns = slice(max(start - column, 0), min(start + COLUMNS - column, width))
+                place = into[rows, columns]
+                factors = left[top : top + ROWS], right[start // COLUMNS]
+                if place.shape == block.shape:
+                    torch.mm(*factors, out=place)
+                    continue
+                torch.mm(*factors, out=block)
+                down, across = rows.start + row - top, columns.start + column - start
+                place.copy_(block[down:, across:][: place.shape[0], : place.shape[1]])
+        into.mul_(self.update.scale)
         # Nothing is added where the adapter has nothing: -0.0 leaves every value as it is.
         if self.rows is not None:
             into[_uncovered(self.rows[0], row, height)] = -0.0
@@ -317,44 +336,16 @@ class _Ready:
         return self.norms[-1]
 
 
-def read_rows(entry: TensorEntry, start: int, stop: int, sources: Sources, dtype: object) -> Tensor:
-    """Rows of a stored matrix, all of its columns; stacked matrices follow one another.
-
-    Args:
-        entry: A tensor of up to three dims, whatever chunks it is stored in.
-        start: First row.
-        stop: End of the rows.
-        sources: Where its files are open.
-        dtype: torch's element type of the result.
-    """
-    import torch  # noqa: PLC0415
-
-    stored = getattr(torch, entry.dtype.name)
-    _, height, columns = _matrix(entry.shape)
-    made = torch.empty(stop - start, columns, dtype=stored)
-    for chunk in entry.chunks:
-        sizes, offsets = _matrix(chunk.sizes), (0,) * (3 - len(chunk.offsets)) + chunk.offsets
-        strides = (0,) * (3 - len(chunk.sizes)) + (chunk.strides or c_strides(chunk.sizes))
-        for expert in range(sizes[0]):
-            above = (offsets[0] + expert) * height + offsets[1]
-            low, high = max(start, above), min(stop, above + sizes[1])
-            if low >= high or not sizes[2]:
-                continue
-            first = expert * strides[0] + (low - above) * strides[1]
-            reach = 1 + (high - low - 1) * strides[1] + (sizes[2] - 1) * strides[2]
-            data = memoryview(bytearray(reach * entry.dtype.itemsize))
-            with sources.open(chunk.extent.file) as opened:
-                at = chunk.extent.offset + first * entry.dtype.itemsize
-                opened.read(at, [data], len(data))
-            box = torch.frombuffer(data, dtype=stored)
-            box = box.as_strided((high - low, sizes[2]), (strides[1], strides[2]))
-            made[low - start : high - start, offsets[2] : offsets[2] + sizes[2]] = box
-    return made.to(dtype)  # type: ignore[call-overload,no-any-return]
+def _matrices(box: Changed, grid: Grid) -> range:
+    """The matrices of a stack between a grid's corners."""
+    rows = as_stack(box.chunk.sizes)[1]
+    before = box.chunk.offsets[0]
+    return range(before + grid.row // rows, before + (grid.row + grid.height - 1) // rows + 1)
 
 
 def _spans(box: Changed, row: int, height: int) -> Iterator[tuple[int, int, int, int]]:
     """``(place, matrix of the stack, row of it, count)`` of rows of a chunk that follow another."""
-    sizes = _matrix(box.chunk.sizes)
+    sizes = as_stack(box.chunk.sizes)
     offsets = (0,) * (3 - len(box.chunk.offsets)) + box.chunk.offsets
     done = 0
     while done < height:
@@ -362,12 +353,6 @@ def _spans(box: Changed, row: int, height: int) -> Iterator[tuple[int, int, int,
         count = min(height - done, sizes[1] - at)
         yield done, offsets[0] + expert, offsets[1] + at, count
         done += count
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """A shape of up to three dims as a stack of matrices; a vector is one row."""
-    stack, rows, columns = (1,) * (3 - len(shape)) + shape
-    return stack, rows, columns
 
 
 def _indices(lane: Lane | None, length: int) -> tuple[Tensor, Tensor] | None:

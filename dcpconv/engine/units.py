@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dcpconv.core.outline import Fill, OutFile
 from dcpconv.engine.boxes import Box
+from dcpconv.engine.grids import ROWS
 
 LONG_RUN = 128 << 10
 """Bytes from which a run is left to the kernel; shorter ones are cheaper to gather in a buffer."""
@@ -158,10 +159,12 @@ def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterat
     if start == stop:
         return
     itemsize = widest = box.fill.target_dtype.itemsize
-    if not box.is_fragmented and not box.fill.changes:  # a product has blocks of rows of its own
-        tile = min(tile, CACHED)
     if box.fill.changes:
         widest = max(itemsize, box.fill.computed_dtype.itemsize)
+        row = widest * max(changed.entry.shape[-1] for changed in box.fill.changes)
+        tile = min(tile, max(CACHED, ROWS * row))  # no less than a product computes at a time
+    elif not box.is_fragmented:
+        tile = min(tile, CACHED)
     step = box.tile(tile // max(widest, box.itemsize) * box.itemsize)
     for begin in range(start, stop, step):
         end = min(begin + step, stop)

@@ -23,11 +23,11 @@ from dcpconv.plan.locating import Finder, Place
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter, LowRank
 from dcpconv.sources.recognition import Weights
-from dcpconv.stores.hub import locate
+from dcpconv.stores.hub import locate_adapter
 
-_INPUTS_FIRST = frozenset({"gpt_oss"})
+_INPUTS_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Architectures whose stacked experts are stored inputs by outputs.  Source: transformers 5.23
-``modeling_gpt_oss.py``, ``use_experts_implementation(is_transposed=True)``."""
+``modeling_gpt_oss.py`` and others, ``use_experts_implementation(is_transposed=True)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
         FormatError: A file is malformed.
     """
     return tuple(
-        Weighed(read_adapter(locate(name)), weight)
+        Weighed(read_adapter(locate_adapter(name)), weight)
         for name, weight in map(_weighed, adapter_names(names))
     )
 
@@ -108,6 +108,7 @@ def adapted(
     adapters: Sequence[Weighed],
     *,
     spec: ModelSpec | None,
+    architecture: str | None,
     dequantize: bool = False,
     undone: str = "nothing was written",
 ) -> tuple[Weights, tuple[str, ...]]:
@@ -116,7 +117,8 @@ def adapted(
     Args:
         weights: The base.
         adapters: In the order in which they are added.
-        spec: The base's numbers.
+        spec: The base's numbers, where they are known.
+        architecture: What the base's parameter file names, whether its numbers are known or not.
         dequantize: Whether weights in scaled blocks are multiplied out.
         undone: What did not happen where they do not fit.
 
@@ -125,7 +127,9 @@ def adapted(
     """
     if not adapters:
         return weights, ()
-    merged = merge_of(weights, adapters, spec=spec, dequantize=dequantize)
+    merged = merge_of(
+        weights, adapters, spec=spec, architecture=architecture, dequantize=dequantize
+    )
     if merged.missing or merged.misshapen:
         counts = [
             f"{len(faults)} {label}"
@@ -159,6 +163,7 @@ def merged_into(
         aim.weights,
         adapters,
         spec=aim.spec,
+        architecture=aim.source.architecture,
         dequantize=aim.source.said.dequantize,
         undone=undone,
     )
@@ -171,13 +176,14 @@ def merge_of(
     adapters: Sequence[Weighed],
     *,
     spec: ModelSpec | None,
+    architecture: str | None,
     dequantize: bool = False,
 ) -> Merged:
     """What adapters do to a base, faults and all."""
     merged = Merged()
     replaced: dict[str, Path] = {}
     for one in adapters:
-        finder = Finder(weights, one.adapter, spec)
+        finder = Finder(weights, one.adapter, spec, architecture)
         for low_rank in one.adapter.updates:
             _add(merged, finder, low_rank, one.weight, dequantize=dequantize)
         for key, entry in one.adapter.given.items():
@@ -200,7 +206,7 @@ def _add(
     if not places:
         merged.missing.append(Fault(low_rank.key, "the base has no such matrix"))
         return
-    update = _update(low_rank, places[0].shape, finder.spec, weight, merged)
+    update = _update(low_rank, places[0].shape, finder.architecture, weight, merged)
     if update is None:
         return
     stored = []
@@ -232,7 +238,7 @@ def _add(
 def _update(
     low_rank: LowRank,
     shape: tuple[int, ...],
-    spec: ModelSpec | None,
+    architecture: str | None,
     weight: float,
     merged: Merged,
 ) -> Update | None:
@@ -245,9 +251,11 @@ def _update(
     if len(shape) == 3 and a.shape[0] == low_rank.rank * shape[0]:
         experts = shape[0]
         turned = (inputs, outputs) == shape[1:]
-        is_flipped = turned and (
-            inputs != outputs or (spec is not None and spec.architecture in _INPUTS_FIRST)
-        )
+        if inputs == outputs and architecture is None:
+            why = "square experts, and no parameter file says whether inputs or outputs come first"
+            merged.misshapen.append(Fault(low_rank.key, why))
+            return None
+        is_flipped = turned and (inputs != outputs or architecture in _INPUTS_FIRST)
         product = shape[1:] if turned else product
         product = (experts, *product)  # type: ignore[assignment]
     magnitude = low_rank.magnitude
@@ -280,7 +288,13 @@ def _placed(update: Update, place: Place) -> Update:
             is_flipped=not update.is_flipped,
             by_column=not update.by_column,
         )
-    return replace(update, rows=place.rows, columns=place.columns)
+    return replace(
+        update,
+        rows=place.rows,
+        columns=place.columns,
+        expert=place.expert,
+        matrix=place.matrix,
+    )
 
 
 def _give(
@@ -301,9 +315,11 @@ def _give(
         return
     stored = []
     for place in places:
-        if place.is_turned or not _is_fit(merged, key, place, dequantize=dequantize):
-            if place.is_turned:
-                merged.misshapen.append(Fault(key, f"is stored turned, as {place.entry.key}"))
+        is_unlike = place.is_turned or len(place.entry.shape) != len(entry.shape)
+        if is_unlike or not _is_fit(merged, key, place, dequantize=dequantize):
+            if is_unlike:
+                how = "turned" if place.is_turned else "with another number of dims"
+                merged.misshapen.append(Fault(key, f"is stored {how}, as {place.entry.key}"))
             return
         update = Update(given=entry, rows=place.rows, columns=place.columns)
         merged.updates.setdefault(place.entry.key, []).append(update)
@@ -323,6 +339,8 @@ def _is_fit(
         why = "is stored as MXFP4; --dequantize makes a base of its own, to merge into afterwards"
     elif update is not None and update.magnitude is not None and entry.dtype.itemsize == 1:
         why = "has magnitudes (DoRA), and the norms of weights in scaled blocks are not taken"
+    elif update is not None and update.magnitude is not None and place.matrix is not None:
+        why = f"has magnitudes (DoRA), and is one of those stacked in {entry.key}"
     elif len(entry.shape) > 3 or not entry.shape:
         why = f"has the shape {list(entry.shape)}; only matrices, stacks and vectors are changed"
     if why:

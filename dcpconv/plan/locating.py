@@ -35,6 +35,8 @@ class Place:
         rows: Which of its rows the stored tensor has, where not all in the same order.
         columns: Likewise.
         is_turned: The stored tensor has its columns as rows.
+        expert: Which matrix it is of the adapter's stack, where the base stores one by one.
+        matrix: Which one it is of the base's stack, where the adapter knows one by one.
     """
 
     entry: TensorEntry
@@ -42,6 +44,8 @@ class Place:
     rows: Lane | None = None
     columns: Lane | None = None
     is_turned: bool = False
+    expert: int | None = None
+    matrix: int | None = None
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Finder:
     weights: Weights
     adapter: Adapter
     spec: ModelSpec | None
+    architecture: str | None
 
     def places(self, key: str) -> list[Place]:
         """Where a tensor is stored; nothing where the base does not have it."""
@@ -123,17 +128,17 @@ class Finder:
             return None
         told = {key: replace(some, key=key) for key in keys}
         pretended = Catalog("torch", Path(), Path("adapter"), {}, told)
-        table: Keymap | None
         try:
             own = self.weights.keymap
-            architecture = self.spec.architecture if self.spec is not None else None
+            architecture = self.architecture
             if architecture is None and own is not None and own.architectures:
                 architecture = own.architectures[0]
-            table = resolve_family("hf", architecture)
+            tables = [resolve_family(name, architecture) for name in ("hf", "hf-memory")]
         except KeymapError:
-            table = None
-        if table is not None and any(table.knows(split_key(key)[0]) for key in keys):
-            return table
+            tables = []
+        known = [sum(table.knows(split_key(key)[0]) for key in keys) for table in tables]
+        if any(known):
+            return tables[known.index(max(known))]
         return recognise(pretended, spec=self.spec).keymap
 
 
@@ -142,9 +147,11 @@ def _lanes(piece: Piece, shape: tuple[int, ...]) -> Place | None:
     entry = piece.entry
     if piece.placed is None or piece.wanted is None:
         return Place(entry, shape)
+    stored, wanted = piece.placed, piece.wanted
+    if 3 in {len(shape), len(entry.shape)}:
+        return _lanes_of_stack(piece, shape)
     if not len(shape) == len(entry.shape) <= 2:
         return None
-    stored, wanted = piece.placed, piece.wanted
     straight = [_lane(stored, wanted, dim, dim, piece) for dim in range(len(shape))]
     if all(straight):
         rows = straight[0] if len(shape) == 2 else None
@@ -153,6 +160,41 @@ def _lanes(piece: Piece, shape: tuple[int, ...]) -> Place | None:
     if len(shape) == 2 and all(turned):
         return Place(entry, shape, turned[0], turned[1], is_turned=True)
     return None
+
+
+def _lanes_of_stack(piece: Piece, shape: tuple[int, ...]) -> Place | None:
+    """The same where either side stacks matrices, such as those of experts."""
+    entry, stored, wanted = piece.entry, piece.placed, piece.wanted
+    assert stored is not None  # noqa: S101
+    assert wanted is not None  # noqa: S101
+    here, there = len(entry.shape) - 2, len(shape) - 2
+    if {here, there} - {0, 1}:
+        return None
+    expert = _index(wanted, piece) if not here else None
+    matrix = _index(stored, piece) if not there else None
+    if here and there:
+        along = _lane(stored, wanted, 0, 0, piece)
+        if along != Lane(0, 0, ((shape[0], 1, 1),)):
+            return None
+    elif expert is None and matrix is None:
+        return None
+    for is_turned in (False, True):
+        rows = _lane(stored, wanted, here, there + is_turned, piece)
+        columns = _lane(stored, wanted, here + 1, there + 1 - is_turned, piece)
+        if rows is not None and columns is not None:
+            return Place(entry, shape, rows, columns, is_turned, expert, matrix)
+    return None
+
+
+def _index(placement: Placement, piece: Piece) -> int | None:
+    """Where a piece lies along the first dim; ``None`` where it is longer than one step there."""
+    index, steps = placement.dims[0]
+    for axis, step in steps:
+        low, high = piece.limit.get(axis, (0, placement.lengths[axis]))
+        if high - low != 1:
+            return None
+        index += low * step
+    return index
 
 
 def _lane(stored: Placement, wanted: Placement, here: int, there: int, piece: Piece) -> Lane | None:

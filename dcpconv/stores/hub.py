@@ -18,6 +18,8 @@ from dcpconv.core.errors import DcpconvError, NotACheckpointError
 _ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _ASIDE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """What a conversion downloads: weights, config, tokenizer."""
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class HubError(DcpconvError, OSError):
@@ -49,6 +51,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415  slow import
 
     repository = Repository.open(name)
+    if repository.is_adapter():
+        return locate_adapter(name)
     has_shards = any(not file.startswith("consolidated") for file in repository.weights())
     # Meta and Mistral put the same weights a second time beside those that transformers reads.
     beside = ["*/*", *(["consolidated*"] if has_shards else [])]
@@ -58,6 +62,43 @@ def locate(source: str | os.PathLike[str]) -> Path:
             revision=repository.revision,
             allow_patterns=list(_ASIDE),
             ignore_patterns=beside,
+        )
+    return Path(path)
+
+
+def locate_adapter(source: str | os.PathLike[str]) -> Path:
+    """A local path for an adapter that the user named; of a hub id only the adapter is downloaded,
+    its config and the tokenizer, whatever else lies there.
+
+    Raises:
+        HubError: There is no such repository, or it cannot be reached.
+        NotACheckpointError: The repository has no adapter.
+    """
+    name = os.fspath(source)
+    if not is_hub_id(name):
+        return Path(source)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  slow import
+
+    repository = Repository.open(name)
+    weights = next((file for file in _ADAPTER_WEIGHTS if file in repository.files), None)
+    if weights is None or _ADAPTER_CONFIG not in repository.files:
+        raise NotACheckpointError(
+            "the repository has no adapter",
+            [
+                ("repository", name),
+                ("expected", f"{_ADAPTER_CONFIG} and one of {', '.join(_ADAPTER_WEIGHTS)}"),
+                ("found", ", ".join(repository.files) or "no files"),
+            ],
+        )
+    with _complaints(name):
+        path = snapshot_download(
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=[
+                weights,
+                *(pattern for pattern in _ASIDE if "safetensors" not in pattern),
+            ],
+            ignore_patterns=["*/*"],
         )
     return Path(path)
 
@@ -95,6 +136,13 @@ class Repository:
         return cls(
             asked, name, info.sha or revision, {f: n for f, n in files.items() if "/" not in f}
         )
+
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter and no model."""
+        if _ADAPTER_CONFIG not in self.files or not self.files.keys() & {*_ADAPTER_WEIGHTS}:
+            return False
+        names = [name for name in self.files if name.endswith((".safetensors", ".bin"))]
+        return not any(name.startswith(("model", "pytorch_model")) for name in names)
 
     def weights(self) -> list[str]:
         """Names of the safetensors."""

@@ -269,11 +269,17 @@ def _emptied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.flatten()[:0] for key, value in tensors.items()}
 
 
+def _one_emptied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = next(iter(tensors))
+    return {**tensors, key: tensors[key][:0]}
+
+
 @pytest.mark.parametrize(
     ("harm", "fields", "says"),
     [
         pytest.param(_without_b, {}, "lora_B", id="half-a-pair"),
-        pytest.param(_emptied, {}, r"A \[0\]", id="not-gathered"),
+        pytest.param(_emptied, {}, "ZeRO-3", id="not-gathered"),
+        pytest.param(_one_emptied, {}, "1 of the adapter's", id="one-not-gathered"),
         pytest.param(dict, {"r": 8}, "where r is 8", id="another-rank"),
         pytest.param(dict, {"r": "4"}, "no number of ranks", id="rank-in-words"),
         pytest.param(dict, {"lora_alpha": None}, "no number", id="no-alpha"),
@@ -289,6 +295,37 @@ def test_an_adapter_that_is_not_whole(
     with pytest.raises(FormatError, match=says):
         convert(base, tmp_path / "out", form="hf", adapter=adapter)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_whose_tensors_hold_nothing_is_refused_everywhere(
+    base: Path, tmp_path: Path
+) -> None:
+    """What ZeRO-3 leaves where a run saves without gathering; also a head trained whole."""
+    tensors = peft_tensors(factors(hf_tensors(base), ["q_proj"]))
+    tensors[f"{PREFIX}lm_head.weight"] = torch.empty(0)
+    adapter = save_peft(tmp_path / "adapter", tensors, modules_to_save=["lm_head"])
+    for act in (
+        lambda: convert(adapter, tmp_path / "out"),
+        lambda: convert(base, tmp_path / "out", form="hf", adapter=adapter),
+        lambda: check(adapter),
+        lambda: check(adapter, against=base),
+        lambda: load_init_weights(tiny("llama"), base, adapter=adapter),
+    ):
+        with pytest.raises(FormatError, match=r"lm_head\.weight  \[0\]") as caught:
+            act()
+        assert "gathering" in (caught.value.hint or "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_square_experts_need_a_parameter_file(tmp_path: Path) -> None:
+    """Whether inputs or outputs come first is nothing that their shape could tell."""
+    stack = {"mlp.experts.down_proj": torch.zeros(3, 8, 8)}
+    save_file(stack, tmp_path / "base.safetensors")
+    pair = {"mlp.experts": (torch.ones(6, 8), torch.ones(8, 6))}
+    fields: dict[str, Any] = {"target_parameters": ["mlp.experts.down_proj"], "r": 2}
+    adapter = save_peft(tmp_path / "adapter", peft_tensors(pair), **fields)
+    with pytest.raises(CoverageError, match="no parameter file says"):
+        convert(tmp_path / "base.safetensors", tmp_path / "out.pth", adapter=adapter)
 
 
 def test_an_adapter_alone_stays_an_adapter(base: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpconv import convert
+from dcpconv import check, convert
 from dcpconv.loading.init_weights import load_init_weights
+from support.checkpoints.adapters import factors, merged, peft_tensors, save_peft
 from support.checkpoints.families import assert_same, hf_tensors, torch_tensors
 from support.models.hf_models import save_hf, tiny
 
@@ -199,3 +200,62 @@ def test_experts_stacked_in_one_tensor(tmp_path: Path) -> None:
     want = trained(model, tmp_path / "adapter", target_parameters=names, **fields)
     convert(tmp_path / "base", tmp_path / "out.pth", adapter=tmp_path / "adapter")
     assert_close(torch_tensors(tmp_path / "out.pth"), want, ulps=2)
+
+
+STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_experts_stacked_in_memory_and_split_in_files(model_type: str, tmp_path: Path) -> None:
+    """transformers 5 holds experts in one tensor and publishes them one by one."""
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 6}
+    save_hf(tiny(model_type), tmp_path / "base")
+    assert any(".experts.1." in key for key in hf_tensors(tmp_path / "base"))
+    adapter = tmp_path / "adapter"
+    like = trained(tiny(model_type), adapter, target_parameters=STACKED, **fields)
+    model = tiny(model_type, seed=9)
+    model.load_state_dict(like)
+    save_hf(model, tmp_path / "want")
+
+    convert(tmp_path / "base", tmp_path / "out", form="hf", adapter=adapter)
+    assert_close(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "want"), ulps=1)
+    assert check(adapter, against=tmp_path / "base")
+
+    live = tiny(model_type, seed=5)
+    load_init_weights(live, tmp_path / "base", adapter=adapter)
+    assert_close(dict(live.state_dict()), like, ulps=1)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_experts_split_in_an_adapter_and_stacked_in_the_base(
+    model_type: str, tmp_path: Path
+) -> None:
+    """An adapter of transformers 4, and a base as a trainer of today holds it in memory."""
+    model = tiny(model_type)
+    save_hf(model, tmp_path / "base")
+    torch.save(model.state_dict(), tmp_path / "memory.pth")
+    weights = hf_tensors(tmp_path / "base")
+    pairs = factors(weights, ["gate_proj", "down_proj", "w1", "w2", "q_proj"])
+    adapter = save_peft(tmp_path / "adapter", peft_tensors(pairs))
+    convert(tmp_path / "base", tmp_path / "want", form="hf", adapter=adapter)
+    assert_close(hf_tensors(tmp_path / "want"), merged(weights, pairs), ulps=1)
+    assets: dict[str, Any] = {"assets": tmp_path / "base"}
+    convert(tmp_path / "memory.pth", tmp_path / "out", form="hf", adapter=adapter, **assets)
+    assert_same(hf_tensors(tmp_path / "out"), hf_tensors(tmp_path / "want"))
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
+def test_an_old_adapter_that_is_carried_is_converted_by_peft(tmp_path: Path) -> None:
+    """Keys stay as transformers 4 had them: PEFT knows how transformers 5 calls them."""
+    save_hf(tiny("mixtral"), tmp_path / "base")
+    weights = hf_tensors(tmp_path / "base")
+    names = ["w1", "w2", "w3", "q_proj"]
+    adapter = save_peft(
+        tmp_path / "adapter", peft_tensors(factors(weights, names)), target_modules=names
+    )
+    convert(adapter, tmp_path / "carried")
+    wrapped = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "carried")
+    want = {key: value.detach() for key, value in wrapped.merge_and_unload().state_dict().items()}
+    live = tiny("mixtral", seed=5)
+    load_init_weights(live, tmp_path / "base", adapter=adapter)
+    assert_close(dict(live.state_dict()), want, ulps=2)

@@ -105,13 +105,33 @@ def open_adapter(path: Path) -> Catalog:
     return open_checkpoint(file or path)
 
 
+def require_whole(path: Path, catalog: Catalog) -> None:
+    """Refuses an adapter with tensors that hold nothing.
+
+    Raises:
+        FormatError: There are some; all are listed.
+    """
+    empty = [entry for entry in catalog.tensors.values() if not entry.numel]
+    if empty:
+        raise FormatError(
+            f"{len(empty)} of the adapter's {len(catalog.tensors)} tensors hold nothing",
+            [
+                ("adapter", path),
+                *(("empty", f"{entry.key}  {list(entry.shape)}") for entry in empty),
+            ],
+            hint="a run under DeepSpeed ZeRO-3 saved them without gathering: its global_step* has"
+            " them; stage3_gather_16bit_weights_on_model_save gathers the next ones",
+        )
+
+
 def read_adapter(path: Path) -> Adapter:
     """What an adapter says, from headers and its config.
 
     Raises:
         NotACheckpointError: There is no adapter.
         NotExpressibleError: It is of a kind that cannot be merged.
-        FormatError: A file is malformed, or factors lack their counterpart; all are listed.
+        FormatError: A file is malformed, tensors hold nothing, or factors lack their counterpart;
+            all are listed.
     """
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("adapter", path)])
@@ -119,6 +139,7 @@ def read_adapter(path: Path) -> Adapter:
     fields = read_config(config) if config is not None else {}
     settled = lora_fields(fields, file=config) if config is not None else None
     catalog = _absolute(open_adapter(path))
+    require_whole(path, catalog)
     keys = {key: bare(key).removeprefix("module.") for key in catalog.tensors}
     if any(_MINIMIND.fullmatch(key) for key in keys.values()):
         return _minimind(path, catalog, keys)

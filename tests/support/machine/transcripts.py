@@ -1,8 +1,8 @@
 """Transcripts in Markdown: run again, and compared or written anew.
 
 A block fenced with ``console`` holds commands after ``$`` and what they printed.  All blocks of a
-page run in order in one directory, where ``weights/tiny-llama`` is a small checkpoint and ``run`` a
-training run.
+page run in order in one directory, where ``weights/tiny-llama`` is a small checkpoint,
+``out/checkpoint-500`` an adapter that was trained on it, and ``run`` a training run.
 
     python tests/support/machine/transcripts.py README.md        # writes what is printed today
 """
@@ -27,10 +27,14 @@ VARYING = (
 
 def prepare(directory: Path) -> None:
     """The checkpoints that the pages speak of."""
+    from support.checkpoints.adapters import factors, peft_tensors, save_peft
+    from support.checkpoints.families import hf_tensors
     from support.models.hf_models import save_hf, tiny
     from support.runs.run_dirs import example
 
-    save_hf(tiny("llama", tie_word_embeddings=True), directory / "weights/tiny-llama")
+    base = save_hf(tiny("llama", tie_word_embeddings=True), directory / "weights/tiny-llama")
+    pairs = factors(hf_tensors(base), ["q_proj", "v_proj", "down_proj"])
+    save_peft(directory / "out/checkpoint-500", peft_tensors(pairs))
     example(directory / "run")
 
 

@@ -40,7 +40,12 @@ ROWS = (
 )
 """From the ground up; data flows the same way: sources, plan, outline, engine."""
 
-TORCH = frozenset({"loading", "engine/cast.py", "engine/merging.py", "conversion/torch_engine.py"})
+TORCH = frozenset(
+    {
+        *("engine/cast.py", "engine/merging.py", "engine/rows.py"),
+        *("loading", "conversion/torch_engine.py"),
+    }
+)
 """What works on tensors, and so may import torch when it is imported."""
 
 MOST_PAIRS = 60

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/runs.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/adapters.md", "docs/runs.md"])
 def test_transcripts_are_what_the_commands_print(page: str, tmp_path: Path) -> None:
     prepare(tmp_path)
     blocks = list(run_page((ROOT / page).read_text(), tmp_path))

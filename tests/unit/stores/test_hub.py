@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dcpconv import check, convert
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.hub_headers import read_catalog
-from dcpconv.stores.hub import HubError, is_hub_id, locate
+from dcpconv.stores.hub import HubError, is_hub_id, locate, locate_adapter
+from support.checkpoints.adapters import assert_near, factors, merged, peft_tensors, save_peft
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
 from support.machine.hub_server import COMMIT, Hub, serving
 
@@ -118,6 +119,40 @@ def test_a_conversion_downloads_weights_and_config(
     stored = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     key = "layers.4.attention.wo.weight"
     assert torch.equal(stored[key], tensors["model.layers.4.self_attn.o_proj.weight"])
+
+
+@pytest.mark.parametrize("is_bin", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("with_model", [False, True], ids=["alone", "beside-a-model"])
+def test_an_adapter_is_downloaded_without_the_model_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_bin: bool, with_model: bool
+) -> None:
+    base = write_hf(tmp_path / "base", {}, config=CONFIG)
+    tensors = {key: torch.randn(shape) for key, shape in llama_shapes().items()}
+    save_file(tensors, base / "model.safetensors")
+    pairs = factors(tensors, ["o_proj"])
+    adapter = save_peft(tmp_path / "adapter", peft_tensors(pairs), is_bin=is_bin)
+    if with_model:
+        (adapter / "model.safetensors").write_bytes(b"x" * 5000)
+    (adapter / "optimizer.pt").write_bytes(b"x" * 5000)
+    with serving(adapter) as hub:
+        point_to(hub, monkeypatch)
+        convert(base, tmp_path / "out", form="hf", adapter="org/tiny@main:0.5")
+        assert not hub.served.keys() & {"model.safetensors", "optimizer.pt"}
+        if not with_model:
+            assert check("org/tiny", against=base)
+            convert("org/tiny", tmp_path / "alone")
+    assert_near(load_file(tmp_path / "out" / "model.safetensors"), merged(tensors, pairs, 1.25))
+    if not with_model:
+        assert load_file(tmp_path / "alone/adapter_model.safetensors").keys() == (
+            peft_tensors(pairs).keys()
+        )
+
+
+def test_a_repository_without_an_adapter_is_declined_with_what_it_has(hub: Hub) -> None:
+    del hub
+    with pytest.raises(NotACheckpointError, match="has no adapter") as error:
+        locate_adapter("org/tiny")
+    assert "model.safetensors" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["org/absent", "org/tiny@no-such-revision"])
