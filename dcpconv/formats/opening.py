@@ -8,6 +8,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import safetensors
+from dcpconv.stores.schemes import refuse_scheme
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
@@ -26,7 +27,9 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     Raises:
         NotACheckpointError: The path is absent, or holds no checkpoint; says what it looks like.
         FormatError: A file is truncated, malformed or unsafe.
+        SchemeError: It is a URL.
     """
+    refuse_scheme(path)
     path = Path(path)
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("path", path)])
@@ -50,7 +53,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         if metashards.is_split(path):
             return metashards.read_catalog(path)
     if torchfile.is_torch_file(path) or torchfile.is_one_in_a_directory(path):
-        return torchfile.read_catalog(path)
+        return torchfile.read_catalog(path, problems=problems)
     from dcpconv.formats.strangers import explain  # noqa: PLC0415
 
     raise explain(path)

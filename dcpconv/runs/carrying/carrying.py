@@ -88,7 +88,13 @@ def convert_run(
     with staging(target, overwrite=overwrite, is_file=is_file, source=source) as stage:
         needed = sum(len(data) for _, data in written.texts)
         check_space(target, disk_nbytes(written.outline, side) + needed)
-        execute(written.outline, source=state.root, target=stage.path, jobs=jobs)
+        execute(
+            written.outline,
+            source=state.root,
+            target=stage.path,
+            identities=state.identities,
+            jobs=jobs,
+        )
         files = [(file.name, file.read()) for file in side.files]
         named = {name for name, _ in (*written.texts, *written.outline.commit)}
         files = [(name, data) for name, data in files if name not in named]
