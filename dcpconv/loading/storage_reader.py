@@ -221,6 +221,7 @@ class CheckpointReader(StorageReader):
                 self.nbytes_read += sum(landing.nbytes for landing in landings)
                 for item, tensor in landed:
                     planner.commit_tensor(item, tensor)
+            sources.require_unchanged()
         done: Future[None] = Future()
         done.set_result(None)
         return done
