@@ -97,6 +97,8 @@ def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
         )
     elif any(isinstance(value, OpaqueObject) for value in catalog.objects.values()):
         hint = "tensors inside objects are not looked for; save a state_dict of tensors"
+    elif _are_generators(catalog):
+        hint = "the model lies in other files: name those, or the directory that has them"
     elif catalog.tensors:
         hint = "what is there belongs to an optimizer or the like; --only KEY takes a part as it is"
     others = arrays or [*catalog.objects, *catalog.tensors]

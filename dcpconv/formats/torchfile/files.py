@@ -70,6 +70,16 @@ def _alone(directory: Path) -> list[Path]:
     return [file for file in directory.glob("*.pth") if not is_beside_a_model(file)]
 
 
+def alone_in(directory: Path) -> Path | None:
+    """The one file of a directory that holds its checkpoint; ``None`` where shard files do."""
+    if (directory / INDEX_FILE).is_file():
+        return None
+    if (directory / SINGLE_FILE).is_file():
+        return directory / SINGLE_FILE
+    found = _alone(directory)
+    return found[0] if len(found) == 1 else None
+
+
 def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
     """Everything in a ``torch.save`` file, or in a directory that holds such files.
 
