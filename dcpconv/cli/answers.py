@@ -58,7 +58,7 @@ def _refuse_schemes(given: Iterable[object]) -> None:
 
     for value in given:
         for text in value if isinstance(value, list) else (value,):
-            if isinstance(text, str):
+            if isinstance(text, (str, os.PathLike)):
                 refuse_scheme(text)
 
 

@@ -25,7 +25,8 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
+from dcpconv.formats.dcp.directory import contents_of
+from dcpconv.formats.dcp.metadata import Contents
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
 from dcpconv.stores.local import open_regular
@@ -81,8 +82,7 @@ class Objects:
 
     @cached_property
     def _contents(self) -> Contents:
-        where = self._catalog.path / METADATA_FILE
-        return read_metadata(where.read_bytes(), where=str(where))
+        return contents_of(self._catalog)
 
     def _value(self, key: str) -> object:
         value = self._catalog.objects[key]

@@ -49,6 +49,8 @@ COMMANDS = [
     ["keys", "here", "-o", "{url}"],
     ["params", "{url}"],
     ["params", "here", "-o", "{url}"],
+    ["families", "check", "{url}"],
+    ["families", "new", "{url}"],
     ["runs", "list", "{url}"],
     ["runs", "latest", "{url}"],
     ["runs", "resolve", "{url}", "latest"],
