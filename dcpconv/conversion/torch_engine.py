@@ -160,7 +160,7 @@ def rewritten(source: Path, target: Path, *, trust: bool) -> Iterator[Catalog]:
         yield replace(catalog, source=source, form=own, notes=(*catalog.notes, note))
 
 
-def _listed(state: dict[str, Any], source: Path, form: Form) -> Catalog:
+def _listed(state: dict[Any, Any], source: Path, form: Form) -> Catalog:
     """What torch has read, as a catalog of keys and shapes: without any bytes to read."""
     tensors: dict[str, TensorEntry] = {}
     objects: dict[str, object] = {}

@@ -20,6 +20,7 @@ from dcpconv.engine.execute import execute
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.loading import moving
 from dcpconv.loading.materialise import materialise
+from dcpconv.loading.reading import read_landings
 from dcpconv.runs.carrying.carrying import convert_run
 from support.checkpoints.families import hf_tensors
 from support.checkpoints.rank_files import distributed, save_verl
@@ -189,7 +190,7 @@ def test_a_file_that_changes_while_bytes_arrive_is_an_error(
 ) -> None:
     save_hf(tiny("llama"), tmp_path / "in")
     file = tmp_path / "in/model.safetensors"
-    read = moving.read_landings
+    read = read_landings
 
     def late(*args: Any, **kwargs: Any) -> Any:
         found = read(*args, **kwargs)

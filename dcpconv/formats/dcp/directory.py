@@ -94,8 +94,8 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
         ) from error
     source = path
     if contents.packed:
-        whole = unpacked(path, contents, identities)
-        path, contents, identities = whole.path, whole.contents, {}
+        made = unpacked(path, contents, identities)
+        path, contents, identities = made.path, made.contents, {}
     files = _measure(path, contents, identities)
     lost = _Lost(files)
     whole = [row for row in contents.objects.items() if lost.has(*row)]

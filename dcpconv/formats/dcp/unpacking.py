@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from dcpconv.core.catalog import Extent, Identity
 from dcpconv.core.errors import FormatError, NoSpaceError
@@ -157,7 +157,8 @@ class _Part:
 def _reader(stream: _Part) -> Callable[[int], bytes]:
     import zstandard  # noqa: PLC0415 - an extra, and only for compressed items
 
-    opened: IO[bytes] = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(stream)
+    part: Any = stream  # of a stream it only asks for read()
+    opened: IO[bytes] = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(part)
     return opened.read
 
 

@@ -55,7 +55,8 @@ class World:
     @property
     def identities(self) -> dict[str, Identity]:
         """What every file was when it was read, by name."""
-        return {file.file: file.identity for file in (*self.models, *self.optims)}
+        models = {model.file: model.identity for model in self.models}
+        return models | {optim.file: optim.identity for optim in self.optims}
 
 
 def find(path: Path) -> Path | None:

@@ -117,7 +117,7 @@ def test_zstd_items_are_read(tmp_path: Path) -> None:
     source = _zstd(tmp_path / "dcp")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     for engine in ("stream", "torch"):
-        convert(source, tmp_path / f"{engine}.pth", engine=engine)  # type: ignore[arg-type]
+        convert(source, tmp_path / f"{engine}.pth", engine=engine)
         found = torch.load(tmp_path / f"{engine}.pth")
         assert all(same(found["model"][key], value) for key, value in WEIGHTS.items())
         assert found["step"] == 3

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dcpconv import (
@@ -96,7 +99,7 @@ def test_every_function_says_so_too(
         lambda: dcp_to_torch_save("here", url),
         lambda: torch_save_to_dcp(url, "out"),
         lambda: load_init_weights(_model(), url),
-        lambda: CheckpointReader(url).read_metadata(),
+        _reading(url),
     ]
     for attempt in attempts:
         with pytest.raises(DcpconvError) as caught:
@@ -105,9 +108,13 @@ def test_every_function_says_so_too(
         assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def _model() -> object:
-    import torch
+def _reading(url: str | Path) -> Callable[[], object]:
+    reader: Any = CheckpointReader(url)
+    read: Callable[[], object] = reader.read_metadata
+    return read
 
+
+def _model() -> torch.nn.Module:
     return torch.nn.Linear(2, 3)
 
 
