@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -235,8 +236,6 @@ class _Reversing(_extension.StreamTransformExtension):
         return _Negated(output)
 
     def transform_from(self, input: Any) -> Any:  # noqa: A002 - torch's name
-        import io
-
         return io.BytesIO(_negative(input.read()))
 
 
