@@ -268,7 +268,6 @@ def test_transformed_items_go_through_torch_where_they_cannot_be_undone(
         without.setattr(importlib.util, "find_spec", lambda _name: None)
         with pytest.raises(FormatError, match="compressed or otherwise transformed") as caught:
             convert(tmp_path / "dcp", tmp_path / "out.pth")
-    assert "stream.zstd/1" in str(caught.value)
     assert "pip install zstandard" in (caught.value.hint or "")
 
     monkeypatch.setattr(_extension, "ZStandard", _Reversing)
