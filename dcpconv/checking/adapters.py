@@ -10,8 +10,9 @@ from pathlib import Path
 from dcpconv.checking.against import expected
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.plan.adapting import Weighed, merge_of
+from dcpconv.plan.adapting import merge_of
 from dcpconv.plan.coverage import Coverage, Piece, Target, as_stored
+from dcpconv.sources.adapters.naming import Weighed
 from dcpconv.sources.adapters.reading import WEIGHTS, is_adapter, read_adapter
 from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
@@ -31,6 +31,7 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
 
         signal.signal(signal.SIGTERM, _terminate)
         try:
+            _refuse_schemes([*args, *kwargs.values()])
             return command(*args, **kwargs)
         except DcpconvError as error:
             _stop(f"{type(error).__name__}: {error}", error.exit_code)
@@ -49,6 +50,16 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
             _stop("this is a mistake in dcpconv, not in your files; please report it", 2)
 
     return run
+
+
+def _refuse_schemes(given: Iterable[object]) -> None:
+    """No command reads or writes a store by its URL, whatever the argument is."""
+    from dcpconv.stores.schemes import refuse_scheme
+
+    for value in given:
+        for text in value if isinstance(value, list) else (value,):
+            if isinstance(text, (str, os.PathLike)):
+                refuse_scheme(text)
 
 
 def say(text: str) -> None:

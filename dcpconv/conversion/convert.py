@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from dcpconv.conversion.adapters import decide_adapter
-from dcpconv.conversion.deciding import Decided, decide
+from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request, Wanted, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
@@ -23,7 +23,7 @@ from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.adapting import read_adapters
+from dcpconv.sources.adapters.naming import read_adapters
 from dcpconv.sources.said import Said
 from dcpconv.stores.hub import locate
 
@@ -135,7 +135,12 @@ def convert(
             from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
             return torch_engine.convert_plain(
-                request.source, wanted.path, form=form, overwrite=overwrite, trust=trust
+                request.source,
+                wanted.path,
+                form=form,
+                overwrite=overwrite,
+                trust=trust,
+                require=lambda catalog: require_model_in(catalog, request),
             )
     alone = decide_adapter(request)
     if alone is not None:

@@ -51,6 +51,22 @@ class Decided:
     report: ConversionReport
 
 
+def require_model_in(everything: Catalog, request: Request) -> None:
+    """Raises for what no engine makes a result of, whoever reads and writes the bytes.
+
+    Raises:
+        FormatError: It is no model.
+        CoverageError: Keys are missing, unknown or misshapen; all are listed.
+    """
+    form = request.wanted.form_from(everything.form)
+    source = understand(request.source, request.said, catalog=everything)
+    going, _ = take_up(aim(source, form=form))
+    job = Job(going, request.wanted, form)
+    coverage, _ = job.cover()
+    coverage.require(request.source, hint=_coverage_hint(coverage, job))
+    require_tensors(source.catalog, coverage.targets)
+
+
 def decide(everything: Catalog, request: Request) -> Decided:
     """Accounts for every key and plans every byte; only headers are read."""
     wanted = request.wanted

@@ -28,6 +28,7 @@ from dcpconv.formats.dcp.metadata import METADATA_FILE
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan, whole
 from dcpconv.sources.recognition import Weights
+from dcpconv.stores.schemes import refuse_scheme
 
 
 def dcp_to_torch_save(
@@ -67,6 +68,7 @@ def torch_save_to_dcp(
             archives, which ``convert(..., engine="torch")`` reads.
         NoSpaceError: The disk cannot hold the result.
     """
+    refuse_scheme(torch_save_path)
     source, target = Path(torch_save_path), Path(dcp_checkpoint_dir)
     catalog = torchfile.read_catalog(source)
     outline = _outline(catalog, modulus=block_size(target))

@@ -10,7 +10,7 @@ from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.metadata import METADATA_FILE
-from dcpconv.plan.adapting import Weighed
+from dcpconv.sources.adapters.naming import Weighed
 from dcpconv.sources.said import Said
 
 

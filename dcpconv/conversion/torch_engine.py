@@ -12,7 +12,7 @@ import pickle
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
 from dcpconv.conversion.report import ConversionReport, Side
-from dcpconv.core.catalog import Catalog, Form
+from dcpconv.core.catalog import Catalog, Form, KeyPath, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
@@ -42,6 +42,7 @@ from dcpconv.formats import dcp, ranks, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.torchfile.files import require_whole
+from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.unpickling import TRUST_HINT
 from dcpconv.plan.coverage import AS_STORED
 from dcpconv.stores.local import identity_of, require_unchanged
@@ -73,7 +74,13 @@ def form_of(source: Path) -> Form:
 
 
 def convert_plain(
-    source: Path, target: Path, *, form: Form, overwrite: bool, trust: bool
+    source: Path,
+    target: Path,
+    *,
+    form: Form,
+    overwrite: bool,
+    trust: bool,
+    require: Callable[[Catalog], object],
 ) -> ConversionReport:
     """``torch_save_to_dcp`` or ``dcp_to_torch_save``, staged and published like every result.
 
@@ -83,9 +90,10 @@ def convert_plain(
         form: Of the target.
         overwrite: Replace an existing target, in one step once the result is complete.
         trust: Unpickle without restrictions what the restricted unpickler refuses.
+        require: Raises for what the streaming engine would not publish either.
 
     Raises:
-        FormatError: The source is damaged, or needs ``trust``.
+        FormatError: The source is damaged, holds no model, or needs ``trust``.
         TargetExistsError: The target exists, or is being written.
         NoSpaceError: The disk cannot hold the result.
     """
@@ -94,6 +102,7 @@ def convert_plain(
     is_file = form == "torch"
     with staging(target, overwrite=overwrite, is_file=is_file, source=source) as stage:
         state = load(source, trust=trust)
+        require(_listed(state, source, own))
         nbytes: Counter[str] = Counter()
         for tensor in _tensors(state):
             name = str(tensor.dtype).removeprefix("torch.")
@@ -149,6 +158,23 @@ def rewritten(source: Path, target: Path, *, trust: bool) -> Iterator[Catalog]:
         catalog = open_checkpoint(scratch.path)
         note = "torch read the source; it took memory and disk for the whole of it"
         yield replace(catalog, source=source, form=own, notes=(*catalog.notes, note))
+
+
+def _listed(state: dict[Any, Any], source: Path, form: Form) -> Catalog:
+    """What torch has read, as a catalog of keys and shapes: without any bytes to read."""
+    tensors: dict[str, TensorEntry] = {}
+    objects: dict[str, object] = {}
+    paths: dict[str, KeyPath] = {}
+    for path, leaf in flatten(state, is_tensor=lambda node: isinstance(node, torch.Tensor)):
+        key = key_of(path)
+        paths[key] = path
+        if not isinstance(leaf, torch.Tensor):
+            objects[key] = leaf
+            continue
+        name = str(leaf.dtype).removeprefix("torch.")
+        dtype = BY_NAME.get(name, BY_NAME["uint8"])  # torch has types that only torch can write
+        tensors[key] = TensorEntry(key, dtype, tuple(leaf.shape), ())
+    return Catalog(form, source, source, {}, tensors, objects, paths)
 
 
 def load(source: Path, *, trust: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
 from dcpconv.engine.copying import write_error
+from dcpconv.stores.schemes import refuse_scheme
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Source: linux/fs.h
@@ -115,7 +116,9 @@ def staging(
     Raises:
         TargetExistsError: The target exists, or another conversion is writing it.
         TargetError: The target cannot be written where it is.
+        SchemeError: The target is a URL.
     """
+    refuse_scheme(target)
     target = Path(os.path.realpath(target))
     check_target(target, overwrite=overwrite, is_file=is_file, source=source)
     root = target.parent / f".{target.name}.dcpconv-staging"
@@ -170,7 +173,9 @@ def check_target(
     Raises:
         TargetExistsError: It exists and may not be replaced.
         TargetError: It is no place for a result.
+        SchemeError: It is a URL.
     """
+    refuse_scheme(target)
     target = Path(os.path.realpath(target))
     if source is not None:
         _check_apart(target, Path(os.path.realpath(source)))

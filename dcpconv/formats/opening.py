@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog
-from dcpconv.core.errors import NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import safetensors
+from dcpconv.stores.schemes import refuse_scheme
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
@@ -26,10 +28,36 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     Raises:
         NotACheckpointError: The path is absent, or holds no checkpoint; says what it looks like.
         FormatError: A file is truncated, malformed or unsafe.
+        SchemeError: It is a URL.
     """
+    refuse_scheme(path)
     path = Path(path)
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("path", path)])
+    try:
+        return _open(path, problems)
+    except FormatError as error:
+        if error.kind != "untrusted":
+            raise
+        hint = _trusting(path)
+        raise FormatError(error.headline, error.facts, hint=hint, kind=error.kind) from error
+
+
+def _trusting(path: Path) -> str:
+    """What to do where a pickle names code: torch reads one file, or a DCP, if it is trusted."""
+    from dcpconv.formats import torchfile  # noqa: PLC0415
+
+    file = path
+    if path.is_dir() and not (path / _METADATA).is_file():
+        alone = torchfile.alone_in(path)
+        if alone is None:
+            return "load it with the program that wrote it, and save a state_dict of tensors"
+        file = alone
+    command = shlex.join(["dcpconv", "convert", str(file), "DST", "--engine", "torch", "--trust"])
+    return f"if you trust whoever wrote this file: {command}"
+
+
+def _open(path: Path, problems: list[str] | None) -> Catalog:
     if (path / _METADATA).is_file():
         from dcpconv.formats import dcp  # noqa: PLC0415
 
@@ -50,7 +78,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
         if metashards.is_split(path):
             return metashards.read_catalog(path)
     if torchfile.is_torch_file(path) or torchfile.is_one_in_a_directory(path):
-        return torchfile.read_catalog(path)
+        return torchfile.read_catalog(path, problems=problems)
     from dcpconv.formats.strangers import explain  # noqa: PLC0415
 
     raise explain(path)

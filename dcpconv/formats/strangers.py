@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import dcp, safetensors, torchfile
-from dcpconv.formats.ranks import fsdp
+from dcpconv.formats.ranks import fsdp, zero_world
 from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.stores.local import open_regular
 
 _FSDP_DIRECTORY = "pytorch_model_fsdp_0"
 
 _MAGIC: Final = (
+    (
+        bytes(64),
+        "a file that begins with zeros",
+        "the download or copy was interrupted; fetch it again",
+    ),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
-    (b"GGUF", "a GGUF file", None),
+    (
+        b"GGUF",
+        "a GGUF file",
+        "transformers reads it: from_pretrained(DIR, gguf_file=NAME), then save_pretrained(DIR)",
+    ),
     (b"\x89HDF", "an HDF5 file", None),
     (b"\x93NUMPY", "a NumPy array", None),
     (b"\x1f\x8b", "a gzip file", "unpack it first"),
@@ -104,9 +115,11 @@ def _hint(path: Path) -> str | None:
     explained = dcp.explain(path)
     if explained:
         return explained
-    if any((item / "model_optim_rng.pt").is_file() for item in path.glob("*mp_rank_*")):
+    if any(path.glob("*mp_rank_*/model_optim_rng.pt")) or any(
+        path.glob("iter_*/mp_rank_*/model_optim_rng.pt")
+    ):
         return "this is Megatron's form of its own; its tools write torch_dist, which is a DCP"
-    inner = sorted(_checkpoints(path))
+    inner = sorted(_checkpoints(path), key=_natural)
     if inner:
         what = "checkpoint is" if len(inner) == 1 else "checkpoints are"
         return f"{len(inner)} {what} inside; name one, such as {inner[-1]}"
@@ -122,11 +135,44 @@ def _hint(path: Path) -> str | None:
     return None
 
 
+_DEEPEST: Final = 4
+"""Levels that are looked through: ``hub/models--org--name/snapshots/COMMIT``."""
+_MOST: Final = 2000
+"""Directories that are opened to look for one."""
+
+
 def _checkpoints(path: Path) -> Iterator[Path]:
     """Directories below that hold one: of a run, of a cache of the hub, of Megatron."""
-    deeper = path / "snapshots"
-    for item in (deeper if deeper.is_dir() else path).iterdir():
-        if item.is_dir() and (
-            dcp.is_dcp(item) or safetensors.is_hf(item) or torchfile.is_one_in_a_directory(item)
-        ):
-            yield item
+    level, opened = [path], 0
+    for _ in range(_DEEPEST):
+        following: list[Path] = []
+        for directory in level:
+            opened += 1
+            if opened > _MOST:
+                return
+            with suppress(OSError):
+                following += [item for item in directory.iterdir() if item.is_dir()]
+        found = [item for item in following if _is_one(item)]
+        yield from found
+        if found:
+            return
+        level = [item for item in following if not item.is_symlink()]
+
+
+def _is_one(path: Path) -> bool:
+    try:
+        return (
+            dcp.is_dcp(path)
+            or safetensors.is_hf(path)
+            or torchfile.is_one_in_a_directory(path)
+            or fsdp.is_rank_directory(path)
+            or zero_world.find(path) is not None
+        )
+    except (OSError, FormatError):
+        return False
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """``checkpoint-9`` before ``checkpoint-10``."""
+    parts = re.split(r"([0-9]{1,18})", str(path))
+    return [(int(part), "") if n % 2 else (0, part) for n, part in enumerate(parts)]

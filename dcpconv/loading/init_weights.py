@@ -31,7 +31,7 @@ from dcpconv.loading.report import LoadReport
 from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
 from dcpconv.loading.world import World
-from dcpconv.plan.adapting import adapter_names
+from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.said import parse_allowed
 
 __all__ = ["LoadReport", "load_init_weights"]

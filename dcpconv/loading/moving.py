@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dcpconv.core.errors import SourceChangedError
 from dcpconv.loading.decision import Decision, Request
 from dcpconv.loading.exchange import Exchange, share_out
 from dcpconv.loading.materialise import materialise
@@ -141,7 +142,13 @@ def _exchange(decision: Decision, world: World, tell: Callable[[int], None]) -> 
             progress=tell,
         )
         exchange.run(transfers, needs)
-    return Arrived(exchange.read, exchange.received, exchange.losses, exchange.failure)
+        failure = exchange.failure
+        if failure is None:
+            try:
+                sources.require_unchanged()
+            except SourceChangedError as error:
+                failure = error
+    return Arrived(exchange.read, exchange.received, exchange.losses, failure)
 
 
 def _travel_device(world: World) -> torch.device:

@@ -12,6 +12,7 @@ Source:
 from __future__ import annotations
 
 import io
+import os
 import re
 from _compat_pickle import REVERSE_IMPORT_MAPPING, REVERSE_NAME_MAPPING
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
+from dcpconv.formats.dcp.directory import contents_of
+from dcpconv.formats.dcp.metadata import Contents
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
+from dcpconv.stores.local import open_regular
 
 _HINT: Final = (
     "if you trust whoever wrote this: trust=True hands objects through as they are, and"
@@ -67,9 +70,7 @@ class Objects:
         """
         if self._catalog.form == "dcp":
             item = self._contents.objects[key]
-            with (self._catalog.path / item.file).open("rb") as file:
-                file.seek(item.offset)
-                data = file.read(item.nbytes)
+            data = _read(self._catalog.path / item.file, item.offset, item.nbytes)
             if not self._trust:
                 _require_harmless(io.BytesIO(data), f"{item.file}, item of {key}")
             return io.BytesIO(data)
@@ -81,8 +82,7 @@ class Objects:
 
     @cached_property
     def _contents(self) -> Contents:
-        where = self._catalog.path / METADATA_FILE
-        return read_metadata(where.read_bytes(), where=str(where))
+        return contents_of(self._catalog)
 
     def _value(self, key: str) -> object:
         value = self._catalog.objects[key]
@@ -105,6 +105,22 @@ class Objects:
                 _require_harmless(file, str(source))
         value: object = torch.load(source, map_location="cpu", mmap=True, weights_only=False)
         return value
+
+
+def _read(path: Path, offset: int, nbytes: int) -> bytes:
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            data = os.pread(file.fileno(), nbytes, offset)
+    except OSError as error:
+        raise FormatError(
+            "source file cannot be read",
+            [("file", path), ("reason", error.strerror)],
+            hint="it was there when the checkpoint was listed; was it moved?",
+        ) from error
+    if len(data) < nbytes:
+        facts = [("file", path), ("expected", f"{offset + nbytes} bytes")]
+        raise FormatError("source file ends while it is being read", facts)
+    return data
 
 
 def _is_archive(path: Path) -> bool:

@@ -34,10 +34,10 @@ from dcpconv.core.errors import FormatError
 from dcpconv.loading.objects import Objects
 from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
 from dcpconv.loading.supply import Options, Supply, prepare
-from dcpconv.plan.adapting import adapter_names
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.live_models import live_model
 from dcpconv.sources.said import parse_allowed
 from dcpconv.stores.hub import locate
@@ -221,6 +221,7 @@ class CheckpointReader(StorageReader):
                 self.nbytes_read += sum(landing.nbytes for landing in landings)
                 for item, tensor in landed:
                     planner.commit_tensor(item, tensor)
+            sources.require_unchanged()
         done: Future[None] = Future()
         done.set_result(None)
         return done

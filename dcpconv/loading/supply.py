@@ -11,11 +11,12 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import NotExpressibleError
 from dcpconv.plan.account import Shapes, aim, aim_at, factors_of
-from dcpconv.plan.adapting import merged_into, read_adapters
+from dcpconv.plan.adapting import merged_into
 from dcpconv.plan.block_scales import with_products
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.offering import trained_apart, widened
+from dcpconv.sources.adapters.naming import read_adapters
 from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said

@@ -7,35 +7,24 @@ product is the same numbers in another order.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import TensorEntry, Update
 from dcpconv.core.dtypes import FP4
-from dcpconv.core.errors import CoverageError, DcpconvError
+from dcpconv.core.errors import CoverageError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.account import Aim
 from dcpconv.plan.coverage import Fault
 from dcpconv.plan.locating import Finder, Place
-from dcpconv.sources.adapters.reading import read_adapter
-from dcpconv.sources.adapters.record import Adapter, LowRank
+from dcpconv.sources.adapters.naming import Weighed
+from dcpconv.sources.adapters.record import LowRank
 from dcpconv.sources.recognition import Weights
-from dcpconv.stores.hub import locate_adapter
 
 _INPUTS_FIRST = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 """Architectures whose stacked experts are stored inputs by outputs.  Source: transformers 5.23
 ``modeling_gpt_oss.py`` and others, ``use_experts_implementation(is_transposed=True)``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Weighed:
-    """An adapter, and what its updates are multiplied by beside their own scale."""
-
-    adapter: Adapter
-    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -64,43 +53,6 @@ class Merged:
         """Notes something once."""
         if note not in self.notes:
             self.notes.append(note)
-
-
-Named = str | os.PathLike[str]
-
-
-def adapter_names(names: Named | Sequence[Named]) -> tuple[str, ...]:
-    """What the user named, one or several."""
-    some = [names] if isinstance(names, str | os.PathLike) else names
-    return tuple(os.fspath(name) for name in some)
-
-
-def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
-    """The adapters that the user named, each ``DIR`` or ``DIR:WEIGHT``.
-
-    Raises:
-        NotACheckpointError: One is absent, or is no adapter.
-        NotExpressibleError: One cannot be merged.
-        FormatError: A file is malformed.
-    """
-    return tuple(
-        Weighed(read_adapter(locate_adapter(name)), weight)
-        for name, weight in map(_weighed, adapter_names(names))
-    )
-
-
-def _weighed(text: str) -> tuple[str, float]:
-    """``DIR:0.5`` as its two parts; a name with a colon that is there is a name."""
-    name, _, number = text.rpartition(":")
-    if not name or Path(text).exists():
-        return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        return text, 1.0
-    if not math.isfinite(weight):
-        raise DcpconvError("an adapter's weight is no number", [("adapter", text)])
-    return name, weight
 
 
 def adapted(

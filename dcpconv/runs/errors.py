@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
+from dcpconv.stores.schemes import refuse_scheme
 
 
 class RunError(DcpconvError, ValueError):
@@ -34,8 +35,7 @@ def command(*words: object) -> str:
 def in_one_line(error: Exception) -> str:
     """An error as one problem among others."""
     if isinstance(error, DcpconvError):
-        facts = ", ".join(f"{label} {value}" for label, value in error.facts)
-        return f"{error.headline} ({facts})" if facts else error.headline
+        return error.in_one_line
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {str(error)[:200]}"
@@ -49,6 +49,7 @@ def told(run_dir: str | os.PathLike[str]) -> Iterator[None]:
         NotACheckpointError: The path cannot be read: no permission, a name that is too long, a
             null character, a home of nobody.
     """
+    refuse_scheme(run_dir)
     try:
         yield
     except DcpconvError:

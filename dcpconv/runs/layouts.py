@@ -208,8 +208,9 @@ def _weights(listing: Listing, problems: list[str]) -> tuple[Form | None, str]:
             return ("hf" if name.endswith("safetensors") else "torch"), name
     if "pytorch_model_fsdp.bin" in files:
         return "torch", "pytorch_model_fsdp.bin"
-    if rank_files.tags(listing):
-        return None, ""
+    if tags := rank_files.tags(listing):
+        is_read = all(rank_files.is_read(listing, f"{tag}/") for tag in tags)
+        return ("ranks" if is_read else None), ""
     problems.append("no weights: neither a model file nor an adapter nor an FSDP directory")
     return None, ""
 
@@ -288,7 +289,8 @@ def _accelerate(listing: Listing) -> _Found:
 
 def _deepspeed(listing: Listing) -> _Found:
     problems = rank_files.tag_problems(listing, "", ranks=0)
-    return None, "", {"weights", "optimizer"}, problems
+    form: Form | None = "ranks" if rank_files.is_read(listing, "") else None
+    return form, "", {"weights", "optimizer"}, problems
 
 
 def _verl(listing: Listing) -> _Found:
@@ -304,7 +306,10 @@ def _verl(listing: Listing) -> _Found:
     holds = {held for kind, held in named if kind in there}
     holds |= {"scheduler"} if "extra_state" in there else set()
     holds |= {"trainer state"} if "data.pt" in files or "trainer_state.pt" in files else set()
-    return None, "", holds, problems
+    weights = rank_files.verl_weights(listing) if "model" in there else None
+    if megatron and weights is None:
+        return "dcp", megatron[0].rpartition("/")[0], holds, problems
+    return (None, "", holds, problems) if weights is None else ("ranks", weights, holds, problems)
 
 
 _IN_METADATA: Final = {

@@ -117,6 +117,35 @@ def tag_problems(listing: Listing, prefix: str, *, ranks: int) -> list[str]:
     return problems
 
 
+def is_read(listing: Listing, prefix: str) -> bool:
+    """Whether rank files of DeepSpeed can be put together: not those of pipeline stages, experts
+    or tensor parallelism.
+
+    Args:
+        listing: The step.
+        prefix: Of their directory inside the step, with a slash at its end; empty for the step.
+    """
+    names = [name.removeprefix(prefix) for name in listing.files if name.startswith(prefix)]
+    if any(_EXPERTS.fullmatch(name) or _LAYER.fullmatch(name) for name in names):
+        return False
+    columns = {int(found[1]) for name in names if (found := _WHOLE.fullmatch(name))}
+    columns |= {int(found[2]) for name in names if (found := _MODEL.fullmatch(name))}
+    return columns == {0}
+
+
+def verl_weights(listing: Listing) -> str | None:
+    """The directory of a step of verl in which the model's rank files lie: the actor's, where there
+    are several; ``None`` where there is none."""
+    found = {
+        match[1]
+        for name in listing.files
+        if (match := _VERL.fullmatch(name)) and match[2] == "model"
+    }
+    named = [name.rstrip("/") for name in sorted(found)]
+    first = [name for name in named if name.rpartition("/")[2] in {"actor", "policy"}]
+    return next(iter([*first, *named]), None)
+
+
 def is_deepspeed(listing: Listing) -> bool:
     """Whether the files right in a directory are DeepSpeed's."""
     return any(_OPTIMIZER.fullmatch(n) or _WHOLE.fullmatch(n) for n in listing.files)

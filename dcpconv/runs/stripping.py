@@ -148,7 +148,7 @@ def _why_left(
         return "linked"
     if step.layout not in _FILES:
         return _WHY_LEFT[step.layout]
-    if step.form is None and step.layout != "verl":
+    if step.form in {None, "ranks"} and step.layout != "verl":
         return "its weights are in the optimizer's files"
     if not names:
         return "stripped" if step.is_stripped else "no optimizer of its own"

@@ -44,6 +44,10 @@ _SHOWN = 6
 
 _RANDOM = frozenset({"python", "numpy", "cpu", "cuda", "xla", "npu", "hpu", "mlu", "musa"})
 """Keys of the random states that transformers and accelerate save (``rng_state.pth``)."""
+_STATE_OF_CPU = (5056,)
+_STATES = {_STATE_OF_CPU, (16,)}
+"""Shapes of ``torch.get_rng_state()`` and ``torch.cuda.get_rng_state()``, bytes both: accelerate,
+verl and others keep them under keys of their own."""
 _OPTIMIZER = frozenset({"state", "param_groups"})
 """Keys of ``torch.optim.Optimizer.state_dict()``."""
 
@@ -56,11 +60,19 @@ def why_no_weights(catalog: Catalog, chosen: Collection[object]) -> str | None:
         chosen: The tensors that were found to be weights.
     """
     tops = {catalog.path_of(key)[0] for key in (*catalog.tensors, *catalog.objects)}
-    if tops and tops <= _RANDOM and len(tops) > 1:
+    if (tops and tops <= _RANDOM and len(tops) > 1) or _are_generators(catalog):
         return "these are the random states of a run, not a model"
     if tops == _OPTIMIZER:
         return "this is the state of an optimizer, not a model"
     return None if chosen else "there are no weights in it"
+
+
+def _are_generators(catalog: Catalog) -> bool:
+    """Whether every tensor is the state of one of torch's generators, whatever it is called."""
+    sizes = {
+        entry.shape if entry.dtype.name == "uint8" else None for entry in catalog.tensors.values()
+    }
+    return bool(sizes) and sizes <= _STATES and _STATE_OF_CPU in sizes
 
 
 def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
@@ -85,6 +97,8 @@ def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
         )
     elif any(isinstance(value, OpaqueObject) for value in catalog.objects.values()):
         hint = "tensors inside objects are not looked for; save a state_dict of tensors"
+    elif _are_generators(catalog):
+        hint = "the model lies in other files: name those, or the directory that has them"
     elif catalog.tensors:
         hint = "what is there belongs to an optimizer or the like; --only KEY takes a part as it is"
     others = arrays or [*catalog.objects, *catalog.tensors]

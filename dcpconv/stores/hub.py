@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
+from dcpconv.stores.schemes import refuse_scheme
 
 _ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 _ASIDE = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -43,9 +44,11 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
     Raises:
         HubError: There is no such repository, or it cannot be reached.
+        SchemeError: It is a URL of another kind.
         NotACheckpointError: The repository has no safetensors.
     """
     name = os.fspath(source)
+    refuse_scheme(name)
     if not is_hub_id(name):
         return Path(source)
     from huggingface_hub import snapshot_download  # noqa: PLC0415  slow import

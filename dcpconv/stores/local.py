@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import stat
 import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,6 +92,25 @@ def read_regular(path: Path, *, most: int) -> bytes:
     return data
 
 
+def read_json(path: Path, *, most: int = 1 << 26) -> object:
+    """What a regular file of JSON holds.
+
+    Args:
+        path: The file.
+        most: Bytes that it may have.
+
+    Raises:
+        FormatError: It cannot be read, is no JSON, or is larger.
+    """
+    try:
+        value: object = json.loads(read_regular(path, most=most))
+    except FormatError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError("file is not JSON", [("file", path), ("reason", error)]) from error
+    return value
+
+
 def identity_of(file: Path | int) -> Identity:
     """What a file is now.
 
@@ -99,6 +119,15 @@ def identity_of(file: Path | int) -> Identity:
     """
     state = os.stat(file)  # noqa: PTH116 - also of a descriptor
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def identities_of(directory: Path, names: Iterable[str]) -> dict[str, Identity]:
+    """What files are before anything in them is read; whoever reads tells what is amiss."""
+    found = {}
+    for name in names:
+        with suppress(OSError):
+            found[name] = identity_of(directory / name)
+    return found
 
 
 def require_unchanged(directory: Path, identities: Mapping[str, Identity]) -> None:

@@ -48,3 +48,10 @@ def rank_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("rank-files")
     launch(rank_file_worlds.RANKS, directory, script=rank_file_worlds.__file__)
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of several processes share them, and the first one waits for them to start."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))

@@ -14,8 +14,6 @@ Worlds = dict[int, list[dict[str, Outcome]]]
 
 WHOLE = 923_520
 """Bytes of the model's weights in fp32."""
-SOON_S = 10
-"""A rank that waits for another in vain would take ``dist_worlds.TIMEOUT_S``."""
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +121,11 @@ FAILURES = {
 
 @pytest.mark.parametrize("ranks", SCENES)
 @pytest.mark.parametrize("fault", FAILURES)
-def test_every_rank_fails_alike_and_soon(worlds: Worlds, ranks: int, fault: str) -> None:
+def test_every_rank_fails_alike_and_waits_for_none(worlds: Worlds, ranks: int, fault: str) -> None:
     found = outcomes(worlds, ranks, f"hostile/{fault}")
     error, texts = FAILURES[fault]
+    # A rank that waited in vain for another would have ended with LostRankError.
     assert {outcome.error for outcome in found} == {error}, found[0].text
     assert len({outcome.text for outcome in found}) == 1
     for text in texts:
         assert text.format(last=ranks - 1) in found[0].text
-    assert max(outcome.seconds for outcome in found) < SOON_S

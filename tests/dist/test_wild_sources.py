@@ -250,7 +250,7 @@ def test_sharded_pytorch_model_bin(wild: Path, tmp_path: Path) -> None:
     assert_same_bits(hf_model(tmp_path / "hf").state_dict(), state)
 
     (source / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(FormatError, match="shard files are missing"):
+    with pytest.raises(FormatError, match="is named by the index but absent"):
         convert(source, tmp_path / "none", form="hf")
 
 

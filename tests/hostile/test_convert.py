@@ -242,14 +242,12 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, number: signal
     process = subprocess.Popen(
         [*command, "--dtype", "fp32"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
     while not any(path.name.startswith(".out") for path in tmp_path.iterdir()):
-        assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(0.2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=280)
 
     assert process.returncode == 130, errors
     assert "interrupted" in errors

@@ -141,11 +141,25 @@ def _try_all(source: Path, options: list[str], seed: int) -> None:
     _expect_ours(lambda: check(source, to="lingua", keymap=keymap))
     if keymap is not None:
         _expect_ours(lambda: read_keymap(Path(keymap)))
-    command = ("inspect", "keys")[seed % 2]
-    found = CliRunner().invoke(app, [command, str(source), *options])
+    target = source.parent / f"{source.name}-{seed}"
+    attempts = [
+        ["inspect", str(source), *options],
+        ["keys", str(source), *options],
+        ["convert", str(source), f"{target}.pth", *options],
+        ["convert", str(source), str(target), "--form", "hf", *options],
+        ["convert", str(source), str(target), "--to", "lingua", *options],
+        ["convert", str(source), str(target), "--engine", "torch", *options],
+        ["params", str(source), "--to", "lingua"],
+        ["check", str(source), "--against", str(source)],
+        ["families", "check", keymap or str(source)],
+        ["families", "new", str(source)],
+    ]
+    found = CliRunner().invoke(app, attempts[seed % len(attempts)])
     assert found.exit_code in {0, 1, 2}, found.output
     assert "this is a mistake in dcpconv" not in found.output, f"seed {seed}: {found.output}"
     assert "\x1b" not in found.output
+    left = [path for path in target.parent.iterdir() if "staging" in path.name]
+    assert not left, f"seed {seed}"
 
 
 def _expect_ours(attempt: Callable[[], object]) -> None:

@@ -20,6 +20,7 @@ from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
 from dcpconv.formats.dcp.unflattened import unfold
+from dcpconv.formats.dcp.unpacking import contents_in, unpacked
 from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]
@@ -91,6 +92,10 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
             "metadata of a distributed checkpoint cannot be read",
             [("file", where), ("because", error.strerror)],
         ) from error
+    source = path
+    if contents.packed:
+        made = unpacked(path, contents, identities)
+        path, contents, identities = made.path, made.contents, {}
     files = _measure(path, contents, identities)
     lost = _Lost(files)
     whole = [row for row in contents.objects.items() if lost.has(*row)]
@@ -108,13 +113,20 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
     catalog = Catalog(
         form="dcp",
         path=path,
-        source=path,
+        source=source,
         files={file: nbytes for file, nbytes in files.items() if nbytes is not None},
         tensors=tensors,
         objects=unfolded.objects,
         paths={**contents.paths, **unfolded.paths},
         tied=_find_tied(tensors),
-        notes=() if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING,),
+        notes=(
+            *(() if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING,)),
+            *(
+                (f"its items are compressed; they were unpacked into {path}",)
+                if path != source
+                else ()
+            ),
+        ),
         identities=identities,
     )
     return catalog, found
@@ -126,6 +138,25 @@ _LARGEST_METADATA = 1 << 31
 _NO_NESTING = (
     ".metadata does not say how keys are nested (no planner_data); they are taken as they are"
 )
+
+
+def contents_of(catalog: Catalog) -> Contents:
+    """What the ``.metadata`` behind a catalog lists, items where the catalog has them.
+
+    Raises:
+        FormatError: It cannot be read any more.
+    """
+    kept = contents_in(catalog.path)
+    if kept is not None:
+        return kept
+    file = catalog.path / METADATA_FILE
+    try:
+        return read_metadata(read_regular(file, most=_LARGEST_METADATA), where=str(file))
+    except OSError as error:
+        raise FormatError(
+            "metadata of a distributed checkpoint cannot be read",
+            [("file", file), ("because", error.strerror)],
+        ) from error
 
 
 def _find_tied(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:

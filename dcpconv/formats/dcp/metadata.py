@@ -20,7 +20,7 @@ from typing import Final
 from dcpconv.core.catalog import Extent, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp.transforms import transform_hint
+from dcpconv.formats.dcp.transforms import require_unpackable
 from dcpconv.formats.torchfile.stand_ins import HARMLESS, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 
@@ -58,6 +58,7 @@ class Contents:
         is_nesting_known: Whether ``paths`` can be relied on; else every key looks flat.
         problems: What is wrong with single keys, one line each; those keys are left out.
         save_id: What the writer called the save: a string, or not to be relied on.
+        packed: Items that are compressed.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -66,6 +67,7 @@ class Contents:
     is_nesting_known: bool
     problems: tuple[str, ...]
     save_id: object = field(default=None, compare=False)
+    packed: frozenset[Extent] = frozenset()
 
 
 def read_metadata(data: bytes, *, where: str) -> Contents:
@@ -77,7 +79,7 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
 
     Raises:
         FormatError: It is not the pickle of a ``Metadata``, it names code, or its items went
-            through a stream transform (compression, encryption) that only torch can undo.
+            through a stream transform (compression, encryption) that cannot be undone here.
     """
     root = loads(data, allowed=_ALLOWED, where=where)
     if not isinstance(root, _Metadata):
@@ -98,8 +100,9 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
 
     problems: list[str] = []
     items: _Items = {}
+    packed: set[Extent] = set()
     for index, info in stored.items():
-        problem = _read_item(index, info, items, where)
+        problem = _read_item(index, info, items, packed, where)
         if problem:
             problems.append(problem)
 
@@ -117,7 +120,9 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
     paths = _read_paths(nesting, listed, problems)
     about = getattr(fields.get("storage_meta"), "state", None)
     save_id = about.get("save_id") if isinstance(about, dict) else None
-    return Contents(tensors, objects, paths, bool(nesting), tuple(problems), save_id)
+    return Contents(
+        tensors, objects, paths, bool(nesting), tuple(problems), save_id, frozenset(packed)
+    )
 
 
 # ------------------------------------------------------------------------- stand-ins for classes
@@ -246,10 +251,6 @@ def _show(value: object) -> str:
     return type(value).__name__
 
 
-def _names(value: object) -> str:
-    return ", ".join(map(_show, value)) if isinstance(value, (list, tuple)) else _show(value)
-
-
 def _sizes(value: object, name: str) -> Sizes:
     if not isinstance(value, tuple) or len(value) > 64:  # torch tensors have at most 64 dims
         raise _MalformedError(f"{name} is not a torch.Size")
@@ -262,24 +263,23 @@ _Items = dict[tuple[str, Sizes | None], Extent]
 """By key and offsets of the chunk; an object has no offsets."""
 
 
-def _read_item(index: object, info: object, items: _Items, where: str) -> str | None:
+def _read_item(
+    index: object, info: object, items: _Items, packed: set[Extent], where: str
+) -> str | None:
     """Add one entry of ``storage_data`` to ``items``, or say why not."""
     key = "storage_data"
     try:
         key, offsets = _read_index(index)
         fields = _fields(info, _Info)
-        if transform := fields.get("transform_descriptors"):
-            raise FormatError(
-                "items are compressed or otherwise transformed",
-                [("file", where), ("key", key), ("transform", _names(transform))],
-                hint=transform_hint(_names(transform)),
-                kind="transformed",
-            )
-        items[key, offsets] = Extent(
+        extent = Extent(
             _file(fields.get("relative_path")),
             _number(fields.get("offset"), "an item's offset", least=0),
             _number(fields.get("length"), "an item's length", least=1),
         )
+        if transform := fields.get("transform_descriptors"):
+            require_unpackable(transform, [("file", where), ("key", key)])
+            packed.add(extent)
+        items[key, offsets] = extent
     except _MalformedError as error:
         return f"{_show(key)}: {error}"
     return None

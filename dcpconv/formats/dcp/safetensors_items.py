@@ -53,8 +53,7 @@ class Blobs:
             if place not in self._read:
                 self._read[place] = self._open(*place)
         except FormatError as error:
-            facts = ", ".join(f"{label} {value}" for label, value in error.facts)
-            return f"{error.headline} ({facts})"
+            return error.in_one_line
         entries, offsets = self._read[place]
         entry = entries.get(key)
         if entry is None:

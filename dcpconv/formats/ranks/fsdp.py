@@ -120,6 +120,7 @@ def read_catalog(path: Path, problems: list[str] | None = None) -> Catalog:
         paths=joined.paths,
         tied=joined.tied,
         notes=tuple(notes),
+        identities={file.name: file.identity for file in files},
     )
 
 
@@ -151,7 +152,7 @@ def read_set(
             problems.append(f"{name}: {error.headline}")
             wrong.append(name)
             continue
-        files.append(RankFile(name, rank, contents.nbytes, contents.leaves))
+        files.append(RankFile(name, rank, contents.identity, contents.leaves))
     world = found.world or max(mesh_ranks(files), max(found.names) + 1)
     if found.world is None and (lost := found.lost(world)):
         _report_lost(directory, lost, problems)

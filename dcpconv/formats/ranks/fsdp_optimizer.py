@@ -94,6 +94,7 @@ def read_training(path: Path) -> Catalog:
     return replace(
         model,
         files={**model.files, **{file.name: file.nbytes for file in files}},
+        identities={**model.identities, **{file.name: file.identity for file in files}},
         tensors=tensors,
         objects=objects,
         paths=paths,

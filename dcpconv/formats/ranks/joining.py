@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from dcpconv.core.catalog import Chunk, KeyPath, TensorEntry
+from dcpconv.core.catalog import Chunk, Identity, KeyPath, TensorEntry
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.boxes import inspect_boxes
@@ -33,14 +33,19 @@ class RankFile:
     Attributes:
         name: Of the file, relative to the directory.
         rank: Whose it is.
-        nbytes: Length of the file.
+        identity: Of the file, when it was read.
         leaves: Path and value by flat key.
     """
 
     name: str
     rank: int
-    nbytes: int
+    identity: Identity
     leaves: Mapping[str, tuple[KeyPath, object]]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self.identity[2]
 
 
 @dataclass(slots=True)

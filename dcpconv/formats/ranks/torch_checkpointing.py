@@ -26,10 +26,13 @@ from dcpconv.formats.torchfile.contents import flattened, read_leaves, read_valu
 from dcpconv.formats.torchfile.pieces import Mesh, MeshTensor, Piece, Placement, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 from dcpconv.formats.torchfile.unpickling import check_size, loads
+from dcpconv.stores.local import identities_of, identity_of, read_json, read_regular
 
 METADATA: Final = "metadata.pkl"
 _NAME = re.compile(r"(?P<item>[A-Za-z0-9_-]+)_(?P<rank>\d{1,7})\.pt")
 _MODEL: Final = "model"
+_LARGEST_METADATA: Final = 1 << 30
+"""Bytes; a 671B model on a thousand ranks is below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ def read_catalog(path: Path) -> Catalog:
     items, world = _items(path)
     joined = Joined()
     files: dict[str, int] = {}
+    identities = identities_of(path, [METADATA])
     for item in items:
         is_needed = item.name == _MODEL
         lost = [name for name in item.files.values() if not (path / name).is_file()]
@@ -94,6 +98,7 @@ def read_catalog(path: Path) -> Catalog:
         part.require(path)
         _add(joined, item.name, part)
         files |= {file.name: file.nbytes for file in ranks if is_needed or part.tensors}
+        identities |= {file.name: file.identity for file in ranks}
     return Catalog(
         form="torch",
         path=path,
@@ -104,6 +109,7 @@ def read_catalog(path: Path) -> Catalog:
         paths=joined.paths,
         tied=joined.tied,
         notes=(f"files of {world} ranks are read as one checkpoint",),
+        identities=identities,
     )
 
 
@@ -135,7 +141,7 @@ def _items(path: Path) -> tuple[list[_Item], int]:
 
 def _stated(path: Path) -> tuple[list[_Item], int]:
     where = path / METADATA
-    data = where.read_bytes()
+    data = read_regular(where, most=_LARGEST_METADATA)
     value = loads(data, allowed={}, where=str(where))
     check_size(value, len(data), str(where))
     try:
@@ -211,20 +217,19 @@ def _read(directory: Path, item: _Item, rank: int) -> RankFile:
         leaves: dict[str, tuple[KeyPath, object]] = {
             key: ((key,), _stored(entry)) for key, entry in catalog.tensors.items()
         }
-        nbytes = next(iter(catalog.files.values()), 0)
+        identity = catalog.identities[PurePosixPath(name).name]
     elif name.endswith(".json"):
-        leaves, nbytes = {"": ((), json.loads((directory / name).read_bytes()))}, 0
+        leaves, identity = {"": ((), read_json(directory / name))}, identity_of(directory / name)
     else:
         value, identity = read_value(directory / name)
         leaves = {"": ((), value)}
         if isinstance(value, dict):
             leaves = dict(flattened(value, identity, str(directory / name)).leaves)
-        nbytes = identity[2]
     for key, places in item.places.items():
         path, leaf = leaves.get(key, ((), None))
         if isinstance(leaf, StoredTensor) and rank in places:
             leaves[key] = path, _placed(leaf, places[rank], directory / name, key)
-    return RankFile(name, rank, nbytes, leaves)
+    return RankFile(name, rank, identity, leaves)
 
 
 def _stored(entry: TensorEntry) -> StoredTensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from dcpconv.core.catalog import Catalog, TensorEntry
+from dcpconv.core.catalog import Catalog, Identity, TensorEntry
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks.zero import whole_entry, with_model
 from dcpconv.formats.ranks.zero_files import (
@@ -44,14 +44,14 @@ class Universal:
         tensors: Key -> name of the state (``fp32``, ``exp_avg``) -> tensor; a number where the
             state is one.
         param_groups: The optimizer's numbers, without its parameters.
-        files: Length of every file, by name.
+        identities: What every file was when it was read, by name.
     """
 
     directory: Path
     models: tuple[ModelFile, ...]
     tensors: Mapping[str, Mapping[str, TensorEntry | float]]
     param_groups: tuple[Mapping[str, object], ...]
-    files: Mapping[str, int]
+    identities: Mapping[str, Identity]
 
 
 def is_universal(path: Path) -> bool:
@@ -99,10 +99,11 @@ def catalog_of(found: Universal, root: Path) -> Catalog:
         form="ranks",
         path=root,
         source=root,
-        files=found.files,
+        files={file: identity[2] for file, identity in found.identities.items()},
         tensors=tensors,
         tied=tied,
         notes=() if found.models else (note,),
+        identities=found.identities,
     )
 
 
@@ -127,7 +128,7 @@ def read_universal(directory: Path, root: Path | None = None) -> Universal:
             "parameters of a universal checkpoint are missing",
             [("directory", zero), *(("missing", f"{key}/{_WEIGHTS}") for key in missing[:8])],
         )
-    files = {model.file: model.nbytes for model in models}
+    files = {model.file: model.identity for model in models}
     tensors: dict[str, dict[str, TensorEntry | float]] = {}
     for key in [*shapes, *(name for name in names if name not in shapes)]:
         states: dict[str, TensorEntry | float] = {}
@@ -154,16 +155,16 @@ def _models(directory: Path, root: Path) -> tuple[ModelFile, ...]:
 
 def _read_state(
     path: Path, file: str, key: str, shape: tuple[int, ...] | None
-) -> tuple[TensorEntry | float | None, int]:
+) -> tuple[TensorEntry | float | None, Identity]:
     """A tensor in the shape of its parameter, or a number."""
-    value, nbytes = read_value(path)
+    value, identity = read_value(path)
     stored = value.get("param") if isinstance(value, dict) else value
     if isinstance(stored, (int, float)):
-        return float(stored), nbytes
+        return float(stored), identity
     if not isinstance(stored, StoredTensor):
-        return None, nbytes
+        return None, identity
     if shape is None or stored.shape in {(), shape}:
-        return whole_entry(key, file, stored), nbytes
+        return whole_entry(key, file, stored), identity
     if stored.shape != (math.prod(shape),) or not stored.is_contiguous:
         raise FormatError(
             "a tensor is not of its parameter's size",
@@ -171,7 +172,7 @@ def _read_state(
         )
     segments: Sequence[Segment] = [Segment(0, stored.shape[0], file, stored.offset)]
     chunks = chunks_of(shape, segments, at=0, itemsize=stored.dtype.itemsize)
-    return replace(whole_entry(key, file, stored), shape=shape, chunks=tuple(chunks)), nbytes
+    return replace(whole_entry(key, file, stored), shape=shape, chunks=tuple(chunks)), identity
 
 
 def _param_groups(zero: Path) -> tuple[Mapping[str, object], ...]:

@@ -52,6 +52,7 @@ def catalog_of(world: World, root: Path) -> Catalog:
         tensors=tensors,
         tied=tied,
         notes=_notes(world),
+        identities=world.identities,
     )
 
 

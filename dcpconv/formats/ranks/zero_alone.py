@@ -57,6 +57,7 @@ def read_catalog(path: Path) -> Catalog | None:
         tensors=tensors,
         tied=tied,
         notes=(f"{note}: name the directory to read them",) if model.stage else (),
+        identities={path.name: model.identity},
     )
 
 

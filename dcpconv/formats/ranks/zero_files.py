@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.torchfile.archive import (
     NAMES,
@@ -25,7 +26,9 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
+from dcpconv.formats.torchfile.contents import reader_of
 from dcpconv.formats.torchfile.stand_ins import Call, Instance, Ref, instances
+from dcpconv.stores.local import identity_of, open_regular
 
 MODEL_FILE: Final = re.compile(
     r"(?:zero_pp_rank_(?P<rank>\d{1,9})_)?mp_rank_(?P<mp>\d{1,9})_?model_states\.pt"
@@ -45,7 +48,7 @@ class ModelFile:
 
     Attributes:
         file: Its path, relative to the catalog's.
-        nbytes: Its length.
+        identity: What the file was when it was read.
         module: Tensors of ``state_dict()``, by key; ``None`` for one without data.
         groups: Shapes of the trained parameters, by parameter group, in the optimizer's order.
         frozen: Shapes of the parameters that no optimizer knows.
@@ -59,7 +62,7 @@ class ModelFile:
     """
 
     file: str
-    nbytes: int
+    identity: Identity
     module: Mapping[str, StoredTensor | None]
     groups: tuple[Shapes, ...]
     frozen: Shapes
@@ -70,6 +73,11 @@ class ModelFile:
     ranks: int
     model_ranks: int
     step: int
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self.identity[2]
 
     @property
     def is_split(self) -> bool:
@@ -84,7 +92,7 @@ class OptimFile:
 
     Attributes:
         file: Its path, relative to the catalog's.
-        nbytes: Its length.
+        identity: What the file was when it was read.
         stage: ZeRO stage; 1 where the file does not say, as ``BF16_Optimizer`` writes it.
         counts: Ranks that share a parameter group, by group.
         groups: This rank's flat fp32 weights, by group.
@@ -96,7 +104,7 @@ class OptimFile:
     """
 
     file: str
-    nbytes: int
+    identity: Identity
     stage: int
     counts: tuple[int, ...]
     groups: tuple[StoredTensor, ...]
@@ -105,6 +113,11 @@ class OptimFile:
     state: Mapping[object, Mapping[str, object]]
     param_groups: tuple[Mapping[str, object], ...]
     step: float | None
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the file."""
+        return self.identity[2]
 
 
 class _Bystander:
@@ -140,50 +153,49 @@ _NAMES: Final = _Names({**NAMES, _STAGE: instances(*_STAGE)})
 _CODES: Final = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i"}
 
 
-def read_mapping(path: Path) -> tuple[dict[str, object], int]:
-    """The mapping that a rank file holds, and the file's length.
+def read_mapping(path: Path) -> tuple[dict[str, object], Identity]:
+    """The mapping that a rank file holds, and what the file is.
 
     Raises:
         FormatError: The file is cut short, unsafe, or holds something else.
     """
-    value, nbytes = read_value(path)
+    value, identity = read_value(path)
     if not isinstance(value, dict):
         raise FormatError("rank file holds no mapping", [("file", path)])
-    return value, nbytes
+    return value, identity
 
 
-def read_value(path: Path) -> tuple[object, int]:
-    """What a file holds, with a ``StoredTensor`` in place of every tensor, and its length.
+def read_value(path: Path) -> tuple[object, Identity]:
+    """What a file holds, with a ``StoredTensor`` in place of every tensor, and what it is.
 
     Raises:
         FormatError: The file is cut short or unsafe.
     """
-    with _opened(path) as archive:
-        return read_tensors(archive, names=_NAMES)[0], archive.nbytes
+    with _opened(path) as (archive, identity):
+        return read_tensors(archive, names=_NAMES)[0], identity
 
 
-def read_pickle(path: Path) -> tuple[bytes, int]:
-    """The pickle of a file, unread, and the file's length.
+def read_pickle(path: Path) -> tuple[bytes, Identity]:
+    """The pickle of a file, unread, and what the file is.
 
     Raises:
         FormatError: The file is cut short.
     """
-    with _opened(path) as archive:
-        return archive.read("data.pkl"), archive.nbytes
+    with _opened(path) as (archive, identity):
+        return archive.read("data.pkl"), identity
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Archive]:
+def _opened(path: Path) -> Iterator[tuple[Archive, Identity]]:
     try:
-        file = path.open("rb")
+        file = os.fdopen(open_regular(path), "rb")
     except OSError as error:
         raise FormatError(
             "file cannot be read", [("file", path), ("reason", error.strerror)]
         ) from error
     with file:
-        descriptor = file.fileno()
-        nbytes = os.fstat(descriptor).st_size
-        yield read_archive(lambda at, n: os.pread(descriptor, n, at), nbytes, str(path))
+        identity = identity_of(file.fileno())
+        yield read_archive(reader_of(file.fileno()), identity[2], str(path)), identity
 
 
 def read_model_file(path: Path, file: str) -> ModelFile:
@@ -192,7 +204,7 @@ def read_model_file(path: Path, file: str) -> ModelFile:
     Raises:
         FormatError: It is damaged, or of a kind of parallelism that is not read.
     """
-    value, nbytes = read_mapping(path)
+    value, identity = read_mapping(path)
     module = value.get("module")
     if not isinstance(module, dict):
         raise FormatError(
@@ -204,7 +216,7 @@ def read_model_file(path: Path, file: str) -> ModelFile:
     stage = settings.get("stage")
     return ModelFile(
         file=file,
-        nbytes=nbytes,
+        identity=identity,
         module={
             str(key): tensor if isinstance(tensor, StoredTensor) else None
             for key, tensor in module.items()
@@ -232,7 +244,7 @@ def read_optim_file(path: Path, file: str) -> OptimFile:
     Raises:
         FormatError: It is damaged, or holds no partition of a ZeRO optimizer.
     """
-    value, nbytes = read_mapping(path)
+    value, identity = read_mapping(path)
     outer = _mapping(value.get("optimizer_state_dict"))
     key = "fp32_flat_groups" if "fp32_flat_groups" in outer else "single_partition_of_fp32_groups"
     flat = _list(outer.get(key))
@@ -258,7 +270,7 @@ def read_optim_file(path: Path, file: str) -> OptimFile:
     paddings, gaps = outer.get("group_paddings"), outer.get("param_alignment_paddings")
     return OptimFile(
         file=file,
-        nbytes=nbytes,
+        identity=identity,
         stage=_stage(outer.get("zero_stage"), 3 if key == "fp32_flat_groups" else 1),
         counts=tuple(_count(n, 0) for n in (counts if isinstance(counts, list) else [counts])),
         groups=tuple(groups),

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
+from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.ranks.zero_files import (
     MODEL_FILE,
@@ -50,6 +51,12 @@ class World:
         """Length of every file, by name."""
         models = {model.file: model.nbytes for model in self.models}
         return models | {optim.file: optim.nbytes for optim in self.optims}
+
+    @property
+    def identities(self) -> dict[str, Identity]:
+        """What every file was when it was read, by name."""
+        models = {model.file: model.identity for model in self.models}
+        return models | {optim.file: optim.identity for optim in self.optims}
 
 
 def find(path: Path) -> Path | None:
@@ -135,14 +142,14 @@ def _read_models(places: Sequence[tuple[Path, str]]) -> Iterator[ModelFile]:
     yield first
     parsed: dict[bytes, ModelFile] = {}
     for path, file in places[1:]:
-        pickle, nbytes = (b"", 0) if first.fragments else read_pickle(path)
+        pickle, identity = (b"", first.identity) if first.fragments else read_pickle(path)
         digest = sha256(pickle).digest()
         if first.fragments or digest not in parsed:
             model = read_model_file(path, file)
             groups = first.groups if model.groups == first.groups else model.groups
             parsed[digest] = replace(model, module={}, groups=groups)
-            nbytes = model.nbytes
-        yield replace(parsed[digest], file=file, nbytes=nbytes)
+            identity = model.identity
+        yield replace(parsed[digest], file=file, identity=identity)
 
 
 def _is_world(path: Path) -> bool:

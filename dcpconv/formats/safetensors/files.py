@@ -12,7 +12,6 @@ import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from dcpconv.formats.safetensors.index import (
     strays,
     unnamed,
 )
-from dcpconv.stores.local import identity_of, open_regular, read_regular
+from dcpconv.stores.local import identities_of, open_regular, read_regular
 
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
@@ -74,11 +73,11 @@ def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
     present: Collection[str] = (path.name,)
     if path.is_dir():
         present = {file.name for file in path.glob("*.safetensors") if file.is_file()}
-        identities = _identities(directory, [INDEX])
+        identities = identities_of(directory, [INDEX])
         weight_map = _read_index(directory)
         found.extend(strays(present, weight_map) if problems is not None else ())
     names = choose(present, weight_map, found) if path.is_dir() else [path.name]
-    identities = (identities if weight_map is not None else {}) | _identities(directory, names)
+    identities = (identities if weight_map is not None else {}) | identities_of(directory, names)
     catalog = gather(
         names,
         lambda name: _read_file(directory, name),
@@ -89,15 +88,6 @@ def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
         is_strict=problems is None,
     )
     return replace(catalog, identities=identities)
-
-
-def _identities(directory: Path, names: Iterable[str]) -> dict[str, Identity]:
-    """What the files are before anything in them is read; whoever reads tells what is amiss."""
-    found = {}
-    for name in names:
-        with suppress(OSError):
-            found[name] = identity_of(directory / name)
-    return found
 
 
 Headed = tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]

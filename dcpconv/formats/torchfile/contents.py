@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def read_value(path: Path) -> tuple[object, Identity]:
             raise FormatError(
                 "file is in the form torch.save wrote before version 1.6",
                 [("file", path)],
-                hint="convert it with --engine torch, or load and save it again with torch",
+                hint=f"torch reads it: dcpconv convert {shlex.quote(where)} DST --engine torch",
             )
         if nbytes == 0 or read(0, len(ZIP_MAGIC)) != ZIP_MAGIC:
             raise FormatError(

@@ -70,11 +70,26 @@ def _alone(directory: Path) -> list[Path]:
     return [file for file in directory.glob("*.pth") if not is_beside_a_model(file)]
 
 
-def read_catalog(path: Path) -> Catalog:
+def alone_in(directory: Path) -> Path | None:
+    """The one file of a directory that holds its checkpoint; ``None`` where shard files do."""
+    if (directory / INDEX_FILE).is_file():
+        return None
+    if (directory / SINGLE_FILE).is_file():
+        return directory / SINGLE_FILE
+    found = _alone(directory)
+    return found[0] if len(found) == 1 else None
+
+
+def read_catalog(path: Path, *, problems: list[str] | None = None) -> Catalog:
     """Everything in a ``torch.save`` file, or in a directory that holds such files.
 
     A directory is read through its ``pytorch_model.bin.index.json``, else as its
     ``pytorch_model.bin``, else as its only ``*.pth`` file.
+
+    Args:
+        path: The file or directory.
+        problems: Collects what is wrong with shard files and their index instead of raising; the
+            keys of sound ones are read.
 
     Raises:
         NotACheckpointError: There is no such file.
@@ -84,7 +99,7 @@ def read_catalog(path: Path) -> Catalog:
     if not path.is_dir():
         return _catalog(path.parent, path, {path.name: _read_file(path)})
     if (path / INDEX_FILE).is_file():
-        return _read_shard_files(path)
+        return _read_shard_files(path, problems)
     candidates = [path / SINGLE_FILE] if (path / SINGLE_FILE).is_file() else _alone(path)
     if len(candidates) != 1:
         raise NotACheckpointError(
@@ -186,26 +201,45 @@ def _entry(key: str, file: str, tensor: StoredTensor) -> TensorEntry:
     return TensorEntry(key, tensor.dtype, tensor.shape, (chunk,))
 
 
-def _read_shard_files(directory: Path) -> Catalog:
+def _read_shard_files(directory: Path, problems: list[str] | None) -> Catalog:
     index = directory / INDEX_FILE
     beside = {INDEX_FILE: identity_of(index)}
     weight_map = _weight_map(index)
+    found: list[str] = []
+    read: dict[str, Contents] = {}
     names = sorted(set(weight_map.values()))
     absent = [name for name in names if not (directory / name).is_file()]
-    if absent:
+    found += [f"{name} is named by the index but absent" for name in absent]
+    for name in names:
+        if name in absent:
+            continue
+        try:
+            read[name] = _read_file(directory / name)
+        except DcpconvError as error:
+            if problems is None and not absent:
+                raise
+            found.append(error.in_one_line)
+    files_of = {key: name for name, contents in read.items() for key in contents.leaves}
+    found += [
+        f"the index puts {key} into {name}, which does not hold it"
+        for key, name in weight_map.items()
+        if name in read and key not in read[name].leaves
+    ]
+    if problems is None and found:
         raise FormatError(
-            "shard files are missing",
-            [("index", index), *(("missing", name) for name in absent)],
-            hint="fetch the files that are missing",
+            "the shard files do not hold what they should",
+            [("index", index), *(("problem", text) for text in found)],
+            hint="fetch the files that are missing"
+            if absent
+            else "index and shard files are of different downloads; fetch all of them again",
         )
-    read = {name: _read_file(directory / name) for name in names}
-    lost = [(key, name) for key, name in weight_map.items() if key not in read[name].leaves]
-    if lost:
-        raise FormatError(
-            "shard files lack keys that the index lists",
-            [("index", index), *(("missing", f"{key} in {name}") for key, name in lost)],
-            hint="index and shard files are of different downloads; fetch all of them again",
-        )
+    if problems is not None:
+        problems += found
+        problems += [
+            f"{name} holds {key}, which the index does not name"
+            for key, name in files_of.items()
+            if key not in weight_map
+        ]
     files = {
         name: Contents(
             contents.identity,

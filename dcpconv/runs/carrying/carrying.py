@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dcpconv.core.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.engine.execute import execute
 from dcpconv.engine.publish import check_space, check_target, staging
 from dcpconv.engine.space import block_size
@@ -75,7 +75,13 @@ def convert_run(
     is_file = to == "minimind"
     if not dry_run:
         check_target(target, overwrite=overwrite, is_file=is_file, source=source)
-    state = read_training_state(source, from_=from_, assets=assets, sizes=sizes)
+    try:
+        state = read_training_state(source, from_=from_, assets=assets, sizes=sizes)
+    except FormatError as error:
+        if error.kind != "untrusted":
+            raise
+        hint = "no code is run for a run; load the file where it was written, save plain values"
+        raise FormatError(error.headline, error.facts, hint=hint, kind=error.kind) from error
     wanted = _wanted(state, to, family)
     coverage = _cover(state, wanted, to)
     beside, notes = rescaled(state.beside, world_size)
@@ -88,7 +94,13 @@ def convert_run(
     with staging(target, overwrite=overwrite, is_file=is_file, source=source) as stage:
         needed = sum(len(data) for _, data in written.texts)
         check_space(target, disk_nbytes(written.outline, side) + needed)
-        execute(written.outline, source=state.root, target=stage.path, jobs=jobs)
+        execute(
+            written.outline,
+            source=state.root,
+            target=stage.path,
+            identities=state.identities,
+            jobs=jobs,
+        )
         files = [(file.name, file.read()) for file in side.files]
         named = {name for name, _ in (*written.texts, *written.outline.commit)}
         files = [(name, data) for name, data in files if name not in named]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -25,6 +24,8 @@ from dcpconv.sources.fitting import bare
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
+from dcpconv.stores.local import identities_of, read_json
+from dcpconv.stores.schemes import refuse_scheme
 
 _OPTIMIZERS: Final = ("optim", "optimizer")
 _RNG: Final = re.compile(r"rng_state(_[0-9]{1,9})?\.pth")
@@ -63,19 +64,25 @@ def read_training_state(
         OptimizerError: The optimizer's state cannot be told apart.
         FormatError: A file is damaged or unsafe.
     """
+    refuse_scheme(source)
     path = Path(source)
     asked = Asked(from_, Path(assets) if assets else None, sizes or {})
     if path.is_file():
         return _read_minimind(path, asked)
     if (path / "trainer_state.json").is_file():
-        return _read_trainer(path, asked)
+        # Of all files in it, before any is read: parts of two saves would be no step of a run.
+        here = identities_of(path, [file.name for file in path.iterdir() if file.is_file()])
+        found = _read_trainer(path, asked)
+        return replace(found, identities={**found.identities, **here})
     if dcp.is_dcp(path):
         states = sorted(p for p in path.iterdir() if _TRAIN_STATE.fullmatch(p.name))
         kind: Kind = "lingua" if states else "dcp"
         found = _from_dcp(kind, path, dcp.read_catalog(path), asked)
         if not states:
             return found
-        return replace(found, beside={**found.beside, "train_states": [*map(_read_json, states)]})
+        here = identities_of(path, [file.name for file in states])
+        found = replace(found, identities={**found.identities, **here})
+        return replace(found, beside={**found.beside, "train_states": [*map(read_json, states)]})
     if (directory := deepspeed.find(path)) is not None:
         return _from_deepspeed(directory, path, asked)
     raise NotACheckpointError(
@@ -115,11 +122,12 @@ def _read_minimind(path: Path, asked: Asked) -> TrainingState:
         groups=groups,
         beside=beside,
         notes=notes,
+        identities=catalog.identities,
     )
 
 
 def _read_trainer(path: Path, asked: Asked) -> TrainingState:
-    beside: dict[str, object] = {"trainer_state": _read_json(path / "trainer_state.json")}
+    beside: dict[str, object] = {"trainer_state": read_json(path / "trainer_state.json")}
     for file in sorted(path.iterdir()):
         name = file.stem
         if file.name in {"scheduler.pt", "scaler.pt"} or _RNG.fullmatch(file.name):
@@ -172,6 +180,7 @@ def _from_deepspeed(directory: Path, path: Path, asked: Asked) -> TrainingState:
         groups=flat.groups,
         beside={},
         notes=(*flat.catalog.notes, *notes),
+        identities=flat.catalog.identities,
     )
 
 
@@ -218,6 +227,7 @@ def _from_dcp(kind: Kind, source: Path, catalog: Catalog, asked: Asked) -> Train
         groups=groups,
         beside={name: _with_ids(value) for name, value in nest(rest).items()},
         notes=notes,
+        identities=catalog.identities,
     )
 
 
@@ -370,7 +380,11 @@ def _below(path: Path, name: str) -> Catalog:
             for key, entry in catalog.tensors.items()
         },
         files={f"{name}/{file}": nbytes for file, nbytes in catalog.files.items()},
+        identities={f"{name}/{file}": one for file, one in catalog.identities.items()},
     )
+
+
+_JOINED: Final = ("files", "tensors", "objects", "paths", "tied", "identities")
 
 
 def _joined(path: Path, parts: list[Catalog]) -> Catalog:
@@ -381,12 +395,5 @@ def _joined(path: Path, parts: list[Catalog]) -> Catalog:
         form="dcp",
         path=path,
         source=path,
-        **{field: union(field) for field in ("files", "tensors", "objects", "paths", "tied")},  # type: ignore[arg-type]
+        **{field: union(field) for field in _JOINED},  # type: ignore[arg-type]
     )
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError("file is not JSON", [("file", path), ("reason", error)]) from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from dcpconv.core.catalog import Catalog, KeyPath, TensorEntry
+from dcpconv.core.catalog import Catalog, Identity, KeyPath, TensorEntry
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.formats.torchfile.nesting import DictKey
@@ -57,6 +57,7 @@ class TrainingState:
         beside: Everything else by top-level name: nested values with a ``TensorEntry`` in place of
             every tensor.
         notes: What a user should know.
+        identities: What every file was when it was read, by its path relative to ``root``.
     """
 
     kind: Kind
@@ -68,6 +69,7 @@ class TrainingState:
     groups: tuple[Group, ...]
     beside: Mapping[str, object]
     notes: tuple[str, ...] = ()
+    identities: Mapping[str, Identity] = field(default_factory=dict)
 
 
 def holds_tensor(value: object) -> bool:
@@ -157,6 +159,7 @@ def part_of(catalog: Catalog, tensors: Mapping[str, TensorEntry]) -> Catalog:
         path=catalog.path,
         source=catalog.source,
         files=catalog.files,
+        identities=catalog.identities,
         tensors=tensors,
         paths={key: path for key, path in catalog.paths.items() if key in tensors},
         tied={

@@ -16,6 +16,8 @@ from safetensors.torch import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
+from support.checkpoints.zero_files import Run, write_zero
+
 
 @functools.cache
 def saved(value: float = 1.0) -> bytes:
@@ -132,16 +134,19 @@ def zero(run: Path, step: int, *, stage: int = 2, ranks: int = 2) -> Path:
 
     Source: DeepSpeed 0.19 ``runtime/engine.py``.
     """
-    tag = f"global_step{step}"
-    optim: Files = {
-        f"{tag}/bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt": saved()
-        for rank in range(ranks)
-    }
-    parts = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(ranks)]
-    model = {
-        f"{tag}/{n}_model_states.pt": saved() for n in (parts if stage == 3 else ["mp_rank_00"])
-    }
-    return write(run, {**optim, **model, "latest": tag}) / tag
+    return write(run, dict(_zero_files(step, stage, ranks))) / f"global_step{step}"
+
+
+@functools.cache
+def _zero_files(step: int, stage: int, ranks: int) -> Mapping[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        weights = {"w": torch.ones(3), "b": torch.ones(2)}
+        write_zero(Path(name), Run(groups=[weights], ranks=ranks, stage=stage, step=step))
+        return {
+            path.relative_to(name).as_posix(): path.read_bytes()
+            for path in Path(name).rglob("*")
+            if path.is_file()
+        }
 
 
 def hf_zero(run: Path, step: int, *, stage: int = 2, ranks: int = 2) -> Path:

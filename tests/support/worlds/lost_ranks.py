@@ -23,7 +23,7 @@ from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
 
-TIMEOUT_S = 15
+TIMEOUT_S = 30
 """Of the pairs' groups; a survivor that waited for longer would not end with the test."""
 
 

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+_PATIENCE_S = 800
+"""No rank is given up before: on a slow machine with many tests at once, starting takes minutes."""
+
 _TESTS = Path(__file__).parents[2]
 _PATH = (_TESTS, _TESTS.parent / "examples", _TESTS.parent)
 
@@ -32,7 +35,7 @@ def run_ranks(script: str, ranks: int, directory: Path, *, timeout_s: float) -> 
                 subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             )
     try:
-        codes = [process.wait(timeout_s) for process in processes]
+        codes = [process.wait(max(timeout_s, _PATIENCE_S)) for process in processes]
     finally:
         for process in processes:
             process.kill()

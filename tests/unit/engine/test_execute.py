@@ -304,7 +304,7 @@ def test_ctrl_c_stops_every_thread(tmp_path: Path, target: Path) -> None:
         for _ in range(5):  # by then every thread is up
             assert process.stdout.readline() == "going\n"
         process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=20)
+        rest, _ = process.communicate(timeout=280)
     assert rest.splitlines()[-1] == "stopped 1"
     assert rest.count("going") < 50  # of 64 units; a busy machine delivers the signal late
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from dcpconv import check, convert
+from dcpconv import CheckpointReader, check, convert
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp import OpaqueObject, read_catalog
+from dcpconv.formats.dcp import OpaqueObject, read_catalog, unpacking
 
 WEIGHTS = {
     "a.weight": torch.arange(12.0).reshape(3, 4),
@@ -112,13 +113,49 @@ def _zstd(path: Path) -> Path:
     return path
 
 
-def test_the_hint_for_zstd_items_works(tmp_path: Path) -> None:
+def test_zstd_items_are_read(tmp_path: Path) -> None:
     source = _zstd(tmp_path / "dcp")
-    with pytest.raises(FormatError, match="convert SRC DST --engine torch"):
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for engine in ("stream", "torch"):
+        convert(source, tmp_path / f"{engine}.pth", engine=engine)
+        found = torch.load(tmp_path / f"{engine}.pth")
+        assert all(same(found["model"][key], value) for key, value in WEIGHTS.items())
+        assert found["step"] == 3
+    state: dict[str, Any] = {
+        "model": {k: torch.zeros_like(v) for k, v in WEIGHTS.items()},
+        "step": 0,
+    }
+    load(state, storage_reader=CheckpointReader(source), no_dist=True)
+    assert all(same(state["model"][key], value) for key, value in WEIGHTS.items())
+    assert state["step"] == 3
+    assert read_catalog(source).source == source
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_zstd_items_that_are_damaged_are_named(tmp_path: Path) -> None:
+    source = _zstd(tmp_path / "dcp")
+    (file,) = source.glob("*.distcp")
+    data = file.read_bytes()
+    for change in (data[: len(data) // 2], bytes(len(data)), b""):
+        file.write_bytes(change)
+        problems: list[str] = []
+        read_catalog(source, problems=problems)
+        assert any(file.name in text for text in problems)
+        with pytest.raises(FormatError, match="damaged or incomplete"):
+            convert(source, tmp_path / "out.pth")
+    file.unlink()
+    with pytest.raises(FormatError, match="file is missing"):
         convert(source, tmp_path / "out.pth")
-    convert(source, tmp_path / "out.pth", engine="torch")
-    found = torch.load(tmp_path / "out.pth")["model"]
-    assert all(same(found[key], value) for key, value in WEIGHTS.items())
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_zstd_item_may_not_expand_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = _zstd(tmp_path / "dcp")
+    monkeypatch.setattr(unpacking, "_BESIDE", 64)
+    with pytest.raises(FormatError, match="expands to more than"):
+        read_catalog(source)
 
 
 def test_without_zstandard_it_says_what_to_install(

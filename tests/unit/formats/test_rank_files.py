@@ -17,7 +17,7 @@ from dcpconv import check, convert
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.ranks import fsdp
-from dcpconv.formats.torchfile import files, zip_records
+from dcpconv.formats.torchfile import contents, zip_records
 from support.checkpoints.rank_files import distributed, each_rank, save_verl
 from support.checkpoints.stock import assert_same_bits, stock_load
 from support.models.hf_models import save_hf, tiny
@@ -267,7 +267,7 @@ def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         opened.append(where)
         return real(read, nbytes, where)
 
-    monkeypatch.setattr(files, "read_archive", counting)
+    monkeypatch.setattr(contents, "read_archive", counting)
     fsdp.read_catalog(directory)
     assert sorted(opened) == sorted(str(file) for file in directory.glob("model_*.pt"))
 

@@ -30,7 +30,7 @@ ROWS = (
     Row(("stores",), frozenset({"huggingface_hub"})),
     Row(
         ("formats", "families", "engine"),
-        frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli"}),
+        frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),
     ),
     Row(("sources",), frozenset({"transformers"})),
     Row(("plan",)),

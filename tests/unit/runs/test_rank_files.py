@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
+from dcpconv import convert, find_checkpoints, find_latest_checkpoint, resolve_checkpoint
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.runs import verify_checkpoints
 from support.runs.run_dirs import WITH_TRACKERS, dcp_files, hf_zero, saved, verl, write, zero
 
 
@@ -212,3 +214,43 @@ class Namer:
     def _get_zero_ckpt_prefix(self, dp_rank: int, bf16_mode: bool) -> str:  # noqa: FBT001
         name: str = self.engine._get_zero_ckpt_prefix(self, dp_rank, bf16_mode)  # type: ignore[attr-defined]
         return name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_weights_of_rank_files_can_be_opened_and_converted(stage: int, tmp_path: Path) -> None:
+    zero(tmp_path / "deepspeed", 4, stage=stage)
+    hf_zero(tmp_path / "trainer", 4, stage=stage)
+    verl(tmp_path / "verl", 4, roles=("critic", "actor"))
+    for name in ("deepspeed", "trainer", "verl"):
+        (step,) = find_checkpoints(tmp_path / name)
+        assert step.form == ("hf" if (name, stage) == ("trainer", 2) else "ranks")
+        assert open_checkpoint(step.weights).tensors
+        assert all(verify_checkpoints(tmp_path / name))
+        convert(step.weights, tmp_path / f"out-{name}.pth")
+    assert step.weights == tmp_path / "verl/global_step_4/actor"
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "trainer"])
+def test_verify_reads_what_ranks_say_of_each_other(name: str, tmp_path: Path) -> None:
+    """Names, number and ends of the files are right: rank 1's is of another step."""
+    if name == "deepspeed":
+        path = zero(tmp_path / "run", 4)
+        other = zero(tmp_path / "other", 8)
+    else:
+        path = hf_zero(tmp_path / "run", 4, stage=3) / "global_step4"
+        other = hf_zero(tmp_path / "other", 8, stage=3) / "global_step8"
+    file = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (path / file).write_bytes((other / file).read_bytes())
+    (step,) = find_checkpoints(tmp_path / "run")
+    assert step.is_complete
+    (checked,) = verify_checkpoints(tmp_path / "run")
+    assert not checked
+
+
+def test_files_of_pipeline_stages_are_left_alone(tmp_path: Path) -> None:
+    """No form of ours holds them, so they are judged by names, and verify does not fail."""
+    path = zero(tmp_path, 4)
+    (path / "layer_00-model_00-model_states.pt").write_bytes(saved())
+    (step,) = find_checkpoints(tmp_path)
+    assert step.form is None
+    assert all(verify_checkpoints(tmp_path))

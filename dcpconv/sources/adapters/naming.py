@@ -1,0 +1,59 @@
+"""The adapters that a user names, each with its weight."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.errors import DcpconvError
+from dcpconv.sources.adapters.reading import read_adapter
+from dcpconv.sources.adapters.record import Adapter
+from dcpconv.stores.hub import locate_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """An adapter, and what its updates are multiplied by beside their own scale."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+Named = str | os.PathLike[str]
+
+
+def adapter_names(names: Named | Sequence[Named]) -> tuple[str, ...]:
+    """What the user named, one or several."""
+    some = [names] if isinstance(names, str | os.PathLike) else names
+    return tuple(os.fspath(name) for name in some)
+
+
+def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
+    """The adapters that the user named, each ``DIR`` or ``DIR:WEIGHT``.
+
+    Raises:
+        NotACheckpointError: One is absent, or is no adapter.
+        NotExpressibleError: One cannot be merged.
+        FormatError: A file is malformed.
+    """
+    return tuple(
+        Weighed(read_adapter(locate_adapter(name)), weight)
+        for name, weight in map(_weighed, adapter_names(names))
+    )
+
+
+def _weighed(text: str) -> tuple[str, float]:
+    """``DIR:0.5`` as its two parts; a name with a colon that is there is a name."""
+    name, _, number = text.rpartition(":")
+    if not name or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(weight):
+        raise DcpconvError("an adapter's weight is no number", [("adapter", text)])
+    return name, weight
