@@ -90,7 +90,7 @@ def test_lanes_say_which_rows_are_changed(stored: dict[str, TensorEntry], tmp_pa
         for kind, update in updates(stored).items()
     }
     with Sources(tmp_path) as sources:
-        from dcpconv.engine.merging import read_rows
+        from dcpconv.engine.rows import read_rows
 
         w, a, b, given = (
             read_rows(stored[key], 0, stored[key].shape[0], sources, torch.float32)
