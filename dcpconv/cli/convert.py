@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _LISTED = 4
 """Names printed before the rest is only counted; --json has them all."""
 
+_SPEED_FROM = 64 << 20
+"""Bytes; the time of a smaller result is start-up and sync, and a speed would mislead."""
+
 
 @answers
 def convert(
@@ -234,8 +237,10 @@ def lines(report: ConversionReport) -> Iterator[str]:
         return
     moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
     yield f"moved     {moved or 'nothing'}"
-    speed = report.target.nbytes / report.seconds if report.seconds else 0.0
-    yield f"time      {report.seconds:.2f} s, {size(speed)}/s"
+    time = f"time      {report.seconds:.2f} s"
+    if report.target.nbytes >= _SPEED_FROM and report.seconds:
+        time += f", {size(report.target.nbytes / report.seconds)}/s"
+    yield time
 
 
 def _listed(label: str, items: Any) -> Iterator[str]:
