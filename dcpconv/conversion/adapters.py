@@ -18,7 +18,7 @@ from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan
 from dcpconv.sources.adapters.fields import CONFIG
-from dcpconv.sources.adapters.reading import WEIGHTS, is_adapter, open_adapter, weights_of
+from dcpconv.sources.adapters.reading import WEIGHTS, adapter_in, open_adapter, weights_of
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.understanding import Source
@@ -31,8 +31,8 @@ def decide_adapter(request: Request) -> Decided | None:
         NotExpressibleError: What was asked for is no PEFT directory.
     """
     source, wanted = request.source, request.wanted
-    directory = source.parent if source.name in WEIGHTS else source
-    if request.adapters or not is_adapter(directory):
+    directory = adapter_in(source)
+    if request.adapters or directory is None:
         return None
     asked = [
         f"--{name} {value}"
@@ -54,7 +54,7 @@ def decide_adapter(request: Request) -> Decided | None:
             hint=f"merge it: dcpconv convert BASE {wanted.path} --adapter {source}",
         )
     file = weights_of(directory)
-    assert file is not None  # noqa: S101  is_adapter has seen it
+    assert file is not None  # noqa: S101  adapter_in has seen it
     catalog = open_adapter(directory)
     weights = Weights(catalog, catalog.tensors, {}, None, "", ())
     end = End(str(source), "hf", len(catalog.tensors), len(catalog.files))

@@ -8,10 +8,10 @@ from pathlib import Path
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import safetensors
+from dcpconv.formats.dcp.names import METADATA_FILE
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
-_METADATA = ".metadata"
 
 
 def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> Catalog:
@@ -30,7 +30,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     path = Path(path)
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("path", path)])
-    if (path / _METADATA).is_file():
+    if (path / METADATA_FILE).is_file():
         from dcpconv.formats import dcp  # noqa: PLC0415
 
         return dcp.read_catalog(path, problems=problems)

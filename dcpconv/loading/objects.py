@@ -24,7 +24,8 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
+from dcpconv.formats.dcp.metadata import Contents, read_metadata
+from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
 

@@ -49,6 +49,12 @@ def is_adapter(path: Path) -> bool:
     return not others and ".metadata" not in names
 
 
+def adapter_in(source: Path) -> Path | None:
+    """The directory of the adapter that a path is or lies in, or ``None`` for a model."""
+    directory = source.parent if source.name in WEIGHTS else source
+    return directory if is_adapter(directory) else None
+
+
 def is_adapter_key(key: str) -> bool:
     """Whether a key is of LoRA."""
     return bool(_PART.fullmatch(key) or _MINIMIND.fullmatch(key))

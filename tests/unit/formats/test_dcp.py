@@ -14,7 +14,7 @@ from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutChunk, OutTensor, Part
 from dcpconv.formats.boxes import Box, inspect_boxes
 from dcpconv.formats.dcp.directory import outline
-from dcpconv.formats.torchfile.archive import tensor_frame
+from dcpconv.formats.torchfile.frames import tensor_frame
 from support.machine.counting import lines_run
 
 BF16 = BY_NAME["bfloat16"]
