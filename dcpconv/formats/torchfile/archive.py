@@ -28,12 +28,12 @@ from dcpconv.formats.torchfile.unpickling import (
     check_size,
     loads,
 )
-from dcpconv.formats.torchfile.zip_records import Archive, Read, read_archive
+from dcpconv.formats.torchfile.zip_records import Archive, ReadAt, read_archive
 
 __all__ = [
     "NAMES",
     "Archive",
-    "Read",
+    "ReadAt",
     "StoredTensor",
     "UnreadableTensor",
     "least_nbytes",
