@@ -97,7 +97,8 @@ def convert(
         bool,
         typer.Option(
             "--dequantize",
-            help="Turn weights in scaled fp8 blocks into bf16, or into --dtype.",
+            help="Multiply fp8, MXFP8, MXFP4 and int8 weights by their scales, into bf16 or"
+            " --dtype.",
         ),
     ] = False,
     chunks: Annotated[
