@@ -18,7 +18,8 @@ from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan
 from dcpconv.sources.adapters.fields import CONFIG
-from dcpconv.sources.adapters.reading import WEIGHTS, adapter_in, open_adapter, weights_of
+from dcpconv.sources.adapters.reading import open_adapter
+from dcpconv.sources.adapters.spotting import WEIGHTS, adapter_in, weights_of
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.understanding import Source

@@ -22,7 +22,7 @@ from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.sources.adapters.reading import adapter_in
+from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.said import Said
 from dcpconv.stores.hub import locate
 

@@ -21,7 +21,7 @@ from dcpconv.plan.account import aim
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.taking_up import take_up
-from dcpconv.sources.adapters.reading import beside_note, require_model
+from dcpconv.sources.adapters.spotting import beside_note, require_model
 from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.understanding import understand
