@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cli_page import cli_page
 from families_page import families_page
 
 from dcpconv.families.keymaps.index import INDEX, index_text
@@ -13,6 +14,7 @@ HERE = Path(__file__).parent
 
 PAGES: Mapping[Path, Callable[[], str]] = {
     HERE / "families.md": families_page,
+    HERE / "cli.md": cli_page,
     INDEX: index_text,
 }
 """File -> what it should hold."""

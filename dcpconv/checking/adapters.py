@@ -13,7 +13,8 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.adapting import merge_of
 from dcpconv.plan.coverage import Coverage, Piece, Target, as_stored
 from dcpconv.sources.adapters.naming import Weighed
-from dcpconv.sources.adapters.reading import WEIGHTS, is_adapter, read_adapter
+from dcpconv.sources.adapters.reading import read_adapter
+from dcpconv.sources.adapters.spotting import WEIGHTS, is_adapter
 from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said

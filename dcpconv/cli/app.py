@@ -26,12 +26,11 @@ COMMANDS: Mapping[str, _Entry] = {
     ),
     "check": _Entry(
         "dcpconv.cli.check",
-        "Say whether a checkpoint fits, with every reason, from headers alone.",
+        "Report whether a checkpoint fits, with every reason, from headers alone.",
     ),
     "keys": _Entry(
         "dcpconv.cli.keys",
-        "Write the list of keys, shapes and types of a checkpoint: commit it, and check against"
-        " it.",
+        "Write the list of keys, shapes and types of a checkpoint, to commit and to check against.",
     ),
     "inspect": _Entry(
         "dcpconv.cli.inspect",
@@ -93,10 +92,10 @@ app = _typer(
     name="dcpconv",
     cls=_Commands,
     help=(
-        "Model weights between Hugging Face, torch.save and PyTorch Distributed Checkpoint:"
-        " at the speed of the disk, in constant memory, exactly."
+        "Converts model weights between Hugging Face, torch.save and PyTorch Distributed"
+        " Checkpoint: exactly, at the speed of the disk, in constant memory."
     ),
-    epilog="Exit codes: 0 yes, 1 no (it does not fit), 2 could not tell.",
+    epilog="Exit codes: 0 yes, 1 no (it does not fit), 2 dcpconv cannot tell.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

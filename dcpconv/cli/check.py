@@ -48,16 +48,16 @@ def check(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Could SRC become a complete checkpoint of this family?  With --against: the"
-            " family of TARGET.",
+            help="Check whether SRC can become a complete checkpoint of this family.  With"
+            " --against: the family of TARGET.",
             metavar="FAMILY",
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help="Has SRC the keys and shapes of this?  A checkpoint of any form and family, a hub"
-            " id, a config.json or params.json, or a key list from `dcpconv keys`.",
+            help="Check whether SRC has the keys and shapes of TARGET: a checkpoint of any form and"
+            " family, a hub id, a config.json or params.json, or a key list of `dcpconv keys`.",
             metavar="TARGET",
         ),
     ] = None,
@@ -68,13 +68,15 @@ def check(
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            help="A feature that may be lost, since the family cannot express it.  Repeatable.",
+            help="A feature that may be lost because the family cannot express it.  Repeatable.",
             metavar="NAME",
         ),
     ] = None,
     dtypes: Annotated[
         bool,
-        typer.Option("--dtypes", help="Element types must agree too; else differences are notes."),
+        typer.Option(
+            "--dtypes", help="Compare element types too; without it, differences are notes."
+        ),
     ] = False,
     report: Annotated[
         str,
@@ -94,10 +96,11 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Say whether a checkpoint fits, with every reason, from headers alone.
+    """Report whether a checkpoint fits, with every reason, from headers alone.
 
-    Without --to and --against: are the files whole, and is every key of SRC's own naming there?
-    Exit codes: 0 it fits, 1 it does not, 2 could not tell.
+    Without --to and --against, it checks that the files are whole and that SRC has every key of its
+    own naming.
+    Exit codes: 0 it fits, 1 it does not, 2 dcpconv cannot tell.
 
     dcpconv check weights/Llama-3-8B --to lingua
 

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 _LISTED = 4
 """Names printed before the rest is only counted; --json has them all."""
 
+_SPEED_FROM = 64 << 20
+"""Bytes; the time of a smaller result is start-up and sync, and a speed would mislead."""
+
 
 @answers
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="hf directory, torch file or DCP directory.")
+        str, typer.Argument(metavar="SRC", help="A checkpoint: a directory, a file, or a hub id.")
     ],
     target: Annotated[
         str, typer.Argument(metavar="DST", help="Where the result goes; must not exist yet.")
@@ -50,8 +53,8 @@ def convert(
     root: Annotated[
         str | None,
         typer.Option(
-            help="Key the weights sit under in a dcp or torch DST; '' for none.  Default: the"
-            " family's (model for lingua).",
+            help="Key above the weights in a dcp or torch DST; '' for none.  Default: the family's"
+            " (model for lingua).",
         ),
     ] = None,
     only: Annotated[
@@ -108,7 +111,9 @@ def convert(
     ] = 1,
     max_file_size: Annotated[
         str | None,
-        typer.Option(help="Most bytes of tensors in one file: 5GB, 512MiB.", metavar="SIZE"),
+        typer.Option(
+            help="At most this many bytes of tensors in one file: 5GB, 512MiB.", metavar="SIZE"
+        ),
     ] = None,
     model_parallel: Annotated[
         int,
@@ -125,8 +130,8 @@ def convert(
     engine: Annotated[
         str,
         typer.Option(
-            help="stream, or torch: torch's own functions, with the whole model in memory, for"
-            " files that the streaming engine declines.",
+            help="stream, or torch: use torch's own functions, with the whole model in memory, for"
+            " files that the streaming engine refuses.",
             metavar="ENGINE",
         ),
     ] = "stream",
@@ -134,21 +139,19 @@ def convert(
         bool,
         typer.Option(
             "--trust",
-            help="With --engine torch: run the code that a pickle in SRC names, where torch's"
+            help="With --engine torch: run the code that a pickle in SRC names, if torch's"
             " restricted unpickler refuses it.",
         ),
     ] = False,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace DST, in one step, once the result is complete."),
+        typer.Option("--overwrite", help="Replace DST in one step when the result is complete."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+        bool, typer.Option("--dry-run", help="Report what would be done, and write nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="No progress, no report; errors still.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Convert a checkpoint into another form, another naming, or both.
 
@@ -235,8 +238,10 @@ def lines(report: ConversionReport) -> Iterator[str]:
         return
     moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
     yield f"moved     {moved or 'nothing'}"
-    speed = report.target.nbytes / report.seconds if report.seconds else 0.0
-    yield f"time      {report.seconds:.2f} s, {size(speed)}/s"
+    time = f"time      {report.seconds:.2f} s"
+    if report.target.nbytes >= _SPEED_FROM and report.seconds:
+        time += f", {size(report.target.nbytes / report.seconds)}/s"
+    yield time
 
 
 def _listed(label: str, items: Any) -> Iterator[str]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def families(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[FAMILY|check|new]", help="Show one table, or check or draft one."),
+        typer.Argument(
+            metavar="[FAMILY|check|new]",
+            help="The table to show; or `check` or `new`, for the table or checkpoint at PATH.",
+        ),
     ] = None,
     path: Annotated[
         Path | None,

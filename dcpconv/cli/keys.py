@@ -21,7 +21,7 @@ def keys(
     keymap: KeymapFile = None,
     output: Output = None,
 ) -> None:
-    """Write the list of keys, shapes and types of a checkpoint: commit it, and check against it.
+    """Write the list of keys, shapes and types of a checkpoint, to commit and to check against.
 
     dcpconv keys out/checkpoint -o expected.json
 

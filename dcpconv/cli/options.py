@@ -8,7 +8,7 @@ import typer
 
 From = Annotated[
     str | None,
-    typer.Option("--from", help="Naming of SRC, where its keys leave a choice.", metavar="FAMILY"),
+    typer.Option("--from", help="Naming of SRC, if its keys fit several.", metavar="FAMILY"),
 ]
 KeymapFile = Annotated[
     str | None, typer.Option("--keymap", help="A naming table of your own (TOML).", metavar="FILE")
@@ -16,7 +16,7 @@ KeymapFile = Annotated[
 Assets = Annotated[
     str | None,
     typer.Option(
-        "--assets", help="Directory with config and tokenizer, where SRC has none.", metavar="DIR"
+        "--assets", help="Directory with config and tokenizer, if SRC has none.", metavar="DIR"
     ),
 ]
 Spec = Annotated[

@@ -19,7 +19,7 @@ def params(
     to: Annotated[
         str,
         typer.Option(
-            help="Whose parameter file: lingua, hf, meta, minimind4, ...", metavar="FAMILY"
+            help="Family of the parameter file: lingua, hf, meta, minimind4, ...", metavar="FAMILY"
         ),
     ] = "lingua",
     from_: From = None,
@@ -32,8 +32,8 @@ def params(
 ) -> None:
     """Write params.json from a config.json, or config.json from a params.json.
 
-    Refuses, with all reasons, what the family cannot express.  A checkpoint without either will do
-    where shapes and --spec say every number.
+    If the family cannot express the model, the command refuses with all reasons.  SRC needs neither
+    file if shapes and --spec give every number.
     """
     from dcpconv.conversion.parameters import parameters
 

@@ -29,12 +29,16 @@ runs = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Where a run keeps its steps.")]
+RunDir = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", help="The directory in which a run keeps its steps.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything as JSON.")]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Open every form first, as `runs verify` does.")
+    bool, typer.Option("--verify", help="Verify the step first, as `runs verify` does.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Delete; without it, only report what would be deleted.")
+]
 
 
 @runs.command("list")
@@ -42,7 +46,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say w
 def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
     """List every step, complete or not, in the order of their numbers.
 
-    Exit code 1 where there is none.
+    The exit code is 1 if there is none.
     """
     from dcpconv.runs import find_checkpoints
 
@@ -63,16 +67,16 @@ def latest(
     run_dir: RunDir,
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="Which of several runs of MiniMind: pretrain."),
+        typer.Argument(metavar="[RUN]", help="The run, if MiniMind keeps several there: pretrain."),
     ] = None,
     as_json: AsJson = False,
     verify: Verify = False,
 ) -> None:
     """Print the path of the latest complete step, and nothing else.
 
-    Incomplete steps are skipped, each with a note.  Exit code 1 where none is complete.
+    Incomplete steps are skipped, each with a note.  The exit code is 1 if none is complete.
 
-    dcpconv runs latest checkpoints pretrain      # where MiniMind keeps several runs
+    dcpconv runs latest checkpoints pretrain      # one of several MiniMind runs
     """
     from dcpconv.runs.finding import latest_first
     from dcpconv.runs.verifying import verified
@@ -125,7 +129,7 @@ def resolve(
 def verify(run_dir: RunDir, as_json: AsJson = False) -> None:
     """Open every form of every step and list what is wrong; headers only, nothing is executed.
 
-    Exit code 1 where anything is wrong or there is no step.
+    The exit code is 1 if anything is wrong or there is no step.
     """
     from dcpconv.runs import verify_checkpoints
 
@@ -150,25 +154,26 @@ def verify(run_dir: RunDir, as_json: AsJson = False) -> None:
 def prune(
     run_dir: RunDir,
     keep_last: Annotated[
-        int, typer.Option(help="Keep the newest so many complete steps.", metavar="N", min=0)
+        int, typer.Option(help="Keep the N newest complete steps.", metavar="N", min=0)
     ] = 0,
     keep_every: Annotated[
-        int, typer.Option(help="Keep steps whose number N divides.", metavar="N", min=0)
+        int,
+        typer.Option(help="Keep every step whose number is a multiple of N.", metavar="N", min=0),
     ] = 0,
     keep_best: Annotated[
         list[str] | None,
         typer.Option(
-            help="Keep the step with the least or greatest value: eval_loss:min.  Repeatable.",
+            help="Keep the step with the lowest or highest value: eval_loss:min.  Repeatable.",
             metavar="METRIC:min|max",
         ),
     ] = None,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete complete steps that no rule keeps; without --yes only say which.
+    """Delete complete steps that no rule keeps; without --yes, only report them.
 
-    Never the newest complete step, an incomplete one, or one that a symbolic link needs.  What
-    stays is opened first, as `runs verify` does.
+    It never deletes the newest complete step, an incomplete one, or one that a symbolic link needs.
+    The steps that stay are verified first, as `runs verify` does.
 
     dcpconv runs prune out --keep-last 3 --keep-every 1000 --keep-best eval_loss:min
     """
@@ -196,14 +201,14 @@ def strip(
     run_dir: RunDir,
     keep_last: Annotated[
         int,
-        typer.Option(help="The newest so many complete steps stay whole.", metavar="N", min=1),
+        typer.Option(help="Keep the N newest complete steps whole.", metavar="N", min=1),
     ] = 1,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Delete the optimizers of finished steps, keep the weights; without --yes only say which.
+    """Delete the optimizers of finished steps, and keep the weights; without --yes, only report.
 
-    Never of the newest complete steps, and never the weights.
+    It never touches the newest complete step.
 
     dcpconv runs strip out --keep-last 2
     """
@@ -321,7 +326,7 @@ def carry(
     ],
     to: Annotated[
         str,
-        typer.Option(help="Whose checkpoint: minimind, hf-trainer, dcp, lingua.", metavar="KIND"),
+        typer.Option(help="Kind of DST: minimind, hf-trainer, dcp, lingua.", metavar="KIND"),
     ],
     family: Annotated[
         str | None,
@@ -333,7 +338,7 @@ def carry(
     world_size: Annotated[
         int | None,
         typer.Option(
-            help="Ranks that will go on: MiniMind's step is rescaled for them.", metavar="N", min=1
+            help="Ranks that will resume: MiniMind's step is rescaled for them.", metavar="N", min=1
         ),
     ] = None,
     chunks: Annotated[
@@ -341,14 +346,15 @@ def carry(
     ] = 1,
     jobs: Annotated[int | None, typer.Option(help="Threads.", min=1)] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DST once the result is complete.")
+        bool,
+        typer.Option("--overwrite", help="Replace DST in one step when the result is complete."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+        bool, typer.Option("--dry-run", help="Report what would be done, and write nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Carry a training run, optimizer and all, to another trainer's checkpoint.
+    """Carry a training run with its optimizer to another trainer's checkpoint.
 
     Weights and moments are copied or relabelled alike, never cast; nothing in SRC is executed.
 

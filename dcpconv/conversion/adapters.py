@@ -18,13 +18,8 @@ from dcpconv.plan.account import STORED, aim_at
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan
 from dcpconv.sources.adapters.fields import CONFIG
-from dcpconv.sources.adapters.reading import (
-    WEIGHTS,
-    is_adapter,
-    open_adapter,
-    require_whole,
-    weights_of,
-)
+from dcpconv.sources.adapters.reading import open_adapter, require_whole
+from dcpconv.sources.adapters.spotting import WEIGHTS, adapter_in, weights_of
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.understanding import Source
@@ -38,8 +33,8 @@ def decide_adapter(request: Request) -> Decided | None:
         FormatError: Tensors hold nothing.
     """
     source, wanted = request.source, request.wanted
-    directory = source.parent if source.name in WEIGHTS else source
-    if request.adapters or not is_adapter(directory):
+    directory = adapter_in(source)
+    if request.adapters or directory is None:
         return None
     asked = [
         f"--{name} {value}"
@@ -61,7 +56,7 @@ def decide_adapter(request: Request) -> Decided | None:
             hint=f"merge it: dcpconv convert BASE {wanted.path} --adapter {source}",
         )
     file = weights_of(directory)
-    assert file is not None  # noqa: S101  is_adapter has seen it
+    assert file is not None  # noqa: S101  adapter_in has seen it
     catalog = open_adapter(directory)
     require_whole(directory, catalog)
     weights = Weights(catalog, catalog.tensors, {}, None, "", ())

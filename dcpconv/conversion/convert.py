@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dcpconv.conversion.adapters import decide_adapter
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request, Wanted, guarded
@@ -23,9 +22,12 @@ from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.sources.adapters.naming import read_adapters
+from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.said import Said
 from dcpconv.stores.hub import locate
+
+if TYPE_CHECKING:
+    from dcpconv.sources.adapters.naming import Weighed
 
 _MOVED = ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
 
@@ -127,7 +129,7 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    request = Request(locate(source), said, only, wanted, trust, read_adapters(adapter))
+    request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
     if not dry_run:
         request.check_target()
@@ -142,7 +144,7 @@ def convert(
                 trust=trust,
                 require=lambda catalog: require_model_in(catalog, request),
             )
-    alone = decide_adapter(request)
+    alone = _alone(request)
     if alone is not None:
         opened: AbstractContextManager[Catalog] = nullcontext(alone.job.catalog)
     else:
@@ -159,6 +161,25 @@ def convert(
             seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
+
+
+def _adapters(
+    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[Weighed, ...]:
+    if not names:
+        return ()
+    from dcpconv.sources.adapters.naming import read_adapters  # noqa: PLC0415 - most have none
+
+    return read_adapters(names)
+
+
+def _alone(request: Request) -> Decided | None:
+    """The conversion of an adapter that is not merged into anything, if the source is one."""
+    if adapter_in(request.source) is None:
+        return None
+    from dcpconv.conversion.adapters import decide_adapter  # noqa: PLC0415 - most are models
+
+    return decide_adapter(request)
 
 
 def _opened(request: Request, *, by_torch: bool, dry_run: bool) -> AbstractContextManager[Catalog]:

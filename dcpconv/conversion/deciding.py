@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from dcpconv.conversion import model_parallel
 from dcpconv.conversion.aside import with_aside
 from dcpconv.conversion.job import Job, most_used
 from dcpconv.conversion.report import ConversionReport
@@ -18,13 +17,11 @@ from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.outline import Outline, OutTensor
 from dcpconv.engine.space import block_size
 from dcpconv.families.side_files import SideFiles, dequantized
-from dcpconv.formats.torchfile import meta_ranks
 from dcpconv.plan.account import aim
-from dcpconv.plan.adapting import merged_into
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
 from dcpconv.plan.taking_up import take_up
-from dcpconv.sources.adapters.reading import beside_note, require_model
+from dcpconv.sources.adapters.spotting import beside_note, require_model
 from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.understanding import understand
@@ -80,7 +77,11 @@ def decide(everything: Catalog, request: Request) -> Decided:
         catalog=everything,
     )
     going, kept_notes = take_up(aim(source, to=wanted.to, form=form))
-    going, merge_notes = merged_into(going, request.adapters)
+    merge_notes: tuple[str, ...] = ()
+    if request.adapters:
+        from dcpconv.plan.adapting import merged_into  # noqa: PLC0415 - most have none
+
+        going, merge_notes = merged_into(going, request.adapters)
     job = Job(going, wanted, form)
     coverage, notes = job.cover()
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
@@ -124,6 +125,8 @@ def _laid_out(
     ranks = job.wanted.ranks(job.form)
     if ranks == 1:
         return tensors, tensors, job.outline(tensors)
+    from dcpconv.conversion import model_parallel  # noqa: PLC0415 - only for Meta's ranks
+
     shares = model_parallel.shares(
         coverage, ranks, spec=job.aim.spec, path_of=job.path_of, dtype_of=job.dtype_of
     )
@@ -138,6 +141,10 @@ def _source_root(root: str | None, form: Form, catalog: Catalog) -> str | None:
 
 
 def _coverage_hint(coverage: Coverage, job: Job) -> str | None:
+    if coverage:
+        return None
+    from dcpconv.formats.torchfile import meta_ranks  # noqa: PLC0415 - only errors need it
+
     if meta_ranks.is_part(job.catalog.source):
         return "this is one rank's share of a model-parallel release; give its directory"
     if coverage.misshapen and job.aim.spec is not None:

@@ -24,7 +24,7 @@ from dcpconv.engine.execute import execute
 from dcpconv.engine.publish import check_space, staging
 from dcpconv.engine.space import block_size
 from dcpconv.formats import dcp, torchfile
-from dcpconv.formats.dcp.metadata import METADATA_FILE
+from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan, whole
 from dcpconv.sources.recognition import Weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from dcpconv.engine.space import block_size
 from dcpconv.families import configs
 from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
-from dcpconv.formats.torchfile.nesting import key_of
 from dcpconv.plan.account import Aim
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.sources.numbers import require_said
@@ -90,14 +89,11 @@ class Job:
         """Where every byte of the result will be."""
         max_file_size = self.wanted.max_file_size
         modulus = block_size(self.target)
-        objects: Mapping[KeyPath, object] = (
-            {self.catalog.path_of(key): value for key, value in self.catalog.objects.items()}
-            if self.keeps_nesting
-            else {}
-        )
+        kept = self.catalog.objects if self.keeps_nesting else {}
+        objects = {self.catalog.path_of(key): value for key, value in kept.items()}
         opaque = [
-            (key_of(path), value.reason)
-            for path, value in objects.items()
+            (key, value.reason)
+            for key, value in kept.items()
             if isinstance(value, dcp.OpaqueObject)
         ]
         if opaque:

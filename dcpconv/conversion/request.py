@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
-from dcpconv.formats.dcp.metadata import METADATA_FILE
-from dcpconv.sources.adapters.naming import Weighed
+from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import Said
+
+if TYPE_CHECKING:
+    from dcpconv.sources.adapters.naming import Weighed
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.publish import check_space, staging
 from dcpconv.formats import dcp, ranks, safetensors, torchfile
-from dcpconv.formats.dcp.metadata import METADATA_FILE, read_metadata
+from dcpconv.formats.dcp.metadata import read_metadata
+from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.torchfile.files import require_whole
 from dcpconv.formats.torchfile.nesting import flatten, key_of

@@ -61,7 +61,7 @@ Node = Axis | Fused | Summed
 Steps = tuple[tuple[str, int], ...]
 """``(axis, step)`` outermost first: how far one step along the axis moves within a stored dim."""
 
-Box = dict[str, tuple[int, int]]
+Limits = dict[str, tuple[int, int]]
 """Half-open range per axis."""
 
 
@@ -81,7 +81,7 @@ class Placement:
     dims: tuple[tuple[int, Steps], ...]
     lengths: Mapping[str, int]
 
-    def boxes(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[Box]:
+    def boxes(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[Limits]:
         """Axis boxes that make up this slot's share of a region of the stored tensor.
 
         A region that cuts a fused dim in the middle of a head gives the cut head, the whole heads
@@ -96,7 +96,7 @@ class Placement:
             for (base, steps), offset, size in zip(self.dims, offsets, sizes, strict=True)
         ]
         for combination in product(*per_dim):
-            box: Box = {}
+            box: Limits = {}
             for ranges in combination:
                 box.update(ranges)
             yield box
@@ -173,7 +173,7 @@ def anonymous(shape: tuple[int, ...]) -> Placement:
     return Placement(shape, dims, dict(zip(names, shape, strict=True)))
 
 
-def overlap(one: Box, other: Box) -> Box | None:
+def overlap(one: Limits, other: Limits) -> Limits | None:
     """The box inside both, or ``None``; an axis that one of them does not name is not limited."""
     result = dict(other)
     for axis, (start, stop) in one.items():
@@ -189,7 +189,7 @@ def overlap(one: Box, other: Box) -> Box | None:
 
 
 def nest(
-    box: Box, source_steps: Mapping[str, int], target_steps: Mapping[str, int]
+    box: Limits, source_steps: Mapping[str, int], target_steps: Mapping[str, int]
 ) -> tuple[Loop, ...]:
     """The shortest loops that visit a box, in target order.
 
@@ -256,7 +256,7 @@ def relabel(
     return loops, math.prod(placed.shape) // inner
 
 
-def _cut(steps: Steps, lengths: Mapping[str, int], start: int, stop: int) -> Iterator[Box]:
+def _cut(steps: Steps, lengths: Mapping[str, int], start: int, stop: int) -> Iterator[Limits]:
     """Boxes of the axes whose index ``sum(i * step)`` falls into ``[start, stop)``."""
     if start >= stop:
         return

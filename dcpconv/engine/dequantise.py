@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import BlockScale, Fill, Part
-from dcpconv.engine import cast, merging
+from dcpconv.engine import cast
 from dcpconv.engine.boxes import Box
 from dcpconv.stores.local import Sources
 
@@ -98,6 +98,8 @@ def work_out(
         sources: Where the files are open.
         scratch: Room for factors, 4 KiB or more.
     """
+    from dcpconv.engine import merging  # noqa: PLC0415 - few conversions merge adapters
+
     fill = box.fill
     dtype = fill.computed_dtype
     if fill.scales:

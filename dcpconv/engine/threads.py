@@ -16,7 +16,6 @@ from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
-from dcpconv.engine.dequantise import multiply_out, work_out
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.stores.local import Sources
 
@@ -343,6 +342,8 @@ class Crew:
         result = desk.output[: tile.nbytes]
         self._gather(tile, desk, into=source)
         if fill.changes:
+            from dcpconv.engine.dequantise import work_out  # noqa: PLC0415 - few need it
+
             dtype = fill.computed_dtype
             made = desk.output[: (tile.stop - tile.start) * dtype.itemsize]
             work_out(
@@ -357,6 +358,8 @@ class Crew:
             result = desk.tile[: tile.nbytes]  # what was read into it has been used
             lost = cast(made, result, source_dtype=dtype, target_dtype=fill.target_dtype)
         elif fill.scales:
+            from dcpconv.engine.dequantise import multiply_out  # noqa: PLC0415 - few need it
+
             lost = multiply_out(
                 tile.box,
                 tile.start,

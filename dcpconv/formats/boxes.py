@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Region = tuple[tuple[int, ...], tuple[int, ...]]
 """``(offsets, sizes)``, in elements."""
 
 _AT_MOST = 3
 """Overlaps named per tensor: a hostile file can hold a quadratic number of them."""
 
 
-def inspect_boxes(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[str, ...]:
+def inspect_boxes(shape: tuple[int, ...], boxes: Sequence[Region]) -> tuple[str, ...]:
     """What keeps ``boxes`` from covering ``shape`` exactly once; empty if nothing does.
 
     Fast where boxes do not overlap: a sweep along the dim with most distinct offsets.
@@ -56,7 +56,7 @@ def inspect_boxes(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[str, ..
 _Spans = tuple[tuple[int, int], ...]
 
 
-def _spans(box: Box) -> _Spans:
+def _spans(box: Region) -> _Spans:
     return tuple((offset, offset + size) for offset, size in zip(*box, strict=True))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import safetensors
+from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.stores.schemes import refuse_scheme
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
-_METADATA = ".metadata"
 
 
 def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> Catalog:
@@ -48,7 +48,7 @@ def _trusting(path: Path) -> str:
     from dcpconv.formats import torchfile  # noqa: PLC0415
 
     file = path
-    if path.is_dir() and not (path / _METADATA).is_file():
+    if path.is_dir() and not (path / METADATA_FILE).is_file():
         alone = torchfile.alone_in(path)
         if alone is None:
             return "load it with the program that wrote it, and save a state_dict of tensors"
@@ -58,7 +58,7 @@ def _trusting(path: Path) -> str:
 
 
 def _open(path: Path, problems: list[str] | None) -> Catalog:
-    if (path / _METADATA).is_file():
+    if (path / METADATA_FILE).is_file():
         from dcpconv.formats import dcp  # noqa: PLC0415
 
         return dcp.read_catalog(path, problems=problems)

@@ -24,7 +24,7 @@ from dcpconv.loading.regions import Need, Wish
 from dcpconv.loading.world import World
 from dcpconv.stores.local import Sources
 
-TILE = 8 << 20
+MESSAGE = 8 << 20
 """Bytes that travel at a time; a rank holds two such tiles, and on CUDA two more on the device."""
 
 
@@ -192,7 +192,7 @@ class Exchange:
         self._wait(self._sending[self._turn])
         self._sending[self._turn] = []
         while len(self._tiles) < 2:
-            self._tiles.append(torch.empty(TILE, dtype=torch.uint8, device=self.device))
+            self._tiles.append(torch.empty(MESSAGE, dtype=torch.uint8, device=self.device))
         return self._tiles[self._turn][:nbytes]
 
     def _land(self, land: _Landing, tile: Tensor, at: int) -> None:
@@ -242,5 +242,5 @@ class _Landing:
 
 
 def _intervals(wish: Wish, dtype: DType) -> Iterable[tuple[int, int]]:
-    step = TILE // dtype.itemsize
+    step = MESSAGE // dtype.itemsize
     return ((at, min(at + step, wish.stop)) for at in range(wish.start, wish.stop, step))

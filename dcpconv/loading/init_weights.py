@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.execute import LossyCast
-from dcpconv.loading.decision import Decision, Engine, Read, Request, decide
+from dcpconv.loading.agreement import Agreement, Engine, LoadRequest, ReadMode, agree
 from dcpconv.loading.hooks import own_state_dict
 from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, move
@@ -56,7 +56,7 @@ def load_init_weights(
     init_missing: Callable[[str, Tensor], object] | None = None,
     process_group: Any = None,
     progress: Callable[[int, int], None] | None = None,
-    read: Read = "auto",
+    read: ReadMode = "auto",
     engine: Engine = "auto",
     device: torch.device | str | None = None,
     jobs: int | None = None,
@@ -144,7 +144,7 @@ def load_init_weights(
         engine = "torch" if reason else "direct"
     if engine == "torch":
         _require_plain(dtype, read, reason)
-    request = Request(
+    request = LoadRequest(
         source=source,
         options=options,
         strict=strict,
@@ -155,21 +155,21 @@ def load_init_weights(
         device=torch.device(device) if device is not None else None,
         by_state_dict=engine == "torch",
     )
-    decision = decide(model, request, world)
+    agreement = agree(model, request, world)
     initialised: list[str] = []
     if engine == "torch":
         arrived = load_by_state_dict(
-            model, decision, request, world, jobs=jobs, init_missing=init_missing
+            model, agreement, request, world, jobs=jobs, init_missing=init_missing
         )
         if request.initialises:
-            initialised = [place.fqn for place in decision.missing()]
+            initialised = [place.fqn for place in agreement.missing()]
     else:
-        arrived = move(model, decision, request, world, jobs=jobs, progress=progress)
+        arrived = move(model, agreement, request, world, jobs=jobs, progress=progress)
         if init_missing is not None and request.initialises:
-            for place in decision.missing():
+            for place in agreement.missing():
                 init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
                 initialised.append(place.fqn)
-    report = _report(decision, arrived, tuple(initialised))
+    report = _report(agreement, arrived, tuple(initialised))
     ran = "are run: engine='torch'" if engine == "torch" else "are not run: engine='direct'"
     notes = (*report.notes, *([f"{reason}; state dict hooks {ran}"] if reason else []))
     return replace(
@@ -203,8 +203,8 @@ def _require_plain(dtype: str, read: str, reason: str) -> None:
         )
 
 
-def _report(decision: Decision, arrived: Arrived, initialised: tuple[str, ...]) -> LoadReport:
-    offer, account = decision.offer, decision.account
+def _report(agreement: Agreement, arrived: Arrived, initialised: tuple[str, ...]) -> LoadReport:
+    offer, account = agreement.offer, agreement.account
     left = f"{offer.left} entries beside the weights stay behind"
     return LoadReport(
         source=offer.source,
@@ -212,17 +212,17 @@ def _report(decision: Decision, arrived: Arrived, initialised: tuple[str, ...]) 
         family=offer.family,
         target=offer.target,
         loaded=tuple(place.fqn for place, _ in account.chosen),
-        nbytes=sum(decision.nbytes(need.wish) for need in decision.needs),
+        nbytes=sum(agreement.nbytes(need.wish) for need in agreement.needs),
         nbytes_read=arrived.read,
         nbytes_received=arrived.received,
         missing=tuple((fault.key, fault.why) for fault in account.missing),
-        unexpected=tuple((fault.key, fault.why) for fault in decision.unexpected),
+        unexpected=tuple((fault.key, fault.why) for fault in agreement.unexpected),
         ignored=tuple((fault.key, fault.why) for fault in account.ignored),
-        tied=tuple(place.fqns for place in decision.places if len(place.fqns) > 1),
-        casts=tuple((old, new, count) for (old, new), count in decision.casts.items()),
+        tied=tuple(place.fqns for place in agreement.places if len(place.fqns) > 1),
+        casts=tuple((old, new, count) for (old, new), count in agreement.casts.items()),
         lossy=tuple(LossyCast(key, *lost) for key, lost in sorted(arrived.losses.items())),
-        computed_buffers=decision.restored.computed,
-        uninitialised_buffers=decision.restored.uninitialised,
+        computed_buffers=agreement.restored.computed,
+        uninitialised_buffers=agreement.restored.uninitialised,
         initialised=initialised,
         on_meta=(),
         engine="direct",

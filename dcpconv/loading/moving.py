@@ -1,4 +1,4 @@
-"""After the decision: give the model memory, fill it, and agree on how that went."""
+"""After the agreement: give the model memory, fill it, and agree on how that went."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dcpconv.core.errors import SourceChangedError
-from dcpconv.loading.decision import Decision, Request
+from dcpconv.loading.agreement import Agreement, LoadRequest
 from dcpconv.loading.exchange import Exchange, share_out
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.reading import Landing, read_landings, torch_dtype
@@ -37,14 +37,14 @@ class Arrived:
 
 def move(
     model: nn.Module,
-    decision: Decision,
-    request: Request,
+    agreement: Agreement,
+    request: LoadRequest,
     world: World,
     *,
     jobs: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Arrived:
-    """Carry out a decision.
+    """Carry out an agreement.
 
     Raises:
         FormatError: A file could not be read, on this rank or another; the same on every rank.
@@ -52,19 +52,19 @@ def move(
     """
     failure: BaseException | None = None
     try:
-        _materialise(model, decision, request)
+        _materialise(model, agreement, request)
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
-    if decision.read != "all":
+    if agreement.read != "all":
         world.agree(failure)
     arrived = Arrived(failure=failure)
     if failure is None:
-        tell = teller(decision, progress)
+        tell = teller(agreement, progress)
         try:
-            if decision.read == "all":
-                arrived = _read(decision, jobs, tell)
+            if agreement.read == "all":
+                arrived = _read(agreement, jobs, tell)
             else:
-                arrived = _exchange(decision, world, tell)
+                arrived = _exchange(agreement, world, tell)
         except LostRankError:
             raise
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
@@ -83,12 +83,12 @@ def agree_on_end(world: World, failure: BaseException | None) -> None:
 
 
 def teller(
-    decision: Decision, progress: Callable[[int, int], None] | None
+    agreement: Agreement, progress: Callable[[int, int], None] | None
 ) -> Callable[[int], None]:
     """Counts bytes for the caller; approximate by a tile where threads meet."""
     if progress is None:
         return lambda _nbytes: None
-    total = sum(decision.nbytes(need.wish) for need in decision.needs)
+    total = sum(agreement.nbytes(need.wish) for need in agreement.needs)
     tell, done = progress, 0
 
     def advance(nbytes: int) -> None:
@@ -99,24 +99,24 @@ def teller(
     return advance
 
 
-def _materialise(model: nn.Module, decision: Decision, request: Request) -> None:
-    chosen = decision.account.chosen
+def _materialise(model: nn.Module, agreement: Agreement, request: LoadRequest) -> None:
+    chosen = agreement.account.chosen
     wanted = [place for place, _ in chosen]
     if request.initialises:
-        wanted += decision.missing()
+        wanted += agreement.missing()
     dtypes = {
-        place.fqn: torch_dtype(decision.dtype_of_key(key))
+        place.fqn: torch_dtype(agreement.dtype_of_key(key))
         for place, key in chosen
         if not request.keeps_dtype
     }
     materialise(model, wanted, device=request.device, dtypes=dtypes)
 
 
-def _read(decision: Decision, jobs: int | None, tell: Callable[[int], None]) -> Arrived:
-    supplied = decision.supplied
+def _read(agreement: Agreement, jobs: int | None, tell: Callable[[int], None]) -> Arrived:
+    supplied = agreement.supplied
     landings = [
         Landing(need.place.fqn, supplied.fill(need.wish), need.wish.start, need.into)
-        for need in decision.needs
+        for need in agreement.needs
     ]
     with Sources(supplied.directory, identities=supplied.identities) as sources:
         losses = read_landings(landings, sources=sources, jobs=jobs, progress=tell)
@@ -124,19 +124,19 @@ def _read(decision: Decision, jobs: int | None, tell: Callable[[int], None]) -> 
     return Arrived(sum(landing.nbytes for landing in landings), 0, losses)
 
 
-def _exchange(decision: Decision, world: World, tell: Callable[[int], None]) -> Arrived:
-    wishes = world.gather([need.wish for need in decision.needs])
-    reader = 0 if decision.read == "rank0" else None
-    transfers = share_out(wishes, decision.nbytes, reader=reader)
+def _exchange(agreement: Agreement, world: World, tell: Callable[[int], None]) -> Arrived:
+    wishes = world.gather([need.wish for need in agreement.needs])
+    reader = 0 if agreement.read == "rank0" else None
+    transfers = share_out(wishes, agreement.nbytes, reader=reader)
     needs: dict[Wish, list[Need]] = {}
-    for need in decision.needs:
+    for need in agreement.needs:
         needs.setdefault(need.wish, []).append(need)
-    supplied = decision.supplied
+    supplied = agreement.supplied
     with Sources(supplied.directory, identities=supplied.identities) as sources:
         exchange = Exchange(
             world=world,
-            fill_of=decision.supplied.fill,
-            dtype_of_key=decision.dtype_of_key,
+            fill_of=agreement.supplied.fill,
+            dtype_of_key=agreement.dtype_of_key,
             sources=sources,
             device=_travel_device(world),
             progress=tell,

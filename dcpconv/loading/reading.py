@@ -3,7 +3,7 @@
 Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
 Everything else goes through tiles: a cast, a strided tensor, or a CUDA device, for which the tiles
 are pinned and double-buffered so that reading and copying overlap.  Weights in scaled blocks are
-read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * TILE`` per
+read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * BUFFER`` per
 thread, plus one row where a strided tensor has longer rows than that.
 """
 
@@ -27,7 +27,7 @@ from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed
 from dcpconv.stores.local import Sources
 
-TILE = 4 << 20
+BUFFER = 4 << 20
 """Bytes of a staging buffer."""
 
 _DIRECT = 32 << 20
@@ -199,14 +199,14 @@ def _units(landing: Landing) -> Iterator[_Unit]:
         return
     box = landing.box
     if landing.is_direct or into.is_contiguous():
-        nbytes = _DIRECT if landing.is_direct and not box.is_relabelled else TILE
+        nbytes = _DIRECT if landing.is_direct and not box.is_relabelled else BUFFER
         step, flat = box.tile(nbytes), into.view(-1)
         for at in range(0, numel, step):
             stop = min(at + step, numel)
             yield _Unit(landing, landing.start + at, landing.start + stop, flat[at:stop])
         return
     row = math.prod(into.shape[1:])
-    rows = max(1, TILE // (row * box.itemsize))
+    rows = max(1, BUFFER // (row * box.itemsize))
     for at in range(0, into.shape[0], rows):
         part = into[at : at + rows]
         start = landing.start + at * row
@@ -274,7 +274,7 @@ class _Desk:
             self.events.pop(key).synchronize()
         tile = self.tiles.get(key)
         if tile is None or tile.numel() < nbytes:
-            tile = torch.empty(max(nbytes, TILE), dtype=torch.uint8, pin_memory=is_pinned)
+            tile = torch.empty(max(nbytes, BUFFER), dtype=torch.uint8, pin_memory=is_pinned)
             self.tiles[key] = tile
         return tile[:nbytes]
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv.core.errors import DcpconvError
-from dcpconv.loading.decision import Decision, Request
+from dcpconv.loading.agreement import Agreement, LoadRequest
 from dcpconv.loading.entries import fqn_of, set_state, state_of
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.model import places
@@ -25,18 +25,18 @@ from dcpconv.loading.world import World
 
 def load_by_state_dict(
     model: nn.Module,
-    decision: Decision,
-    request: Request,
+    agreement: Agreement,
+    request: LoadRequest,
     world: World,
     *,
     jobs: int | None,
     init_missing: Callable[[str, Tensor], object] | None,
 ) -> Arrived:
-    """Carry out a decision that was made for a state dict.
+    """Carry out an agreement that was made for a state dict.
 
     Args:
         model: The model.
-        decision: What to load.
+        agreement: What to load.
         request: What the caller wants.
         world: The ranks.
         jobs: Threads.
@@ -49,13 +49,13 @@ def load_by_state_dict(
     state: dict[str, Any] = {}
     wanted: dict[str, Tensor] = {}
     try:
-        _materialise(model, decision, request)
+        _materialise(model, agreement, request)
         state = state_of(model)
-        wanted = {key: state[place.name] for place, key in decision.account.chosen}
+        wanted = {key: state[place.name] for place, key in agreement.account.chosen}
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
     world.agree(failure)
-    supply = decision.supplied.supply
+    supply = agreement.supplied.supply
     assert supply is not None  # noqa: S101 - every rank reads on this path
     reader = CheckpointReader.of(supply, jobs=jobs)
     with world.meeting():
@@ -63,9 +63,9 @@ def load_by_state_dict(
     if failure is None:
         try:
             if init_missing is not None and request.initialises:
-                for place in decision.missing():
+                for place in agreement.missing():
                     init_missing(place.fqn, state[place.name])
-            second = {name for place, _ in decision.account.chosen for name in place.fqns[1:]}
+            second = {name for place, _ in agreement.account.chosen for name in place.fqns[1:]}
             set_state(model, {k: v for k, v in state.items() if fqn_of(k) not in second})
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             failure = error
@@ -87,11 +87,11 @@ def _load(wanted: dict[str, Tensor], reader: CheckpointReader, world: World) -> 
     return None
 
 
-def _materialise(model: nn.Module, decision: Decision, request: Request) -> None:
+def _materialise(model: nn.Module, agreement: Agreement, request: LoadRequest) -> None:
     """Give memory to all that is loaded; modules with hooks may make one tensor of several."""
-    alone = {fault.key for fault in decision.account.ignored}
+    alone = {fault.key for fault in agreement.account.ignored}
     if not request.initialises:
-        alone |= {fault.key for fault in decision.account.missing}
+        alone |= {fault.key for fault in agreement.account.missing}
     wanted = [
         place
         for place in places(model)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import CoverageError
-from dcpconv.core.layout import Box, Placement
+from dcpconv.core.layout import Limits, Placement
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
 
@@ -41,7 +41,7 @@ class Piece:
     entry: TensorEntry
     placed: Placement | None = None
     wanted: Placement | None = None
-    limit: Box = field(default_factory=dict)
+    limit: Limits = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

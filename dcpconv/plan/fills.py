@@ -9,7 +9,7 @@ from itertools import chain, product
 from dcpconv.core.catalog import Extent, KeyPath, TensorEntry, c_strides
 from dcpconv.core.dtypes import FP4, DType
 from dcpconv.core.errors import FormatError
-from dcpconv.core.layout import Box, anonymous, nest, overlap
+from dcpconv.core.layout import Limits, anonymous, nest, overlap
 from dcpconv.core.outline import BlockScale, Changed, Fill, Loop, OutChunk, OutTensor, Part
 from dcpconv.plan.coverage import Coverage, Piece, Target
 from dcpconv.plan.derived import encode
@@ -258,7 +258,7 @@ class _Steps(dict[str, int]):
         return 0
 
 
-def _address(base: int, steps: Mapping[str, int], box: Box) -> int:
+def _address(base: int, steps: Mapping[str, int], box: Limits) -> int:
     return base + sum(box[axis][0] * step for axis, step in steps.items() if axis in box)
 
 

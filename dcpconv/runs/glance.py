@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.torchfile.zip_records import Archive, Read, read_archive
+from dcpconv.formats.torchfile.zip_records import Archive, ReadAt, read_archive
 from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.listing import Listing
 
@@ -75,7 +75,7 @@ def pickle_of(listing: Listing, name: str) -> bytes:
         return b""
 
 
-def _safetensors(read: Read, nbytes: int) -> Iterator[str]:
+def _safetensors(read: ReadAt, nbytes: int) -> Iterator[str]:
     length = int.from_bytes(read(0, 8), "little")
     if nbytes < 8 or length < 2 or length > _LARGEST_HEADER:
         yield "is not a safetensors file"
@@ -118,7 +118,7 @@ def is_emptied(key: str, shape: tuple[int, ...]) -> bool:
     return shape == (0,) and _PARAMETER.search(key) is not None
 
 
-def _archive(read: Read, nbytes: int) -> Archive:
+def _archive(read: ReadAt, nbytes: int) -> Archive:
     def bounded(offset: int, wanted: int) -> bytes:
         if wanted > _DIRECTORY:
             raise FormatError("zip directory is too large to be one of torch.save")
@@ -135,7 +135,7 @@ def _archive(read: Read, nbytes: int) -> Archive:
     return archive
 
 
-def _torch(read: Read, nbytes: int) -> Iterator[str]:
+def _torch(read: ReadAt, nbytes: int) -> Iterator[str]:
     start = read(0, len(_LEGACY))
     if start == _LEGACY:
         return
@@ -147,7 +147,7 @@ def _torch(read: Read, nbytes: int) -> Iterator[str]:
         yield "is a zip file, but not one of torch.save"
 
 
-def _pickle(read: Read, nbytes: int) -> Iterator[str]:
+def _pickle(read: ReadAt, nbytes: int) -> Iterator[str]:
     if read(0, 1) != b"\x80":
         yield from _torch(read, nbytes)
     elif read(nbytes - 1, 1) != b".":

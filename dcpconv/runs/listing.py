@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from dcpconv.formats.torchfile.zip_records import Read
+from dcpconv.formats.torchfile.zip_records import ReadAt
 
 METADATA: Final = ".metadata"
 
@@ -76,7 +76,7 @@ class Listing:
             return b""
 
     @contextmanager
-    def opened(self, name: str) -> Iterator[Read]:
+    def opened(self, name: str) -> Iterator[ReadAt]:
         """Bytes of one file by offset.
 
         Raises:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.sources import hub_headers
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
-from dcpconv.sources.live_models import LiveModel, live_model
 from dcpconv.stores import hub
+
+if TYPE_CHECKING:
+    from dcpconv.sources.live_models import LiveModel
 
 Openable = str | os.PathLike[str] | Any
 """A path or hub id; or a live model or state_dict, whose types only torch could name."""
@@ -68,6 +69,8 @@ def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
         FormatError: A file is malformed.
     """
     if is_model(what):
+        from dcpconv.sources.live_models import live_model  # noqa: PLC0415 - files have no model
+
         catalog = read_model(what)
         end = End(type(what).__name__, "module", len(catalog.tensors))
         return Opened(catalog, end, model=live_model(what))
@@ -82,6 +85,8 @@ def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
         catalog, family = read_keylist(path)
         return Opened(catalog, End(str(path), "keys", len(catalog.tensors)), family or "")
     if hub.is_hub_id(name):
+        from dcpconv.sources import hub_headers  # noqa: PLC0415 - local files need none
+
         catalog, config = hub_headers.read_catalog(name, problems=problems)
         return Opened(catalog, _end(name, catalog), place=Path(config) if config else None)
     catalog = open_checkpoint(path, problems=problems)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp import OpaqueObject
+from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.torchfile.stand_ins import is_array
 
 

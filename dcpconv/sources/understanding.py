@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import NotACheckpointError, SpecError
@@ -15,13 +16,15 @@ from dcpconv.families.configs.patching import patched_spec
 from dcpconv.families.keymaps import Keymap, is_known, keymaps
 from dcpconv.families.parameter_files import ParameterFile, read_parameter_file
 from dcpconv.sources.key_lists import is_keylist
-from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
 from dcpconv.sources.scales import Scaled, multiplied
 from dcpconv.sources.selection import select, why_no_weights
+
+if TYPE_CHECKING:
+    from dcpconv.sources.live_models import LiveModel
 
 _NOT_SCALED = Scaled()
 

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv.core.catalog import KeyPath
 from dcpconv.core.errors import FormatError, NotACheckpointError
-from dcpconv.formats.dcp.directory import OpaqueObject, explain, is_dcp, read_catalog
+from dcpconv.formats.dcp.directory import explain, is_dcp, read_catalog
 from dcpconv.formats.dcp.metadata import read_metadata
+from dcpconv.formats.dcp.objects import OpaqueObject
 from support.checkpoints.dcp_directories import read_tensor, write
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from dcpconv import convert
+from dcpconv import check, convert
 from dcpconv.core.errors import CoverageError, LayoutError, NotExpressibleError
 from dcpconv.families.configs import read_spec, to_text, write_config
 from lingua_model import LinguaModel
@@ -270,3 +270,14 @@ def test_generations_that_agree_in_all_but_names_convert_into_each_other(tmp_pat
     third = MiniMind(replace(model.config, generation="gen3"))
     third.load_state_dict(torch_tensors(tmp_path / "three.pth"))
     assert difference(third.eval(), model) < RIGHT
+
+
+@pytest.mark.parametrize("generation", ["gen1", "gen2", "gen3", "gen4"])
+def test_a_check_against_the_config_names_minimind(generation: str, tmp_path: Path) -> None:
+    source = save(minimind(generation=generation), tmp_path / "mm")
+
+    coverage = check(source.parent, against=source.parent / "config.json")
+
+    assert coverage
+    assert coverage.target == coverage.source
+    assert coverage.target.startswith("minimind")

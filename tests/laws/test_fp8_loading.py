@@ -147,7 +147,7 @@ def test_a_large_matrix_needs_no_more_than_tiles(
     assert torch.equal(turned, multiplied_out(stored[key], factors))
     assert not torch.equal(turned, worth[key])
     assert len(sizes) > 1
-    assert max(sizes) <= reading.TILE
+    assert max(sizes) <= reading.BUFFER
 
 
 @pytest.mark.parametrize(

@@ -398,3 +398,21 @@ def test_the_command_line_names_both_engines(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app.app, [*arguments, "--engine", "jax", "--overwrite"])
     assert wrong.exit_code == 2
     assert "there is no engine 'jax'" in wrong.stderr
+
+
+def test_torchs_engine_casts_into_an_existing_file(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    torch.save(flat(), tmp_path / "x.pth")
+    (tmp_path / "out").write_bytes(b"an older result")
+    arguments = ["convert", str(tmp_path / "x.pth"), str(tmp_path / "out"), "--form", "torch"]
+    arguments += ["--dtype", "bf16", "--engine", "torch", "--overwrite"]
+
+    done = CliRunner().invoke(app.app, arguments)
+
+    assert done.exit_code == 0, done.output
+    found = torch.load(tmp_path / "out", weights_only=True)
+    assert found.keys() == flat().keys()
+    for key, value in flat().items():
+        is_cast = value.is_floating_point() and value.dim() >= 2
+        assert torch.equal(found[key], value.bfloat16() if is_cast else value), key

@@ -113,7 +113,7 @@ class Tie:
     omitted: bool
 
 
-Kind = Literal["row", "tied", "ignored", "aside"]
+RuleKind = Literal["row", "tied", "ignored", "aside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Match:
 
     row: Row | None
     indices: dict[str, int]
-    kind: Kind = "row"
+    kind: RuleKind = "row"
     reason: str = ""
 
 
@@ -185,13 +185,13 @@ class Keymap:
     hints: Mapping[str, int | bool] = field(default_factory=dict)
     facts: Mapping[str, int | float | bool] = field(default_factory=dict)
     published: tuple[Mapping[str, int | str], ...] = ()
-    _by_template: dict[str, list[tuple[Pattern, Row | None, Kind, str]]] = field(
+    _by_template: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = field(
         init=False, repr=False, compare=False
     )
     _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        templates: dict[str, list[tuple[Pattern, Row | None, Kind, str]]] = {}
+        templates: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = {}
         slots: dict[str, list[tuple[Row, int]]] = {}
         for row in self.rows:
             templates.setdefault(row.pattern.template, []).append((row.pattern, row, "row", ""))

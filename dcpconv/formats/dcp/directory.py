@@ -16,11 +16,13 @@ from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.boxes import inspect_boxes
 from dcpconv.formats.collecting import without_garbage_collection
-from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
-from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
-from dcpconv.formats.dcp.outline import outline
+from dcpconv.formats.dcp.items import locate, read_objects
+from dcpconv.formats.dcp.metadata import Contents, read_metadata
+from dcpconv.formats.dcp.names import METADATA_FILE
+from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.dcp.unflattened import unfold
 from dcpconv.formats.dcp.unpacking import contents_in, unpacked
+from dcpconv.formats.dcp.writing import outline
 from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]

@@ -18,6 +18,7 @@ from dcpconv.core.catalog import Chunk, Extent
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.metadata import StoredChunk
+from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.dcp.safetensors_items import Blobs
 from dcpconv.formats.torchfile.archive import (
     Archive,
@@ -31,14 +32,6 @@ from dcpconv.stores.local import open_regular
 _ZIP: Final = b"PK"
 _READ_AHEAD: Final = 64 << 10
 """Bytes read at once where items are so small that several heads lie in them."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpaqueObject:
-    """A value that was not read: it is there, and why we leave it alone."""
-
-    extent: Extent
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,6 @@ from dcpconv.formats.dcp.transforms import require_unpackable
 from dcpconv.formats.torchfile.stand_ins import HARMLESS, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 
-METADATA_FILE: Final = ".metadata"
-
 Sizes = tuple[int, ...]
 
 

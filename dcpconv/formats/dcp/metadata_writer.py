@@ -16,7 +16,7 @@ from typing import Final
 
 from dcpconv.core.catalog import Extent, KeyPath
 from dcpconv.core.dtypes import DType
-from dcpconv.formats.boxes import Box
+from dcpconv.formats.boxes import Region
 
 Sizes = tuple[int, ...]
 
@@ -41,7 +41,7 @@ class WrittenTensor:
     path: KeyPath
     dtype: DType
     shape: Sizes
-    boxes: tuple[Box, ...]
+    boxes: tuple[Region, ...]
     items: tuple[Extent, ...]
 
 

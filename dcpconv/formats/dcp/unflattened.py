@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dcpconv.core.catalog import Chunk, Extent, KeyPath, TensorEntry
-from dcpconv.formats.dcp.items import NestedTensors, OpaqueObject
+from dcpconv.formats.dcp.items import NestedTensors
+from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.torchfile.archive import StoredTensor, UnreadableTensor
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dcpconv.core.catalog import Chunk, Extent
-from dcpconv.formats.boxes import Box
+from dcpconv.formats.boxes import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Segment:
     offset: int
 
 
-def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+def boxes_of(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
     """The fewest boxes that hold elements ``start`` to ``stop`` of a tensor in C order.
 
     They come in that order, so they lie one after the other where the interval lies in one piece:
@@ -97,6 +97,6 @@ def chunks_of(
         first, at, place = first + numel, at + numel, place + 1
 
 
-def _within(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+def _within(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Region]:
     for offsets, sizes in boxes_of(shape[1:], start, stop):
         yield (row, *offsets), (1, *sizes)

@@ -13,7 +13,7 @@ from dcpconv.core.catalog import Identity, KeyPath
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.torchfile.archive import (
     Archive,
-    Read,
+    ReadAt,
     StoredTensor,
     UnreadableTensor,
     least_nbytes,
@@ -107,12 +107,12 @@ def read_value(path: Path) -> tuple[object, Identity]:
         return _read_value(_open_archive(read, nbytes, where)), identity
 
 
-def reader_of(descriptor: int) -> Read:
+def reader_of(descriptor: int) -> ReadAt:
     """Reads an open file by offset and length."""
     return lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
 
 
-def _open_archive(read: Read, nbytes: int, where: str) -> Archive:
+def _open_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
     try:
         archive = read_archive(read, nbytes, where)
     except FormatError as error:
@@ -137,7 +137,7 @@ def _open_archive(read: Read, nbytes: int, where: str) -> Archive:
     return archive
 
 
-def _bytes_needed(read: Read, nbytes: int, where: str) -> int:
+def _bytes_needed(read: ReadAt, nbytes: int, where: str) -> int:
     """Bytes of all storages, where the pickle at the front is whole; else 0."""
     header = read(0, 30)
     start = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")

@@ -14,10 +14,7 @@ from typing import Final
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, Identity, KeyPath, TensorEntry
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
-from dcpconv.formats.torchfile.archive import (
-    StoredTensor,
-    read_archive,
-)
+from dcpconv.formats.torchfile.archive import StoredTensor, read_archive
 from dcpconv.formats.torchfile.contents import (
     LEGACY_MAGIC,
     ZIP_MAGIC,
@@ -25,9 +22,9 @@ from dcpconv.formats.torchfile.contents import (
     read_leaves,
     reader_of,
 )
-from dcpconv.formats.torchfile.outline import outline
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.roles import is_beside_a_model
+from dcpconv.formats.torchfile.writing import outline
 from dcpconv.stores.local import identity_of, open_regular, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]

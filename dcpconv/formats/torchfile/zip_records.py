@@ -18,7 +18,7 @@ from typing import Final
 
 from dcpconv.core.errors import FormatError
 
-Read = Callable[[int, int], bytes]
+ReadAt = Callable[[int, int], bytes]
 """``read(offset, nbytes)``: bytes of the archive, fewer only at its end."""
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -57,7 +57,7 @@ class Archive:
 
     where: str
     nbytes: int
-    _read: Read
+    _read: ReadAt
     _prefix: bytes
     _records: Mapping[str, _Record]
 
@@ -126,7 +126,7 @@ class Archive:
         return payload
 
 
-def read_archive(read: Read, nbytes: int, where: str) -> Archive:
+def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
     """The directory of one archive, checked; no payload is read.
 
     Args:
@@ -183,7 +183,7 @@ def read_archive(read: Read, nbytes: int, where: str) -> Archive:
     return archive
 
 
-def _paged(read: Read, nbytes: int) -> Read:
+def _paged(read: ReadAt, nbytes: int) -> ReadAt:
     """Reads at least a page and keeps the last one: headers lie close together."""
     page_offset, page = 0, b""
 
@@ -197,7 +197,7 @@ def _paged(read: Read, nbytes: int) -> Read:
     return paged
 
 
-def _find_directory(read: Read, nbytes: int, where: str) -> tuple[bytes, int, int]:
+def _find_directory(read: ReadAt, nbytes: int, where: str) -> tuple[bytes, int, int]:
     """The central directory's bytes, its offset, and how many entries it should hold."""
     tail, at = b"", -1
     for length in (_PAGE, _END.size + _MAX16):  # torch writes no comment after the end record

@@ -13,75 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, TensorEntry
-from dcpconv.core.errors import FormatError, NotACheckpointError, NotExpressibleError
+from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.fields import CONFIG, LoraFields, lora_fields, read_config
 from dcpconv.sources.adapters.record import Adapter, LowRank
+from dcpconv.sources.adapters.spotting import MINIMIND, PART, in_base, weights_of
 from dcpconv.sources.fitting import bare
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""What PEFT calls the tensors."""
-
-_PART = re.compile(
-    r"(?:(?P<module>.+)\.)?"
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?P<name>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
-)
-_MINIMIND = re.compile(r"(?P<module>.+)\.lora\.(?P<part>[AB])\.weight")
-_PREFIX = "base_model.model."
 _SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
-
-
-def weights_of(path: Path) -> Path | None:
-    """The file with the tensors of a PEFT directory, or ``None`` where it is none."""
-    places = [path, *(path / name for name in ("adapter_model", "adapter"))]
-    files = (place / name for place in places for name in WEIGHTS)
-    return next((file for file in files if file.is_file()), None) if path.is_dir() else None
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a path is an adapter and no model: a PEFT directory without weights of a base."""
-    if weights_of(path) is None:
-        return False
-    names = {item.name for item in path.iterdir()}
-    others = [n for n in names if n.endswith(".safetensors") and n not in WEIGHTS]
-    others += [n for n in names if n.startswith(("pytorch_model", "model")) and n.endswith(".bin")]
-    return not others and ".metadata" not in names
-
-
-def is_adapter_key(key: str) -> bool:
-    """Whether a key is of LoRA."""
-    return bool(_PART.fullmatch(key) or _MINIMIND.fullmatch(key))
-
-
-def beside_note(source: Path) -> tuple[str, ...]:
-    """What to say of a base whose directory also holds an adapter, which transformers loads too."""
-    file = weights_of(source)
-    if file is None or is_adapter(source):
-        return ()
-    name = file.relative_to(source)
-    return (f"{name} is an adapter and was left out; --adapter {source} merges it",)
-
-
-def require_model(catalog: Catalog, *, is_hf: bool, is_merged: bool) -> None:
-    """Refuses factors of an adapter where a model is wanted.
-
-    Raises:
-        NotExpressibleError: The checkpoint holds some, and the result has no place for them.
-    """
-    if not (is_hf or is_merged):
-        return
-    factors = [key for key in catalog.tensors if is_adapter_key(_told(bare(key)))]
-    if factors:
-        raise NotExpressibleError(
-            "these are tensors of an adapter, which are no model; nothing was written",
-            [
-                ("source", catalog.source),
-                *(("key", key) for key in factors[:5]),
-                ("found", f"{len(factors)} of LoRA among {len(catalog.tensors)} keys"),
-            ],
-            hint=f"merge them into a base: dcpconv convert BASE DST --adapter {catalog.source}",
-        )
 
 
 def open_adapter(path: Path) -> Catalog:
@@ -141,9 +80,9 @@ def read_adapter(path: Path) -> Adapter:
     catalog = _absolute(open_adapter(path))
     require_whole(path, catalog)
     keys = {key: bare(key).removeprefix("module.") for key in catalog.tensors}
-    if any(_MINIMIND.fullmatch(key) for key in keys.values()):
+    if any(MINIMIND.fullmatch(key) for key in keys.values()):
         return _minimind(path, catalog, keys)
-    if not any(_PART.fullmatch(_told(key)) for key in keys.values()):
+    if not any(PART.fullmatch(in_base(key)) for key in keys.values()):
         raise NotACheckpointError(
             "this is no adapter: no key is of LoRA",
             [("adapter", path), *(("key", key) for key in list(keys)[:5])],
@@ -183,11 +122,6 @@ def _absolute(catalog: Catalog) -> Catalog:
     return replace(catalog, tensors=tensors)
 
 
-def _told(key: str) -> str:
-    """A key below the base model: without PEFT's own two modules and containers before them."""
-    return key.rpartition(_PREFIX)[2] if _PREFIX in key else key
-
-
 @dataclass(slots=True)
 class _Parts:
     found: dict[str, TensorEntry] = field(default_factory=dict)
@@ -199,8 +133,8 @@ def _peft(path: Path, catalog: Catalog, keys: Mapping[str, str], settled: LoraFi
     names: set[str] = set()
     frozen = 0
     for key, plain in keys.items():
-        entry, told = catalog.tensors[key], _told(plain)
-        match = _PART.fullmatch(told)
+        entry, told = catalog.tensors[key], in_base(plain)
+        match = PART.fullmatch(told)
         if match is not None:
             names.add(match["name"] or "")
             part = match["part"] + ("_bias" if match["leaf"] == "bias" else "")
@@ -308,7 +242,7 @@ def _minimind(path: Path, catalog: Catalog, keys: Mapping[str, str]) -> Adapter:
     pairs: dict[str, dict[str, TensorEntry]] = {}
     others = 0
     for key, plain in keys.items():
-        match = _MINIMIND.fullmatch(plain)
+        match = MINIMIND.fullmatch(plain)
         if match is None:
             others += 1
         else:

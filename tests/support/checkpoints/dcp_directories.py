@@ -13,7 +13,7 @@ from dcpconv.core.outline import Fill, OutChunk, Outline, OutTensor, Part
 from dcpconv.formats.dcp.directory import outline
 from support.checkpoints.engine_cases import slow_file
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
+Region = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def dtype_of(tensor: torch.Tensor) -> DType:
@@ -26,7 +26,7 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(storage.tolist())  # type: ignore[no-untyped-call]
 
 
-def rows(shape: Sequence[int], count: int) -> list[Box]:
+def rows(shape: Sequence[int], count: int) -> list[Region]:
     """``count`` row chunks, cut as FSDP2 cuts them; empty ones left out."""
     if 0 in shape[:1] or not shape:
         return [((0,) * len(shape), tuple(shape))]
@@ -39,7 +39,7 @@ def rows(shape: Sequence[int], count: int) -> list[Box]:
     ]
 
 
-def out_tensor(path: KeyPath, tensor: torch.Tensor, boxes: Iterable[Box]) -> OutTensor:
+def out_tensor(path: KeyPath, tensor: torch.Tensor, boxes: Iterable[Region]) -> OutTensor:
     """A tensor whose box ``i`` is filled from the source file ``key:i``."""
     key, dtype = ".".join(map(str, path)), dtype_of(tensor)
     chunks = []
@@ -52,7 +52,7 @@ def out_tensor(path: KeyPath, tensor: torch.Tensor, boxes: Iterable[Box]) -> Out
 
 
 def sources(
-    tensors: Mapping[KeyPath, torch.Tensor], boxes: Mapping[KeyPath, list[Box]]
+    tensors: Mapping[KeyPath, torch.Tensor], boxes: Mapping[KeyPath, list[Region]]
 ) -> dict[str, bytes]:
     """The source files that ``out_tensor`` names."""
     return {
@@ -110,5 +110,5 @@ def read_tensor(catalog: Catalog, key: str) -> torch.Tensor:
     return whole
 
 
-def _index(box: Box) -> tuple[slice, ...]:
+def _index(box: Region) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(*box, strict=True))

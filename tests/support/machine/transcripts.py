@@ -1,8 +1,7 @@
 """Transcripts in Markdown: run again, and compared or written anew.
 
 A block fenced with ``console`` holds commands after ``$`` and what they printed.  All blocks of a
-page run in order in one directory, where ``weights/tiny-llama`` is a small checkpoint,
-``out/checkpoint-500`` an adapter that was trained on it, and ``run`` a training run.
+page run in order in one directory, which ``prepare`` fills.
 
     python tests/support/machine/transcripts.py README.md        # writes what is printed today
 """
@@ -26,16 +25,33 @@ VARYING = (
 
 
 def prepare(directory: Path) -> None:
-    """The checkpoints that the pages speak of."""
+    """Makes the checkpoints that the pages speak of.
+
+    ``weights/tiny-llama``; ``weights/lost-key``, the same without one tensor of layer 1;
+    ``out/checkpoint-500``, an adapter that was trained on it; ``run``, a run of Trainer;
+    ``pretrain_96_resume.pth``, which MiniMind wrote on one rank.
+    """
+    from safetensors.torch import load_file, save_file
+
     from support.checkpoints.adapters import factors, peft_tensors, save_peft
     from support.checkpoints.families import hf_tensors
     from support.models.hf_models import save_hf, tiny
     from support.runs.run_dirs import example
+    from support.runs.training import MiniMindRun
 
-    base = save_hf(tiny("llama", tie_word_embeddings=True), directory / "weights/tiny-llama")
+    model = tiny("llama", tie_word_embeddings=True)
+    base = save_hf(model, directory / "weights/tiny-llama")
     pairs = factors(hf_tensors(base), ["q_proj", "v_proj", "down_proj"])
     save_peft(directory / "out/checkpoint-500", peft_tensors(pairs))
+    lacking = directory / "weights/lost-key"
+    save_hf(model, lacking)
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, lacking / "model.safetensors", {"format": "pt"})
     example(directory / "run")
+    begun = MiniMindRun.begin("gen3")
+    begun.train(1)
+    begun.save(directory / "pretrain_96_resume.pth", step=4000)
 
 
 def run_page(text: str, directory: Path) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dcpconv.loading import decision, moving
+from dcpconv.loading import agreement, moving
 from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
@@ -41,7 +41,7 @@ def _replace(owner: Any, name: str, way: Callable[..., Any]) -> Callable[[], Non
 
 
 PAIRS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
-    "deciding": (_replace(decision, "_look_at_source", _dies), {}),
+    "deciding": (_replace(agreement, "_look_at_source", _dies), {}),
     "reading": (_replace(moving, "_read", _dies), {"read": "all"}),
     "sending": (_replace(Exchange, "_read", _dies), {"read": "once"}),
     "stock": (_replace(CheckpointReader, "read_data", _dies), {"engine": "torch"}),

@@ -38,7 +38,7 @@ def test_the_report_is_aligned_and_complete(hf: Path, tmp_path: Path) -> None:
     assert "relabel   3 tensors  (g two p) d -> (g p two) d" in lines
     assert "tied      output.tied_module.weight = tok_embeddings.weight" in lines
     assert "beside    params.json" in lines
-    assert re.fullmatch(r"time      \d+\.\d\d s, \S+ \w+/s", lines[-1])
+    assert re.fullmatch(r"time      \d+\.\d\d s", lines[-1])
     assert found.stderr.startswith("note: no tokenizer.model beside the source")
 
 

@@ -12,9 +12,9 @@ from dcpconv.core.catalog import Chunk, Extent, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutChunk, OutTensor, Part
-from dcpconv.formats.boxes import Box, inspect_boxes
+from dcpconv.formats.boxes import Region, inspect_boxes
 from dcpconv.formats.dcp.directory import outline
-from dcpconv.formats.torchfile.archive import tensor_frame
+from dcpconv.formats.torchfile.frames import tensor_frame
 from support.machine.counting import lines_run
 
 BF16 = BY_NAME["bfloat16"]
@@ -22,9 +22,9 @@ BF16 = BY_NAME["bfloat16"]
 # --------------------------------------------------------------------------------------- coverage
 
 
-def grid(shape: tuple[int, ...], rng: random.Random) -> list[Box]:
+def grid(shape: tuple[int, ...], rng: random.Random) -> list[Region]:
     """Boxes of an irregular grid that cover ``shape`` exactly once."""
-    boxes: list[Box] = [((), ())]
+    boxes: list[Region] = [((), ())]
     for length in shape:
         edges = sorted({0, length, *(rng.randint(0, length) for _ in range(rng.randint(0, 3)))})
         boxes = [
@@ -36,7 +36,7 @@ def grid(shape: tuple[int, ...], rng: random.Random) -> list[Box]:
     return boxes
 
 
-def counts(shape: tuple[int, ...], boxes: list[Box]) -> torch.Tensor:
+def counts(shape: tuple[int, ...], boxes: list[Region]) -> torch.Tensor:
     """How often each element is stored."""
     found = torch.zeros(shape, dtype=torch.int32)
     for offsets, sizes in boxes:
@@ -86,7 +86,7 @@ COVERAGE = [
 
 @pytest.mark.parametrize(("shape", "boxes", "expected"), COVERAGE)
 def test_what_coverage_says(
-    shape: tuple[int, ...], boxes: list[Box], expected: tuple[str, ...]
+    shape: tuple[int, ...], boxes: list[Region], expected: tuple[str, ...]
 ) -> None:
     assert inspect_boxes(shape, boxes) == expected
 

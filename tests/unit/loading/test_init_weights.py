@@ -173,7 +173,7 @@ def test_a_cast_needs_no_more_than_its_tiles(
     assert torch.equal(model.get_parameter("w"), source.double())
     assert torch.equal(model.get_parameter("v"), source.double())
     assert len(sizes) >= 12
-    assert max(sizes) <= 2 * reading.TILE  # a float64 tile of float32 is twice as long
+    assert max(sizes) <= 2 * reading.BUFFER  # a float64 tile of float32 is twice as long
 
 
 class TestBuffers:

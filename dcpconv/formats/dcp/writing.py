@@ -14,9 +14,9 @@ from typing import Final
 from dcpconv.core.catalog import Extent, KeyPath
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutFile, Outline, OutTensor
-from dcpconv.formats.dcp.metadata import METADATA_FILE
 from dcpconv.formats.dcp.metadata_writer import WrittenObject, WrittenTensor, write_metadata
-from dcpconv.formats.torchfile.archive import object_frame, tensor_frame
+from dcpconv.formats.dcp.names import METADATA_FILE
+from dcpconv.formats.torchfile.frames import object_frame, tensor_frame
 
 _ALIGNMENT: Final = 64
 """Where payloads start that have nothing to line up with: a cache line, and any element type."""

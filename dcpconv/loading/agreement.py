@@ -31,12 +31,12 @@ from dcpconv.plan.fills import fill_of
 from dcpconv.sources.live_models import live_model
 from dcpconv.stores.hub import locate
 
-Read = Literal["auto", "all", "once", "rank0"]
+ReadMode = Literal["auto", "all", "once", "rank0"]
 Engine = Literal["auto", "direct", "torch"]
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """What the caller wants.
 
     Attributes:
@@ -57,7 +57,7 @@ class Request:
     keeps_dtype: bool
     ignore: tuple[str, ...]
     initialises: bool
-    read: Read
+    read: ReadMode
     device: torch.device | None
     by_state_dict: bool = False
 
@@ -92,7 +92,7 @@ class Supplied:
 
 
 @dataclass(frozen=True)
-class Decision:
+class Agreement:
     """What this rank will do, all ranks agreeing.
 
     Attributes:
@@ -115,7 +115,7 @@ class Decision:
     casts: Counter[tuple[str, str]]
     unexpected: tuple[Fault, ...]
     supplied: Supplied
-    read: Read
+    read: ReadMode
 
     def dtype_of_key(self, key: str) -> DType:
         """Dtype of a tensor as it is read from the source."""
@@ -183,7 +183,7 @@ def unlike(source: str, heard: Sequence[tuple[str, Offer]]) -> FormatError:
     )
 
 
-def decide(model: nn.Module, request: Request, world: World) -> Decision:
+def agree(model: nn.Module, request: LoadRequest, world: World) -> Agreement:
     """Look at model and checkpoint and agree with the other ranks on whether they fit.
 
     Non-persistent buffers are computed on the way; no parameter and no other buffer is touched.
@@ -195,7 +195,7 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
     failure: Exception | None = None
     found: tuple[Place, ...] = ()
     restored, offer, supplied = Restored(), list[Offer](), Supplied()
-    decision: Decision | None = None
+    agreement: Agreement | None = None
     try:
         found, restored = _look_at_model(model, request)
         if request.read != "rank0" or world.rank == 0:
@@ -206,23 +206,23 @@ def decide(model: nn.Module, request: Request, world: World) -> Decision:
         offer = world.from_first(offer)
     if failure is None and offer:
         try:
-            decision = _account(model, request, found, restored, offer[0], supplied)
+            agreement = _account(model, request, found, restored, offer[0], supplied)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             failure = error
-    heard = world.gather(_tell(decision, request, failure))
+    heard = world.gather(_tell(agreement, request, failure))
     raise_first([one.failure for one in heard], cause=failure)
-    if decision is None:
+    if agreement is None:
         raise AssertionError("no rank failed, yet this one has nothing to go by")
     if len({one.digest for one in heard}) > 1:
-        raise unlike(heard[0].source, world.gather((hostname(), decision.offer)))
+        raise unlike(heard[0].source, world.gather((hostname(), agreement.offer)))
     unexpected = _judge(heard, request)
-    read = decision.read
+    read = agreement.read
     if read == "auto":
         read = "once" if len({one.host for one in heard}) > 1 else "all"
-    return replace(decision, unexpected=unexpected, read=read)
+    return replace(agreement, unexpected=unexpected, read=read)
 
 
-def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...], Restored]:
+def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place, ...], Restored]:
     reshard(model)
     found = [place for place in places(model) if place.is_parameter or place.is_persistent]
     fallback = next((device_of(p, request.device) for p in found if p.is_parameter), None)
@@ -232,7 +232,7 @@ def _look_at_model(model: nn.Module, request: Request) -> tuple[tuple[Place, ...
 
 
 def _look_at_source(
-    model: nn.Module, request: Request, found: Sequence[Place]
+    model: nn.Module, request: LoadRequest, found: Sequence[Place]
 ) -> tuple[list[Offer], Supplied]:
     path = locate(request.source)
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
@@ -252,12 +252,12 @@ def _look_at_source(
 
 def _account(
     model: nn.Module,
-    request: Request,
+    request: LoadRequest,
     found: tuple[Place, ...],
     restored: Restored,
     offer: Offer,
     supplied: Supplied,
-) -> Decision:
+) -> Agreement:
     account = match(found, offer, ignore=request.ignore)
     needs: list[Need] = []
     casts: Counter[tuple[str, str]] = Counter()
@@ -273,7 +273,7 @@ def _account(
     if request.read in {"auto", "all"}:
         for need in needs:
             supplied.fill(need.wish)
-    return Decision(
+    return Agreement(
         places=found,
         restored=restored,
         offer=offer,
@@ -297,11 +297,11 @@ def _require_renewable(model: nn.Module, place: Place) -> None:
             )
 
 
-def _tell(decision: Decision | None, request: Request, failure: Exception | None) -> _Heard:
-    if failure is not None or decision is None:
+def _tell(agreement: Agreement | None, request: LoadRequest, failure: Exception | None) -> _Heard:
+    if failure is not None or agreement is None:
         return _Heard(portable(failure))
-    account, offer = decision.account, decision.offer
-    lost = [] if request.strict or request.initialises else decision.missing()
+    account, offer = agreement.account, agreement.offer
+    lost = [] if request.strict or request.initialises else agreement.missing()
     return _Heard(
         None,
         f"{offer.source}  {offer.form}  {offer.family}",
@@ -316,12 +316,12 @@ def _tell(decision: Decision | None, request: Request, failure: Exception | None
         tuple(Fault(p.fqn, "on the meta device; pass init_missing") for p in lost if p.is_meta),
         tuple(
             Fault(name, "buffer that is in no checkpoint and that its module does not compute")
-            for name in decision.restored.uninitialised
+            for name in agreement.restored.uninitialised
         ),
     )
 
 
-def _judge(heard: Sequence[_Heard], request: Request) -> tuple[Fault, ...]:
+def _judge(heard: Sequence[_Heard], request: LoadRequest) -> tuple[Fault, ...]:
     """Raise what all ranks raise, or return what is unexpected on all of them.
 
     Only what all have heard may be told: a rank's own path may be another.
