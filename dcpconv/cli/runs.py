@@ -321,7 +321,9 @@ def carry(
     ],
     to: Annotated[
         str,
-        typer.Option(help="Whose checkpoint: minimind, hf-trainer, dcp, lingua.", metavar="KIND"),
+        typer.Option(
+            help="Whose checkpoint: minimind, hf-trainer, dcp, lingua, torchtitan.", metavar="KIND"
+        ),
     ],
     family: Annotated[
         str | None,

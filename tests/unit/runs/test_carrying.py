@@ -20,7 +20,7 @@ from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.runs import find_checkpoints
-from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
+from dcpconv.runs.carrying import convert_run, read_training_state
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
 from support.models.hf_models import save_hf, tiny
 from support.models.minimind import GenerationName
@@ -360,17 +360,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     json.dumps(report.to_json())
 
 
-def test_an_optimizer_of_frozen_parameters_is_refused(tmp_path: Path) -> None:
-    run = MiniMindRun.begin("gen3")
-    some = [p for n, p in run.model.named_parameters() if "norm" not in n]
-    run.optimizer = telling_optimizer(run.model, some)
-    run.save(tmp_path / "a_resume.pth")
-
-    with pytest.raises(OptimizerError, match="not of these parameters"):
-        convert_run(tmp_path / "a_resume.pth", tmp_path / "out", to="dcp")
-    assert not (tmp_path / "out").exists()
-
-
 class Boom:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -383,7 +372,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     minimind(tmp_path / "a_resume.pth", "gen3", scheduler=Boom(mark))
 
-    with pytest.raises(FormatError, match="not on the allow-list"):
+    with pytest.raises(FormatError, match="pickle takes"):
         read_training_state(tmp_path / "a_resume.pth")
     assert not mark.exists()
 
