@@ -120,10 +120,33 @@ def _wanted(state: TrainingState, to: Kind, family: str | None) -> Keymap | None
         return _minimind_table(state.weights)
     if to == "hf-trainer" and is_adapters(state.weights.entries):
         return None
+    if to == "torchtitan":
+        return _torchtitan_table(state)
     name = "hf" if to == "hf-trainer" else to
     if to == "hf-trainer" and state.weights.keymap and state.weights.keymap.family == "hf":
         return state.weights.keymap
     return resolve_family(name, state.model.architecture)
+
+
+def _torchtitan_table(state: TrainingState) -> Keymap:
+    """torchtitan's table for the architecture, as its newest release spells it."""
+    tables = {name: t for name, t in keymaps().items() if name.startswith("torchtitan-")}
+    own = state.weights.keymap
+    if own is not None and own.name in tables:
+        return own
+    architecture = state.model.architecture
+    fitting = [name for name, table in tables.items() if architecture in table.architectures]
+    if not fitting:
+        raise OptimizerError(
+            "torchtitan has no model of this architecture that we know",
+            [
+                ("source", state.source),
+                ("architecture", architecture or "not known"),
+                *(("family", name) for name in tables),
+            ],
+            hint="name a family: --family torchtitan-llama3",
+        )
+    return tables[min(fitting, key=len)]
 
 
 def _minimind_table(weights: Weights) -> Keymap:
