@@ -129,7 +129,7 @@ def _wanted(state: TrainingState, to: Kind, family: str | None) -> Keymap | None
 
 
 def _torchtitan_table(state: TrainingState) -> Keymap:
-    """torchtitan's table for the architecture, as its newest release spells it."""
+    """The table of torchtitan for the architecture, as its newest release spells it."""
     tables = {name: t for name, t in keymaps().items() if name.startswith("torchtitan-")}
     own = state.weights.keymap
     if own is not None and own.name in tables:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from dcpconv.core.catalog import KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError
@@ -28,6 +29,18 @@ from dcpconv.runs.carrying.state import (
     split_for_dcp,
     split_for_file,
 )
+
+
+_ADAMW: Final = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+"""What a group of torch's AdamW says besides, and other Adams leave out: loading misses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +160,7 @@ def write_torchtitan(carried: Carried) -> Written:
     ]
     objects: dict[KeyPath, object] = {}
     for group in groups:
-        values = {"initial_lr": group.values.get("lr", 0.0), **group.values}
+        values = {**_ADAMW, "initial_lr": group.values.get("lr", 0.0), **group.values}
         for key in group.params:
             for name, value in values.items():
                 path: KeyPath = ("optimizer", f"param_groups.{key}.{name}")
@@ -155,6 +168,8 @@ def write_torchtitan(carried: Carried) -> Written:
                     tensors.append(_out(as_stored(value.key, value), path, chunks=1))
                 else:
                     objects[path] = value
+    unsaid = sorted({key for group in groups for key in _ADAMW if key not in group.values})
+    notes = [f"{', '.join(unsaid)} of AdamW are as torch has them"] if unsaid else []
     step = progress.optimizer_step(carried.state)
     objects["train_state", "step"] = step
     objects["train_state", "ntokens_seen"] = 0
@@ -170,7 +185,10 @@ def write_torchtitan(carried: Carried) -> Written:
             ("dataloader", "a data loader's place cannot be invented; exclude it from loading"),
             *((name, "torchtitan has no place for it") for name in carried.beside),
         ),
-        notes=(f"train_state and lr_scheduler were made for {step} updates; tokens count from 0",),
+        notes=(
+            *notes,
+            f"train_state and lr_scheduler were made for {step} updates; tokens count from 0",
+        ),
     )
 
 

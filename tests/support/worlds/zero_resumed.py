@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ def _run(rank: int, ranks: int, directory: Path) -> None:
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(groups(model), lr=0.5)
     weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optim": moments}
+    state: dict[str, Any] = {"model": weights, "optim": moments}
     load(state, checkpoint_id=directory / "carried")
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]

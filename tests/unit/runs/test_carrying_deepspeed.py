@@ -285,8 +285,8 @@ def test_moments_follow_their_parameters_to_minimind(tmp_path: Path) -> None:
 
 
 def _minimind_parameters(weights: Mapping[str, torch.Tensor]) -> list[tuple[str, Any]]:
-    sizes = {"generation": "gen3", "n_layers": 1, "tied": True}
-    named = MiniMind(MiniMindConfig(**sizes)).named_parameters()
+    config = MiniMindConfig(generation="gen3", n_layers=1, tied=True)
+    named = MiniMind(config).named_parameters()
     return [(name, parameter) for name, parameter in named if name in weights]
 
 
