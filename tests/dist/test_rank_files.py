@@ -17,6 +17,7 @@ from dcpconv.runs.carrying import convert_run, read_training_state
 from support.checkpoints.dcp_directories import read_tensor
 from support.checkpoints.rank_files import distributed, save_verl
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp, stock_load
+from support.checkpoints.zero_files import Run, write_zero
 from support.worlds import rank_file_loads
 from support.worlds.dcp_worlds import launch
 from support.worlds.rank_file_worlds import SCENES
@@ -117,6 +118,14 @@ def test_files_of_eight_ranks_fill_a_model_on_two(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = {key: t.detach() for key, t in rank_file_loads.model().state_dict().items()}
     save_verl(tmp_path / "actor", distributed(expected, [Shard(0)]), shape=(8,))
+    launch(2, tmp_path, script=rank_file_loads.__file__)
+    assert_same_bits(torch.load(tmp_path / "loaded.pt", weights_only=True), expected)
+
+
+def test_zero_3_of_eight_ranks_fills_a_model_on_two(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = {key: t.detach() for key, t in rank_file_loads.model().state_dict().items()}
+    write_zero(tmp_path / "actor", Run(groups=[expected], ranks=8, stage=3))
     launch(2, tmp_path, script=rank_file_loads.__file__)
     assert_same_bits(torch.load(tmp_path / "loaded.pt", weights_only=True), expected)
 

@@ -7,9 +7,10 @@ the same from the left as from the right is certain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.numbering import some_of
 from dcpconv.sources.recognition import Weights
 
 Order = Sequence[Sequence[str]]
@@ -76,26 +77,12 @@ def _some_of(
         expected = weights.entries[name].shape
         return all(shape == expected for shape in _shapes(state.get(number)).values())
 
-    pairs = [(list(ids), list(names)) for ids, names in zip(groups, order, strict=True)]
-    left = [_leftmost(ids, names, fits) for ids, names in pairs]
-    right = [_leftmost(ids[::-1], names[::-1], fits) for ids, names in pairs]
-    if any(part is None for part in (*left, *right)):
+    found = [
+        some_of(list(ids), list(names), fits) for ids, names in zip(groups, order, strict=True)
+    ]
+    if not all(found):
         return []
-    return [[part or [] for part in left], [(part or [])[::-1] for part in right]]
-
-
-def _leftmost(
-    ids: Sequence[object], names: Sequence[str], fits: Callable[[object, str], bool]
-) -> list[str] | None:
-    """The first names that fit the numbers one after the other, or ``None`` where they run out."""
-    rest = iter(names)
-    found = []
-    for number in ids:
-        name = next((name for name in rest if fits(number, name)), None)
-        if name is None:
-            return None
-        found.append(name)
-    return found
+    return [[choices[0] for choices in found], [choices[1] for choices in found]]
 
 
 def _shapes(moments: object) -> dict[object, tuple[int, ...]]:

@@ -30,7 +30,6 @@ from dcpconv.runs.carrying.state import (
     split_for_file,
 )
 
-
 _ADAMW: Final = {
     "amsgrad": False,
     "maximize": False,
