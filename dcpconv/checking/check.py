@@ -170,7 +170,7 @@ def _against(
             )
         return _into(source, table, numbers=target.spec), {}
     live = target.model if target.said.from_ is None else None
-    if live is not None and spells_like_files(source.weights, source.architecture, live):
+    if live is not None and spells_like_files(source.weights):
         return _as_live(source.weights, target.catalog, live)
     weights, wanted_keys = source.weights, target.weights
     is_tied = any(one.spec is not None and one.spec.tied for one in (source, target))

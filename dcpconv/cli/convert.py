@@ -94,7 +94,8 @@ def convert(
         bool,
         typer.Option(
             "--dequantize",
-            help="Multiply weights in scaled fp8 blocks out, into bf16 or --dtype.",
+            help="Multiply fp8, MXFP8, MXFP4 and int8 weights by their scales, into bf16 or"
+            " --dtype.",
         ),
     ] = False,
     chunks: Annotated[

@@ -83,7 +83,8 @@ def convert(
         dtype: Cast floating-point tensors of two or more dims (``bf16``, ``fp16``, ``fp32``).
             Vectors, such as norm weights and biases, and integers keep their type.
         cast_all: Cast floating-point vectors and scalars too.
-        dequantize: Multiply weights in scaled one-byte blocks (fp8) out, into bf16 or ``dtype``.
+        dequantize: Multiply fp8, MXFP8, MXFP4 and int8 weights by their scales, into bf16 or
+            ``dtype``.
         allow: Features to leave out although the target cannot express them, by name;
             ``overflow`` allows a cast to produce infinities.
         assets: Directory with the config and tokenizer, where the source has none.

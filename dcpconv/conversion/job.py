@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.conversion.request import Wanted
@@ -18,7 +18,6 @@ from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.torchfile.nesting import key_of
 from dcpconv.plan.account import Aim
-from dcpconv.plan.block_scales import not_in_blocks
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.sources.numbers import require_said
 
@@ -66,13 +65,8 @@ class Job:
             coverage = self.aim.stored(product=_PRODUCT, whole=True)
         else:
             self.aim.require_expressible(undone="nothing was written", allow_by="--allow NAME")
-            coverage, notes = self.aim.cover_by_data(product=_PRODUCT)
-            if self.aim.table is not None:
-                return coverage, notes
-        if not self.aim.source.said.dequantize:
-            return coverage, ()
-        torn = not_in_blocks(coverage)
-        return replace(coverage, misshapen=(*coverage.misshapen, *torn)), ()
+            return self.aim.cover_by_data(product=_PRODUCT)
+        return coverage, ()
 
     def path_of(self, key: str) -> KeyPath:
         """Where a target key nests in the result."""
@@ -204,9 +198,9 @@ class Job:
 
 
 def most_used(tensors: Iterable[OutTensor]) -> DType | None:
-    """Element type of most bytes of floating-point tensors."""
+    """Element type of most bytes of floating-point tensors; one byte is how a type is packed."""
     nbytes: Counter[DType] = Counter()
     for tensor in tensors:
-        if tensor.dtype.is_floating_point:
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
             nbytes[tensor.dtype] += sum(chunk.fill.nbytes for chunk in tensor.chunks)
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)

@@ -99,6 +99,23 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Factors:
+    """What the elements of a tensor are multiplied by when they are read: one number per block.
+
+    Attributes:
+        entry: The numbers; of ``uint8`` they are exponents of two, 127 too high.
+        matrix: Rows and columns of each matrix that the tensor is stored as a stack of.
+        block: Rows and columns of a block; the last ones may be cut short.
+        grid: Blocks down and across each matrix.
+    """
+
+    entry: TensorEntry
+    matrix: tuple[int, int]
+    block: tuple[int, int]
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One stored tensor: what it is, and which boxes of it lie where.
 
@@ -108,6 +125,7 @@ class TensorEntry:
         shape: In elements.
         chunks: Boxes that cover it.
         updates: What adapters do to it when it is read, in order.
+        factors: What it is multiplied by when it is read, before that.
     """
 
     key: str
@@ -115,6 +133,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
     updates: tuple[Update, ...] = ()
+    factors: Factors | None = None
 
     @property
     def numel(self) -> int:

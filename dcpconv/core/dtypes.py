@@ -60,6 +60,14 @@ _TABLE = (
     DType("complex128", 16, None, "ComplexDoubleStorage", "c128"),
 )
 
+FP4 = DType("float4_e2m1fn", 1, None, None, "f4e2m1")
+"""Two elements to a byte, the first in its low half: as they are read, each one is its whole byte,
+and ``Part.half`` says which half of it counts.  No file names this type: it is told by keys.
+
+Source:
+    transformers 5.23 ``integrations/mxfp4.py``; compressed-tensors 0.20 ``mxfp4``.
+"""
+
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _TABLE if dtype.safetensors}
 BY_STORAGE = {dtype.storage: dtype for dtype in _TABLE if dtype.storage}

@@ -28,12 +28,14 @@ class Part:
         target: Index in the target box, counted in C order, of the first element.
         loops: Outermost first, every count at least 2, no two neighbours that could be merged.
             A contiguous copy of n elements is ``((n, 1, 1),)``; one element is ``()``.
+        half: Which half of every byte counts, where two elements share one: 1 is the upper.
     """
 
     file: str
     offset: int
     target: int
     loops: tuple[Loop, ...]
+    half: int = 0
 
     @property
     def numel(self) -> int:
@@ -51,18 +53,20 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class BlockScale:
-    """Factors of a matrix whose elements were divided by one number per block.
+    """Factors of a stack of matrices whose elements were divided by one number per block.
 
     Attributes:
-        file: Source file of the matrix.
-        offset: Byte of its element 0; it lies in C order without gaps.
-        numel: Its elements.
-        columns: Its columns.
+        file: Source file of the matrices.
+        offset: Byte of their element 0; they lie in C order without gaps.
+        numel: Their elements.
+        columns: Columns of each.
         block: Rows and columns of a block; the last ones may be cut short.
         factors_file: Source file of the factors, which lie in C order without gaps.
         factors_offset: Byte of the first factor.
-        factors_dtype: Their element type.
-        factors_shape: Blocks down and across.
+        factors_dtype: Their element type; ``uint8`` is an exponent of two, 127 too high.
+        factors_shape: Blocks down and across each matrix.
+        rows: Rows of each matrix; 0 where there is but one.
+        packed: Elements in a byte: 2 for ``FP4``.
     """
 
     file: str
@@ -74,6 +78,24 @@ class BlockScale:
     factors_offset: int
     factors_dtype: DType
     factors_shape: tuple[int, int]
+    rows: int = 0
+    packed: int = 1
+
+    def holds(self, part: Part, itemsize: int) -> bool:
+        """Whether a part reads from the matrices."""
+        nbytes = self.numel * itemsize // self.packed
+        return self.file == part.file and 0 <= part.offset - self.offset < nbytes
+
+    def element(self, part: Part, itemsize: int) -> int:
+        """Index of a part's first element, in C order of the matrices."""
+        return (part.offset - self.offset) // itemsize * self.packed + part.half
+
+    def factor(self, row: int, column: int) -> int:
+        """Index of an element's factor; ``row`` counts through all matrices."""
+        down, across = self.block
+        matrix, row = divmod(row, self.rows) if self.rows else (0, row)
+        blocks_down, blocks_across = self.factors_shape
+        return (matrix * blocks_down + row // down) * blocks_across + column // across
 
 
 @dataclass(frozen=True, slots=True)

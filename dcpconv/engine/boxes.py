@@ -59,7 +59,9 @@ def restrict(part: Part, start: int, stop: int, *, itemsize: int) -> tuple[Part,
     """
     nest = tuple(sorted(part.loops, key=lambda loop: -loop[2]))
     found = _cut(part.offset, part.target, nest, start, stop, itemsize)
-    return tuple(Part(part.file, offset, target, loops) for offset, target, loops in found)
+    return tuple(
+        Part(part.file, offset, target, loops, part.half) for offset, target, loops in found
+    )
 
 
 def _cut(

@@ -9,7 +9,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from dcpconv.core.dtypes import BY_NAME, DType
+from dcpconv.core.dtypes import BY_NAME, FP4, DType
 from dcpconv.core.outline import BlockScale, Part
 
 if TYPE_CHECKING:
@@ -20,6 +20,19 @@ STEP = 32 << 10
 long."""
 
 _FLOAT32 = BY_NAME["float32"]
+
+_FP4_VALUES = [
+    sign * magnitude
+    for sign in (1.0, -1.0)
+    for magnitude in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+]
+"""What the 16 codes of four bits mean: a sign, two bits of exponent, one of mantissa.
+
+Source: OCP Microscaling Formats (MX) 1.0, section 5.3.3.
+"""
+
+_EXPONENT_BIAS = 127
+"""Of scales that are exponents.  Source: OCP Microscaling Formats (MX) 1.0, section 5.4.1."""
 
 
 def cast(
@@ -88,23 +101,42 @@ def dequantise(
         As ``cast``, of the products.
 
     Source:
-        ``weight_dequant`` of deepseek-ai/DeepSeek-V3 ``inference/kernel.py``.
+        ``weight_dequant`` of deepseek-ai/DeepSeek-V3 ``inference/kernel.py``; for exponents,
+        ``convert_moe_packed_tensors`` of transformers 5.23 ``integrations/mxfp4.py``.
     """
     import torch  # noqa: PLC0415 - only a cast needs it
 
-    values = torch.frombuffer(source, dtype=getattr(torch, source_dtype.name))
+    is_packed = source_dtype is FP4
+    kind = torch.uint8 if is_packed else getattr(torch, source_dtype.name)
+    values = torch.frombuffer(source, dtype=kind)
     result = torch.frombuffer(into, dtype=getattr(torch, target_dtype.name))
-    factor = torch.frombuffer(factors, dtype=getattr(torch, scale.factors_dtype.name)).float()
-    place = torch.tensor((part.offset - scale.offset) // source_dtype.itemsize)
+    factor = torch.frombuffer(factors, dtype=getattr(torch, scale.factors_dtype.name))
+    place = torch.tensor(scale.element(part, source_dtype.itemsize))
     for count, step, _ in part.loops:
-        place = place.unsqueeze(-1) + step * torch.arange(count)
-    row, column = place // scale.columns, place % scale.columns
-    down, across = scale.block
-    block = row // down * scale.factors_shape[1] + column // across - first
+        place = place.unsqueeze(-1) + step * scale.packed * torch.arange(count)
+    block = _factor_of(scale, place) - first
     counts, steps = [loop[0] for loop in part.loops], [loop[2] for loop in part.loops]
-    products = values.as_strided(counts, steps, part.target).float() * factor[block]
+    before = values.as_strided(counts, steps, part.target)
+    if is_packed:
+        codes = before >> 4 if part.half else before & 0x0F
+        before = torch.tensor(_FP4_VALUES)[codes.int()]
+    before = before.float()
+    if factor.dtype is torch.uint8:
+        products = torch.ldexp(before, factor[block].int() - _EXPONENT_BIAS)
+    else:
+        products = before * factor.float()[block]
     after = result.as_strided(counts, steps, part.target)
     return _put(products, after, _risk(_FLOAT32, target_dtype))
+
+
+def _factor_of(scale: BlockScale, place: Tensor) -> Tensor:
+    """``BlockScale.factor`` of many elements at once."""
+    down, across = scale.block
+    blocks_down, blocks_across = scale.factors_shape
+    row, column = place // scale.columns, place % scale.columns
+    rows = scale.rows or scale.numel  # of one matrix: more than it has
+    above = row // rows * blocks_down
+    return (above + row % rows // down) * blocks_across + column // across
 
 
 def _put(before: Tensor, after: Tensor, risk: _Risk) -> tuple[int, int]:

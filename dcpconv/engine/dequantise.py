@@ -52,11 +52,7 @@ def multiply_out(
     fill, itemsize = box.fill, box.itemsize
     overflowed = underflowed = 0
     for part in box.parts_in(start, stop):
-        scale = next(
-            scale
-            for scale in fill.scales
-            if scale.file == part.file and 0 <= part.offset - scale.offset < scale.numel * itemsize
-        )
+        scale = next(scale for scale in fill.scales if scale.holds(part, itemsize))
         width = scale.factors_dtype.itemsize
         room = len(scratch) // width
         for cut, (first, count) in in_blocks(
@@ -202,8 +198,8 @@ def in_blocks(
     >>> [(p.offset, p.numel, s) for p, s in in_blocks(rows, scale, itemsize=1, numel=9, room=4)]
     [(6, 6, (0, 2)), (18, 6, (2, 2))]
     """
-    first = (part.offset - scale.offset) // itemsize
-    last = first + sum((count - 1) * step for count, step, _ in part.loops)
+    first = scale.element(part, itemsize)
+    last = first + scale.packed * sum((count - 1) * step for count, step, _ in part.loops)
     span = _span(scale, first, last)
     if part.numel <= numel and span[1] <= room:
         yield part, span
@@ -223,13 +219,9 @@ def in_blocks(
 
 def _span(scale: BlockScale, first: int, last: int) -> Span:
     """Factors of all elements from ``first`` to ``last`` of the matrix."""
-    down, across = scale.block
-    blocks_across = scale.factors_shape[1]
     row, column = divmod(first, scale.columns)
     last_row, last_column = divmod(last, scale.columns)
-    if row == last_row:
-        begin, end = column // across, last_column // across
-    else:
-        begin, end = 0, blocks_across - 1
-    low = row // down * blocks_across + begin
-    return low, last_row // down * blocks_across + end - low + 1
+    if row != last_row:
+        column, last_column = 0, scale.columns - 1
+    low = scale.factor(row, column)
+    return low, scale.factor(last_row, last_column) - low + 1

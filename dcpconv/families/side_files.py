@@ -17,6 +17,9 @@ from dcpconv.families.configs import home, to_text, write_config
 from dcpconv.families.family import family_of
 from dcpconv.families.keymaps import Keymap
 
+_QUANTIZED = "hf_quant_config.json"
+"""What Model Optimizer writes of its scales, beside config.json."""
+
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
@@ -141,12 +144,16 @@ def untold(keymap: Keymap, spec: ModelSpec) -> str:
 
 
 def dequantized(side: SideFiles, dtype: DType | None) -> SideFiles:
-    """The same files where config.json no longer speaks of quantized weights."""
+    """The same files where none speaks of quantized weights any more."""
     files = []
     for file in side.files:
+        if file.name == _QUANTIZED:
+            continue
         if file.name == "config.json":
             fields = json.loads(file.read())
-            fields.pop("quantization_config", None)
+            for holder in (fields, *(some for some in fields.values() if isinstance(some, dict))):
+                holder.pop("quantization_config", None)
+                holder.pop("compression_config", None)
             if dtype is not None:
                 fields |= {"dtype": dtype.name, "torch_dtype": dtype.name}
             files.append(SideFile(file.name, text=to_text(fields)))

@@ -240,7 +240,7 @@ def _look_at_source(
     offer = offer_of(supply, os.fspath(request.source))
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)
-        if any(piece.scale for piece in target.pieces):
+        if any(piece.entry.factors for piece in target.pieces):
             fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
     return [offer], Supplied(
         supply,

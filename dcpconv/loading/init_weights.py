@@ -85,9 +85,8 @@ def load_init_weights(
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the model's naming cannot express them, by name.
-        dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
-            fp32, and round once to the parameter's dtype: the bits of ``convert`` with the same
-            option.
+        dequantize: Multiply fp8, MXFP8, MXFP4 and int8 weights by their scales, in fp32, and round
+            once to the parameter's dtype: the bits of ``convert`` with the same option.
         adapter: Adapters to merge into the source on the way, ``DIR`` or ``DIR:0.5`` each: every
             rank multiplies the rows of its own shards, in fp32, and rounds once.
         strict: Raise where a tensor of the model is missing, a stored one is unexpected, or a

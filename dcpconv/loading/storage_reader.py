@@ -65,8 +65,8 @@ class CheckpointReader(StorageReader):
         assets: Directory with the config, where the source has none.
         spec: Numbers of the model that no file states: ``heads=8,kv_heads=2``.
         allow: Features to leave out although the naming cannot express them.
-        dequantize: Multiply fp8 weights by the factors of their blocks (``X.weight_scale_inv``), in
-            fp32, whatever their names; without ``to`` every key stays as it is stored.
+        dequantize: Multiply fp8, MXFP8, MXFP4 and int8 weights by their scales, in fp32, whatever
+            their names; without ``to`` every other key stays as it is stored.
         trust: Hand objects of any class to ``torch.load``, which imports and calls what they name.
             Otherwise an object is handed on only where its pickle names harmless globals: torch's
             own safe ones, NumPy's, the plain containers and values of the standard library.

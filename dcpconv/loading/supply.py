@@ -12,7 +12,7 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import NotExpressibleError
 from dcpconv.plan.account import Shapes, aim, aim_at, factors_of
 from dcpconv.plan.adapting import merged_into, read_adapters
-from dcpconv.plan.block_scales import SCALE
+from dcpconv.plan.block_scales import with_products
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.offering import trained_apart, widened
@@ -53,14 +53,14 @@ class Options:
     @property
     def names_no_table(self) -> bool:
         """Whether nothing here needs a table of names."""
-        return self.to is None and self.keymap is None and not self.dequantize
+        return self.to is None and self.keymap is None
 
     @property
     def advice(self) -> str:
         """What to do about factors that have no place in a model."""
         if not self.dequantize:
-            return "dequantize=True multiplies fp8 weights by the factors of their blocks"
-        return f"only matrices with X{SCALE} can be multiplied out; get them in another type"
+            return "dequantize=True multiplies quantised weights by their factors"
+        return "its factors are of no kind that can be multiplied in; get it in another type"
 
     def said(self) -> Said:
         """The same, parsed."""
@@ -129,7 +129,7 @@ def prepare(
         live is not None
         and wanted is not None
         and options.names_no_table
-        and spells_like_files(understood.weights, understood.architecture, live)
+        and spells_like_files(understood.weights)
     ):
         return _in_memory(understood, options, live, wanted)
     going = aim(understood, to=options.to, form="dcp", wanted=wanted)
@@ -148,7 +148,7 @@ def _in_memory(source: Source, options: Options, live: LiveModel, wanted: Shapes
     going, merged = merged_into(
         aim_at(source, None), read_adapters(options.adapters), undone="nothing was loaded"
     )
-    coverage = cover_in_memory(going.weights, live, wanted)
+    coverage = with_products(cover_in_memory(going.weights, live, wanted), going.source, PRODUCT)
     if coverage.refused:
         raise NotExpressibleError(
             f"the weights of {coverage.target} are made of its files in a way that cannot be"

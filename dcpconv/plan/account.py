@@ -14,8 +14,9 @@ from dcpconv.core.catalog import Catalog, Form, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
+from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap
-from dcpconv.plan.block_scales import FACTORS, multiplied_out, stated_block
+from dcpconv.plan.block_scales import FACTORS, with_products
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.plan.kept import covered_by_own
 from dcpconv.plan.left_out import without_idle
@@ -116,11 +117,7 @@ class Aim:
         if whole:
             weights = replace(weights, entries=catalog.tensors, tied=catalog.tied, rest=())
         coverage = cover_as_stored(weights)
-        if product is None or not self.source.said.dequantize:
-            return coverage
-        parameters = self.source.parameters
-        fields = parameters.fields if parameters is not None else None
-        return multiplied_out(coverage, product, stated_block(fields))
+        return coverage if product is None else with_products(coverage, self.source, product)
 
     def cover_by_data(self, *, product: DType | None = None) -> tuple[Coverage, tuple[str, ...]]:
         """The same, and what to say about it, where bytes may be read: names of one tensor that
@@ -154,11 +151,16 @@ class Aim:
             spec=spec,
             omit_ties=self.omits_ties,
             refused=self.lost,
-            dequantize=product if self.source.said.dequantize else None,
         )
+        if product is not None:
+            coverage = with_products(coverage, self.source, product)
         if self.renames:
             return coverage
-        return covered_by_own(coverage, self.weights, self.source.parameters)
+        parameters, is_dequantized = self.source.parameters, self.source.said.dequantize
+        is_packed = parameters is not None and bool(parameters.quantized_by)
+        return covered_by_own(
+            coverage, self.weights, parameters, is_packed=is_packed and not is_dequantized
+        )
 
     def _is_stored_twice(self, key: str, owner: str) -> bool:
         tied, entries = self.weights.tied, self.weights.entries
@@ -184,11 +186,16 @@ def aim(
         KeymapError: No such family, or none of its tables is for this architecture.
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
             changes the bytes.
+        SpecError: Another naming needs the parameter file, which cannot be read.
     """
     model = _as_catalog(wanted) if wanted is not None else None
     table = _table(source, to, form, model)
     if table is not None:
         source.weights.require_keymap()
+    parameters = source.parameters
+    is_renamed = table is not None and table is not source.keymap
+    if is_renamed and source.spec is None and parameters is not None and parameters.trouble:
+        configs.read_spec(parameters.file)  # raises: another naming needs what the file says
     return aim_at(source, table, form=form, model=model, wanted=wanted)
 
 
@@ -274,6 +281,6 @@ def factors_of(source: Catalog, target: Target) -> tuple[str, ...]:
     one-byte sources that are not multiplied in."""
     if target.dtype.itemsize > 1:
         return ()
-    bare = (piece.entry.key for piece in target.pieces if piece.scale is None)
+    bare = (piece.entry.key for piece in target.pieces if piece.entry.factors is None)
     names = dict.fromkeys(key + suffix for key in bare for suffix in FACTORS)
     return tuple(name for name in names if name in source.tensors)

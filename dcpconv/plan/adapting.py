@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import TensorEntry, Update
+from dcpconv.core.dtypes import FP4
 from dcpconv.core.errors import CoverageError, DcpconvError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.account import Aim
@@ -315,8 +316,11 @@ def _is_fit(
 ) -> bool:
     entry = place.entry
     why = ""
-    if not entry.dtype.is_floating_point or (entry.dtype.itemsize == 1 and not dequantize):
-        why = f"is stored as {entry.dtype.label}; --dequantize multiplies fp8 blocks out"
+    is_plain = entry.dtype.is_floating_point and (entry.dtype.itemsize > 1 or dequantize)
+    if not is_plain and entry.factors is None:
+        why = f"is stored as {entry.dtype.label}; --dequantize multiplies fp8 weights out"
+    elif entry.dtype is FP4:
+        why = "is stored as MXFP4; --dequantize makes a base of its own, to merge into afterwards"
     elif update is not None and update.magnitude is not None and entry.dtype.itemsize == 1:
         why = "has magnitudes (DoRA), and the norms of weights in scaled blocks are not taken"
     elif len(entry.shape) > 3 or not entry.shape:

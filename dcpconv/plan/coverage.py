@@ -36,21 +36,17 @@ class Piece:
         placed: Where the slot lies in it; ``None`` where both sides store it the same way.
         wanted: Where the slot lies in the target tensor; ``None`` likewise.
         limit: Values of index axes that a key fixes on one side: expert 3 of a stacked tensor.
-        scale: Factors of the source tensor's blocks, to be multiplied back in.
-        block: Rows and columns of a block.
     """
 
     entry: TensorEntry
     placed: Placement | None = None
     wanted: Placement | None = None
     limit: Box = field(default_factory=dict)
-    scale: TensorEntry | None = None
-    block: tuple[int, int] = (1, 1)
 
     @property
     def kind(self) -> str:
         """What all pieces of a target have in common: how their elements are stored."""
-        return self.entry.dtype.label + ("" if self.scale is None else " in scaled blocks")
+        return self.entry.dtype.label + ("" if self.entry.factors is None else " in scaled blocks")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, product
 
-from dcpconv.core.catalog import KeyPath, TensorEntry, c_strides
-from dcpconv.core.dtypes import DType
+from dcpconv.core.catalog import Extent, KeyPath, TensorEntry, c_strides
+from dcpconv.core.dtypes import FP4, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.layout import Box, anonymous, nest, overlap
-from dcpconv.core.outline import BlockScale, Changed, Fill, OutChunk, OutTensor, Part
+from dcpconv.core.outline import BlockScale, Changed, Fill, Loop, OutChunk, OutTensor, Part
 from dcpconv.plan.coverage import Coverage, Piece, Target
 from dcpconv.plan.derived import encode
 
@@ -60,7 +60,7 @@ def fill_of(
                 ],
                 hint="a rank file is missing, or two runs were saved into one directory",
             )
-    scales = tuple(_scale(piece) for piece in target.pieces if piece.scale is not None)
+    scales = tuple(_scale(piece.entry) for piece in target.pieces if piece.entry.factors)
     changes = tuple(chain.from_iterable(_changes(piece.entry) for piece in target.pieces))
     source = target.pieces[0].entry.dtype if scales or changes else target.dtype
     return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales, changes=changes)
@@ -166,35 +166,63 @@ def _general_parts(
                 both = overlap(box, stored_box)
                 if both is None:
                     continue
-                yield Part(
-                    chunk.extent.file,
-                    chunk.extent.offset + itemsize * _address(source_base, source_steps, both),
-                    _address(target_base, target_steps, both),
-                    nest(both, _Steps(source_steps), _Steps(target_steps)),
-                )
+                place = _address(source_base, source_steps, both)
+                target = _address(target_base, target_steps, both)
+                loops = nest(both, _Steps(source_steps), _Steps(target_steps))
+                if piece.entry.dtype is FP4:
+                    yield from _halves(chunk.extent, place, target, loops)
+                    continue
+                offset = chunk.extent.offset + itemsize * place
+                yield Part(chunk.extent.file, offset, target, loops)
 
 
-def _scale(piece: Piece) -> BlockScale:
-    entry, factors = piece.entry, piece.scale
-    chunks = [*entry.chunks, *(factors.chunks if factors else ())]
-    if factors is None or len(chunks) != 2 or any(chunk.strides for chunk in chunks):
+def _halves(extent: Extent, place: int, target: int, loops: tuple[Loop, ...]) -> Iterable[Part]:
+    """Elements of which two share a byte, as parts that read whole bytes.
+
+    A loop over neighbours becomes two, over the lower and over the upper halves.
+    """
+    at = next((at for at, (_, step, _) in enumerate(loops) if step % 2), None)
+    if at is None:
+        halved = tuple((count, step // 2, target_step) for count, step, target_step in loops)
+        yield Part(extent.file, extent.offset + place // 2, target, halved, place % 2)
+        return
+    count, step, target_step = loops[at]
+    for first in range(2):
+        some = (count - first + 1) // 2
+        kept = ((some, 2 * step, 2 * target_step),) if some > 1 else ()
+        rest = (*loops[:at], *kept, *loops[at + 1 :])
+        yield from _halves(extent, place + first * step, target + first * target_step, rest)
+
+
+def _scale(entry: TensorEntry) -> BlockScale:
+    factors = entry.factors
+    chunks = [*entry.chunks, *(factors.entry.chunks if factors else ())]
+    is_packed = entry.dtype is FP4
+    if (
+        factors is None
+        or len(chunks) != 2
+        or chunks[1].strides
+        or (chunks[0].strides and not is_packed)
+    ):
         raise FormatError(
             "a tensor in scaled blocks is not stored in one piece",
             [("key", entry.key), ("chunks", len(entry.chunks))],
             hint="convert it as it is into an hf directory first, then dequantize that",
         )
     matrix, scale = (chunk.extent for chunk in chunks)
-    down, across = factors.shape
+    rows, columns = factors.matrix
     return BlockScale(
         file=matrix.file,
         offset=matrix.offset,
         numel=entry.numel,
-        columns=entry.shape[1],
-        block=piece.block,
+        columns=columns,
+        block=factors.block,
         factors_file=scale.file,
         factors_offset=scale.offset,
-        factors_dtype=factors.dtype,
-        factors_shape=(down, across),
+        factors_dtype=factors.entry.dtype,
+        factors_shape=factors.grid,
+        rows=rows,
+        packed=2 if is_packed else 1,
     )
 
 

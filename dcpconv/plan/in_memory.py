@@ -21,16 +21,8 @@ _FAMILIES = frozenset({"hf", "hf-memory"})
 """Namings whose keys transformers itself can read."""
 
 
-def spells_like_files(weights: Weights, architecture: str | None, model: LiveModel) -> bool:
-    """Whether a source's keys are ones that transformers' own conversion starts from.
-
-    Args:
-        weights: The source.
-        architecture: What its parameter file names.
-        model: The model that is to be filled.
-    """
-    if architecture is not None and architecture == model.model_type:
-        return True
+def spells_like_files(weights: Weights) -> bool:
+    """Whether a source's keys are ones that transformers' own conversion starts from."""
     return weights.keymap is None or weights.keymap.family in _FAMILIES
 
 

@@ -17,18 +17,22 @@ _HEAD = frozenset({"head", "head_bias"})
 
 
 def covered_by_own(
-    coverage: Coverage, weights: Weights, parameters: ParameterFile | None
+    coverage: Coverage,
+    weights: Weights,
+    parameters: ParameterFile | None,
+    *,
+    is_packed: bool,
 ) -> Coverage:
     """The account of a source in its own naming, with what its table does not know kept.
 
     Args:
         coverage: As the table has it.
         weights: The source.
-        parameters: Its parameter file, which says whether it is packed and which class it is of.
+        parameters: Its parameter file, which names the class.
+        is_packed: Whether weights stay packed, in shapes that no table knows.
     """
     if not (coverage.unknown or coverage.missing or coverage.misshapen):
         return coverage
-    is_packed = parameters is not None and bool(parameters.quantized_by)
     made = {target.key: target for target in coverage.targets}
     kept: dict[str, Target] = {}
     for fault in coverage.unknown:

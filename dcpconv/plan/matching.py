@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 
 from dcpconv.core.catalog import TensorEntry
-from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import LayoutError
 from dcpconv.core.layout import Placement
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
-from dcpconv.plan.block_scales import SCALE, block_of, factors_along, scales_of, with_scale
+from dcpconv.plan.block_scales import SCALE, factors_along, scales_of
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
 from dcpconv.plan.derived import derive
 from dcpconv.sources.numbers import solve
@@ -27,7 +26,6 @@ def cover(
     spec: ModelSpec | None = None,
     omit_ties: bool = False,
     refused: tuple[Fault, ...] = (),
-    dequantize: DType | None = None,
 ) -> Coverage:
     """The account of a conversion into another naming.
 
@@ -37,15 +35,12 @@ def cover(
         spec: The model's numbers; without it sizes come from the shapes where they can.
         omit_ties: Leave out second names that the target's files do not carry.
         refused: Features that the target cannot express, found by its config module.
-        dequantize: Type to multiply weights in scaled blocks out into; ``None`` keeps blocks.
 
     Raises:
         AmbiguousFamilyError: The source's naming is not known.
         LayoutError: A layout needs a size that neither config nor shapes reveal.
     """
-    account = _Account(weights, target, spec, omit_ties=omit_ties)
-    account.dequantize = dequantize
-    return account.run(refused)
+    return _Account(weights, target, spec, omit_ties=omit_ties).run(refused)
 
 
 class _Account:
@@ -74,7 +69,6 @@ class _Account:
         self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
         self.placements: dict[tuple[Row, int], Placement] = {}
         self.shapes: dict[Row, tuple[int, ...]] = {}
-        self.dequantize: DType | None = None
         self.scales: dict[str, TensorEntry] = {}
         self.derivable = {
             row.pattern.text: row
@@ -89,7 +83,7 @@ class _Account:
         made = {target.key: target for target in self._targets(is_tied=is_tied)}
         made.update(self._derived(made))
         made.update((target.key, target) for target in self.kept)
-        if self.scales and self.dequantize is None:
+        if self.scales:
             along, faults = factors_along(made, self.scales, self.weights.root, self.target.name)
             made.update(along)
             self.unknown.extend(faults)
@@ -291,7 +285,7 @@ class _Account:
             if srow.same_storage(row):
                 entry = self._entry(srow.pattern.key(indices), lacking)
                 if entry is not None:
-                    pieces.append(self._piece(Piece(entry)))
+                    pieces.append(Piece(entry))
                 break
             if srow.axes(sterm) != row.axes(term):
                 axes = f"{slot} has other axes in {self.source.name}: {srow.layout.text}"
@@ -315,7 +309,7 @@ class _Account:
         return Target(
             key,
             shape,
-            (pieces[0].scale and self.dequantize) or pieces[0].entry.dtype,
+            pieces[0].entry.dtype,
             tuple(pieces),
             relabelled=relabelled,
             slots=row.slots,
@@ -351,15 +345,7 @@ class _Account:
             entry = self._entry(srow.pattern.key({**indices, **more}), lacking)
             if entry is not None and entry.shape == placed.shape:
                 limit = {**fixed, **{name: (v, v + 1) for name, v in more.items()}}
-                yield self._piece(Piece(entry, placed, wanted, limit))
-
-    def _piece(self, piece: Piece) -> Piece:
-        if self.dequantize is None or not self.scales:
-            return piece
-        scaled, fault = with_scale(piece, self.scales, self.weights.root, block_of(self.spec))
-        if fault is not None:
-            self.misshapen.append(fault)
-        return scaled
+                yield Piece(entry, placed, wanted, limit)
 
     def _place(self, row: Row, term: int) -> Placement:
         found = self.placements.get((row, term))

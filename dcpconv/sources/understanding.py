@@ -20,7 +20,10 @@ from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
+from dcpconv.sources.scales import Scaled, multiplied
 from dcpconv.sources.selection import select, why_no_weights
+
+_NOT_SCALED = Scaled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Source:
         problems: What is wrong with its files, one sentence each.
         notes: What else a user should know, one sentence each.
         model: What a live model of transformers says of its names.
+        scaled: What became of factors, where weights are multiplied out.
     """
 
     catalog: Catalog
@@ -48,6 +52,7 @@ class Source:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     model: LiveModel | None = None
+    scaled: Scaled = _NOT_SCALED
 
     @property
     def keymap(self) -> Keymap | None:
@@ -191,6 +196,10 @@ def _recognised(
     spec = parameters.spec if parameters is not None else None
     own = said.table(stated, spec.architecture if spec is not None else None)
     architecture = parameters.architecture if parameters is not None else None
+    scaled = _NOT_SCALED
+    if said.dequantize:
+        fields = parameters.fields if parameters is not None else None
+        catalog, scaled = multiplied(catalog, fields)
     weights = recognise(
         catalog, spec=spec, architecture=architecture, keymap=own, root=root, tables=tables
     )
@@ -206,6 +215,7 @@ def _recognised(
         replace(opened.end, keys=len(catalog.tensors)),
         notes=(*catalog.notes, *notes, *remarks),
         model=opened.model,
+        scaled=scaled,
     )
 
 

@@ -145,8 +145,7 @@ def test_config_and_tokenizer_are_carried_over(tmp_path: Path, origin: str) -> N
     for name, text in TOKENIZER.items():
         assert (tmp_path / "out" / name).read_text() == text
     assert (tmp_path / "out/config.json").read_text() == (hf / "config.json").read_text()
-    assert not (tmp_path / "out/README.md").exists()
-    assert set(report.side_files) == {*TOKENIZER, "config.json"}
+    assert set(report.side_files) == {*TOKENIZER, "README.md", "config.json"}
 
 
 def test_a_lingua_step_without_assets_gets_a_config_from_its_params(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcpconv.core.catalog import Chunk, Extent, TensorEntry
+from dcpconv.core.catalog import Chunk, Extent, Factors, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.layout import Layout
 from dcpconv.core.outline import Fill, OutFile, Outline
@@ -45,6 +46,12 @@ def in_file(directory: Path, name: str, stored: Tensor, key: str) -> TensorEntry
     shape = tuple(stored.shape)
     dtype = BY_NAME[str(stored.dtype).removeprefix("torch.")]
     return TensorEntry(key, dtype, shape, (Chunk((0, 0), shape, Extent(name, 3, len(data))),))
+
+
+def scaled(entry: TensorEntry, scale: TensorEntry, block: tuple[int, int]) -> TensorEntry:
+    """A matrix with its factors."""
+    (rows, columns), (down, across) = entry.shape, scale.shape
+    return replace(entry, factors=Factors(scale, (rows, columns), block, (down, across)))
 
 
 def carried_out(directory: Path, fill: Fill, rng: random.Random) -> Tensor:
@@ -105,13 +112,9 @@ def test_any_region_of_any_layout(
     source, wanted = Layout(placed_text), Layout(stored_layout(rng, axes))
     placed = source.place(sizes, term or 0)
     stored, factors, block = matrix(rng, placed.shape)
-    piece = Piece(
-        in_file(tmp_path, "matrix", stored, "x"),
-        placed,
-        wanted.place(sizes),
-        scale=in_file(tmp_path, "factors", factors, "x_scale_inv"),
-        block=block,
-    )
+    entry = in_file(tmp_path, "matrix", stored, "x")
+    scale = in_file(tmp_path, "factors", factors, "x_scale_inv")
+    piece = Piece(scaled(entry, scale, block), placed, wanted.place(sizes))
     kind = rng.choice(["float32", "bfloat16", "float16"])
     offsets, lengths = region(rng, wanted.shape(sizes))
     target = Target("y", wanted.shape(sizes), BY_NAME["bfloat16"], (piece,))
@@ -139,14 +142,14 @@ def test_any_region_of_a_stack_of_fused_matrices(tmp_path: Path, seed: int, want
         for expert in range(sizes["E"]):
             stored, factors, block = matrix(rng, single.shape(sizes))
             name = f"{term}.{expert}"
+            entry = in_file(tmp_path, name, stored, name)
+            scale = in_file(tmp_path, f"{name}.factors", factors, f"{name}_scale_inv")
             pieces.append(
                 Piece(
-                    in_file(tmp_path, name, stored, name),
+                    scaled(entry, scale, block),
                     single.place(sizes),
                     layout.place(sizes, term),
                     {"E": (expert, expert + 1)},
-                    scale=in_file(tmp_path, f"{name}.factors", factors, f"{name}_scale_inv"),
-                    block=block,
                 )
             )
             stack.append(multiplied_out(stored, factors, block=block))

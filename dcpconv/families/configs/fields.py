@@ -17,6 +17,7 @@ _ORIGIN = "where and by what the file was written"
 _RUNNING = "how the class computes, not what"
 _LABELS = "names of classes; no tensor depends on them"
 _SIZES = "a size that follows from others"
+_PREFIX = "the prefix of p-tuning, whose tensors are kept by themselves"
 
 HARMLESS: Mapping[str, str] = {
     **dict.fromkeys(
@@ -92,6 +93,7 @@ HARMLESS: Mapping[str, str] = {
         _RUNNING,
     ),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "label_names"), _LABELS),
+    **dict.fromkeys(("pre_seq_len", "prefix_projection"), _PREFIX),
     **dict.fromkeys(("qk_head_dim", "original_max_position_embeddings"), _SIZES),
 }
 """Field of any class's config.json -> why the logits do not depend on it, or not on it alone.

@@ -204,7 +204,11 @@ def _member(owner: object, name: object) -> object:
         return type("ProcessGroupState", (Record,), {})
     if owner is _MemoryFormat and isinstance(name, str):
         return name
-    raise FormatError("pickle takes an attribute of something", [("global", "builtins.getattr")])
+    raise FormatError(
+        "pickle takes an attribute of something",
+        [("global", "builtins.getattr")],
+        kind="untrusted",
+    )
 
 
 def _class(name: str, base: type[Record] = Record) -> type[Record]:

@@ -76,9 +76,9 @@ def loads(
     try:
         value = unpickler.load()
     except FormatError as error:
-        if not unpickler.refused and "file" in dict(error.facts):
-            raise
-        if not unpickler.refused:
+        if not unpickler.refused and error.kind != "untrusted":
+            if "file" in dict(error.facts):
+                raise
             raise error.with_facts([("file", where), *error.facts]) from error
         named = (str(value) for label, value in error.facts if label == "global")
         unpickler.refused.update(dict.fromkeys(named))

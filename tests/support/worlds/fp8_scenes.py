@@ -42,13 +42,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def prepare(directory: Path) -> None:
-    """Write an fp8 Llama and an fp8 DeepSeek-V3, and what their tensors are worth."""
+    """Write an fp8 Llama, an fp8 DeepSeek-V3 and gpt-oss, and what their tensors are worth."""
+    from support.checkpoints import gpt_oss
     from support.checkpoints.scaled_blocks import published
 
     for model_type, options in (("llama", {"tie_word_embeddings": False}), ("deepseek_v3", {})):
         (directory / model_type).mkdir()
         _, worth = published(directory / model_type, model_type, **options)
         torch.save(worth, directory / model_type / "worth.pt")
+    _, worth = gpt_oss.published(directory / "gpt_oss/in")
+    torch.save(worth, directory / "gpt_oss/worth.pt")
 
 
 def _right(directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -96,6 +99,40 @@ def _stacked(read: Read) -> Scene:
     return scene
 
 
+def _halves(read: Read, dtype: torch.dtype) -> Scene:
+    """gpt-oss from MXFP4, its experts in two halves."""
+
+    def scene(directory: Path) -> Any:
+        from support.checkpoints.gpt_oss import model as tiny_gpt_oss
+
+        model = _sharded(tiny_gpt_oss().to(dtype), meta=False)
+        report = load_init_weights(model, directory / "gpt_oss/in", dequantize=True, read=read)
+        right = tiny_gpt_oss().to(dtype)
+        for name, buffer in right.named_buffers():  # computed again in fp32, not from rounded ones
+            buffer.copy_(model.get_buffer(name))
+        right.load_state_dict(torch.load(directory / "gpt_oss/worth.pt"))
+        _equal(model, _sharded(right, meta=False))
+        return {"bytes": report.nbytes, "read": report.nbytes_read}
+
+    return scene
+
+
+def _halves_by_dcp(directory: Path) -> Any:
+    """The same through torch's own loading, a part of the model alone."""
+    from support.checkpoints.gpt_oss import model as tiny_gpt_oss
+
+    model = _sharded(tiny_gpt_oss(), meta=False)
+    right = tiny_gpt_oss()
+    right.load_state_dict(torch.load(directory / "gpt_oss/worth.pt"))
+    expected: dict[str, Any] = get_model_state_dict(_sharded(right, meta=False))
+    state: dict[str, Any] = {
+        key: one for key, one in get_model_state_dict(model).items() if "layers.1" in key
+    }
+    dcp_load(state, storage_reader=CheckpointReader(directory / "gpt_oss/in", dequantize=True))
+    for key, tensor in state.items():
+        assert torch.equal(tensor.to_local(), expected[key].to_local()), key
+
+
 def _sharded(like: Any, *, meta: bool) -> nn.Module:
     model: Any = like
     if meta:
@@ -138,6 +175,12 @@ SCENES: dict[int, dict[str, Scene]] = {
             for read in READS
         },
         **{f"deepseek/{read}": _stacked(read) for read in READS},
+        **{
+            f"gpt-oss/{label}/{read}": _halves(read, dtype)
+            for label, dtype in DTYPES.items()
+            for read in READS
+        },
+        "gpt-oss/dcp": _halves_by_dcp,
         **{f"dcp/{label}": _by_dcp(dtype) for label, dtype in DTYPES.items()},
         **{f"refused/{read}": _without_factors(read) for read in READS},
     }
