@@ -20,7 +20,7 @@ from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.runs import find_checkpoints
-from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
+from dcpconv.runs.carrying import convert_run, read_training_state
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
 from support.models.hf_models import save_hf, tiny
 from support.models.minimind import GenerationName
