@@ -326,7 +326,9 @@ def carry(
     ],
     to: Annotated[
         str,
-        typer.Option(help="Kind of DST: minimind, hf-trainer, dcp, lingua.", metavar="KIND"),
+        typer.Option(
+            help="Kind of DST: minimind, hf-trainer, dcp, lingua, torchtitan.", metavar="KIND"
+        ),
     ],
     family: Annotated[
         str | None,

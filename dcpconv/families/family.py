@@ -74,6 +74,11 @@ _MINIMIND_ORDER = (
     "model lm_head embed_tokens layers norm self_attn input_layernorm post_attention_layernorm mlp"
     " q_proj k_proj v_proj o_proj q_norm k_norm {experts} gate_proj down_proj up_proj weight"
 )
+_CHATGLM_ORDER = (
+    "transformer embedding word_embeddings encoder layers input_layernorm self_attention"
+    " query_key_value dense post_attention_layernorm mlp dense_h_to_4h dense_4h_to_h"
+    " final_layernorm output_layer prefix_encoder trans weight bias"
+)
 
 FAMILIES: Final = (
     Family(
@@ -100,6 +105,7 @@ FAMILIES: Final = (
         "chatglm",
         CONFIG,
         lambda fields: fields.get("model_type") == "chatglm",
+        orders=dict.fromkeys(("chatglm3", "chatglm3-mha"), _CHATGLM_ORDER),
     ),
     Family(("meta",), "meta", PARAMS, lambda fields: "dim" in fields and "n_layers" in fields),
     Family(
@@ -125,8 +131,8 @@ FAMILIES: Final = (
 )
 """A parameter file is of the first family that recognises it.
 
-Source of the orders: jingyaogong/minimind@d65ef2c ``model/``; transformers 5.23
-``models/*/modeling_*.py``."""
+Source of the orders: jingyaogong/minimind@d65ef2c ``model/``; THUDM/chatglm3-6b
+``modeling_chatglm.py``; transformers 5.23 ``models/*/modeling_*.py``."""
 
 
 def family_of(name: str) -> Family | None:

@@ -20,6 +20,8 @@ from dcpconv.runs.carrying import convert_run
 
 pytest.importorskip("deepspeed", reason="needs .[interop]")
 
+from support.worlds import zero_resumed
+from support.worlds.dcp_worlds import launch
 from support.worlds.zero_worlds import (
     AFTER,
     SCENES,
@@ -95,6 +97,19 @@ def test_a_carried_run_goes_on_with_the_same_losses(
     assert _losses_after(tmp_path / "carried") == pytest.approx(
         _losses_of_deepspeed(worlds / scene), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("scene", ["zero2-fp32", "zero3-groups"])
+def test_a_run_goes_on_under_fsdp2_on_two_ranks(scene: str, worlds: Path, tmp_path: Path) -> None:
+    convert_run(worlds / scene, tmp_path / "carried", to="dcp", chunks=RANKS)
+
+    launch(RANKS, tmp_path, script=zero_resumed.__file__)
+
+    for rank in range(RANKS):
+        expected = json.loads((worlds / scene / f"losses{rank}.json").read_text())
+        found = json.loads((tmp_path / f"losses{rank}.json").read_text())
+        assert len(found) == AFTER == 10
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def _losses_of_deepspeed(scene: Path) -> list[float]:

@@ -13,8 +13,9 @@ import torch
 from dcpconv import convert
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.runs.carrying import convert_run
 from support.checkpoints.dcp_directories import read_tensor
-from support.checkpoints.stock import assert_same_bits, flat, stock_load
+from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp, stock_load
 from support.worlds import torch_checkpointing_worlds
 from support.worlds.dcp_worlds import launch
 
@@ -43,6 +44,18 @@ def test_everything_becomes_one_dcp(saved: Path, tmp_path: Path, kind: str) -> N
     expected = flat({"model": full["weights"], "optimizer": {"state": full["moments"]}})
     assert_same_bits(stock_load(tmp_path / "out", "dcp"), expected)
     assert open_checkpoint(tmp_path / "out").objects["step"] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_carried_by_name(saved: Path, tmp_path: Path, kind: str) -> None:
+    full = torch.load(saved / "full.pt", weights_only=True)
+
+    report = convert_run(saved / kind, tmp_path / "out", to="dcp")
+
+    assert report.source_kind == "torch-checkpointing"
+    assert report.beside == ("step",)
+    expected = flat({"model": full["weights"], "optim": {"state": full["moments"]}})
+    assert_same_bits(flat(nested_of_dcp(tmp_path / "out")), expected)
 
 
 def test_moments_keep_their_places(saved: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.numbering import some_of
 from dcpconv.formats.ranks.dtensors import interval
 from dcpconv.formats.ranks.fsdp import find_sets, read_catalog, read_set
 from dcpconv.formats.ranks.joining import Held, RankFile, entry_of
@@ -25,6 +26,8 @@ from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 _Shapes = Mapping[str, tuple[int, ...]]
+_Seen = Mapping[str, tuple[tuple[int, ...] | None, int]]
+"""Shape, where moments say it, and number of elements of every parameter with state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,9 @@ def _names(
         is_new = reading is not None and reading not in readings
         if reading is not None and is_new and _fits(params, reading, seen, shapes):
             readings.append(reading)
+    for reading in [] if readings else _some_of(groups, keys, seen, shapes):
+        if reading not in readings:
+            readings.append(reading)
     if len(readings) != 1:
         raise _no_reading(path, params, keys, readings)
     return {str(param): name for param, name in zip(params, readings[0], strict=True)}
@@ -174,6 +180,27 @@ def _by_dims(keys: Sequence[str] | None, sizes: Sequence[int], shapes: _Shapes) 
     return [*matrices, *vectors] if [len(matrices), len(vectors)] == list(sizes) else None
 
 
+def _some_of(
+    groups: Sequence[_Group], keys: Sequence[str], seen: _Seen, shapes: _Shapes
+) -> list[list[str]]:
+    """The first and the last choice of parameters, where the others were frozen."""
+
+    def fits(number: object, name: str) -> bool:
+        return _fits([number], [name], seen, shapes)
+
+    orders = [[keys]] if len(groups) == 1 else []
+    if len(groups) == 2:
+        matrices = [key for key in keys if len(shapes[key]) > 1]
+        orders.append([matrices, [key for key in keys if len(shapes[key]) < 2]])
+    readings: list[list[str]] = []
+    for order in orders:
+        pairs = zip(groups, order, strict=True)
+        found = [some_of(group.params, names, fits) for group, names in pairs]
+        if all(found):
+            readings += [[name for choices in found for name in choices[n]] for n in (0, 1)]
+    return readings
+
+
 def _seen_shapes(
     held: Mapping[tuple[str, str], Sequence[Held]],
 ) -> dict[str, tuple[tuple[int, ...] | None, int]]:
@@ -192,7 +219,7 @@ def _seen_shapes(
 def _fits(
     params: Sequence[object],
     names: Sequence[str],
-    seen: Mapping[str, tuple[tuple[int, ...] | None, int]],
+    seen: _Seen,
     shapes: _Shapes,
 ) -> bool:
     for param, name in zip(params, names, strict=True):
@@ -209,10 +236,14 @@ def _no_reading(
     path: Path, params: Sequence[object], keys: Sequence[str], readings: Sequence[Sequence[str]]
 ) -> FormatError:
     if len(readings) > 1:
-        differ = [(one, two) for one, two in zip(*readings[:2], strict=True) if one != two]
+        differ = [
+            f"{number} is {one} or {two}"
+            for number, one, two in zip(params, *readings[:2], strict=True)
+            if one != two
+        ]
         return FormatError(
             "several parameters may be meant by a number in the optimizer state",
-            [("directory", path), *(("ambiguous", f"{a} or {b}") for a, b in differ[:8])],
+            [("directory", path), *(("ambiguous", line) for line in differ)],
         )
     return FormatError(
         "the optimizer state does not count the parameters that the rank files hold",

@@ -6,23 +6,36 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
+from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.engine.execute import execute
 from dcpconv.engine.publish import check_space, check_target, staging
 from dcpconv.engine.space import block_size
 from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap, keymaps, resolve_family
-from dcpconv.families.side_files import SideFiles, carried, disk_nbytes, generated
-from dcpconv.plan.coverage import Coverage, cover_as_stored
-from dcpconv.plan.matching import cover
-from dcpconv.plan.refusals import refused_features, require_expressible
+from dcpconv.families.side_files import SideFile, SideFiles, carried, disk_nbytes, generated
+from dcpconv.plan.account import aim_at
+from dcpconv.plan.coverage import Coverage
+from dcpconv.runs.carrying.adapters import is_adapters
 from dcpconv.runs.carrying.progress import rescaled
 from dcpconv.runs.carrying.reading import read_training_state
 from dcpconv.runs.carrying.report import CarryReport
 from dcpconv.runs.carrying.state import KINDS, Kind, OptimizerError, TrainingState
-from dcpconv.runs.carrying.writing import Carried, Written, write_dcp, write_minimind, write_trainer
+from dcpconv.runs.carrying.trainer_files import write_trainer
+from dcpconv.runs.carrying.writing import (
+    Carried,
+    Written,
+    write_dcp,
+    write_minimind,
+    write_torchtitan,
+)
+from dcpconv.sources.adapters.fields import CONFIG
 from dcpconv.sources.recognition import Weights
+
+_FORMS: Final[Mapping[Kind, Form]] = {"hf-trainer": "hf", "minimind": "torch"}
+"""Form of the weights; every other kind is a DCP."""
 
 
 def convert_run(
@@ -49,7 +62,8 @@ def convert_run(
         source: MiniMind's ``*_resume.pth``, Hugging Face's ``checkpoint-N``, a DCP training
             checkpoint, or a Lingua step directory.
         target: A file for ``minimind``, else a directory.
-        to: Whose checkpoint to write: ``minimind``, ``hf-trainer``, ``dcp`` or ``lingua``.
+        to: Whose checkpoint to write: ``minimind``, ``hf-trainer``, ``dcp``, ``lingua`` or
+            ``torchtitan``.
         family: Naming of the result's weights; by default that of the target's kind, and the
             source's own for ``dcp``.
         from_: Naming of the source's weights, where keys leave a choice.
@@ -111,22 +125,40 @@ def convert_run(
 def _wanted(state: TrainingState, to: Kind, family: str | None) -> Keymap | None:
     """The naming of the result; ``None`` keeps the source's keys."""
     if family is not None:
-        return resolve_family(family, _architecture(state))
+        return resolve_family(family, state.model.architecture)
     if to == "dcp":
         return None
     if to == "minimind":
         return _minimind_table(state.weights)
-    name = "lingua" if to == "lingua" else "hf"
+    if to == "hf-trainer" and is_adapters(state.weights.entries):
+        return None
+    if to == "torchtitan":
+        return _torchtitan_table(state)
+    name = "hf" if to == "hf-trainer" else to
     if to == "hf-trainer" and state.weights.keymap and state.weights.keymap.family == "hf":
         return state.weights.keymap
-    return resolve_family(name, _architecture(state))
+    return resolve_family(name, state.model.architecture)
 
 
-def _architecture(state: TrainingState) -> str | None:
-    if state.spec is not None:
-        return state.spec.architecture
-    table = state.weights.keymap
-    return table.architectures[0] if table and table.architectures else None
+def _torchtitan_table(state: TrainingState) -> Keymap:
+    """The table of torchtitan for the architecture, as its newest release spells it."""
+    tables = {name: t for name, t in keymaps().items() if name.startswith("torchtitan-")}
+    own = state.weights.keymap
+    if own is not None and own.name in tables:
+        return own
+    architecture = state.model.architecture
+    fitting = [name for name, table in tables.items() if architecture in table.architectures]
+    if not fitting:
+        raise OptimizerError(
+            "torchtitan has no model of this architecture that we know",
+            [
+                ("source", state.source),
+                ("architecture", architecture or "not known"),
+                *(("family", name) for name in tables),
+            ],
+            hint="name a family: --family torchtitan-llama3",
+        )
+    return tables[min(fitting, key=len)]
 
 
 def _minimind_table(weights: Weights) -> Keymap:
@@ -145,15 +177,13 @@ def _minimind_table(weights: Weights) -> Keymap:
 
 
 def _cover(state: TrainingState, wanted: Keymap | None, to: Kind) -> Coverage:
-    weights = state.weights
-    if wanted is None:
-        return cover_as_stored(weights)
-    if wanted is not weights.keymap and state.spec is not None:
-        features = refused_features(wanted, state.spec)
-        require_expressible(wanted, features, (), source=state.source, undone="nothing was written")
-    if _spelled_alike(weights, wanted):
-        weights = replace(weights, keymap=wanted, alternatives=())
-    coverage = cover(weights, wanted, spec=state.spec, omit_ties=to == "hf-trainer")
+    model = state.model
+    if wanted is not None and _spelled_alike(model.weights, wanted):
+        weights = replace(model.weights, keymap=wanted, alternatives=())
+        model = replace(model, weights=weights)
+    aim = aim_at(model, wanted, form=_FORMS.get(to, "dcp"))
+    aim.require_expressible(undone="nothing was written", allow_by=None)
+    coverage = aim.cover()
     coverage.require(state.source)
     return coverage
 
@@ -167,11 +197,13 @@ def _spelled_alike(weights: Weights, wanted: Keymap) -> bool:
 
 
 def _lay_out(on_its_way: Carried, to: Kind, wanted: Keymap | None, target: Path) -> Written:
-    if to in {"dcp", "lingua"} or wanted is None:
-        return write_dcp(on_its_way, lingua=to == "lingua")
-    if to == "minimind":
+    if to == "torchtitan":
+        return write_torchtitan(on_its_way)
+    if to == "hf-trainer":
+        return write_trainer(on_its_way, wanted)
+    if to == "minimind" and wanted is not None:
         return write_minimind(on_its_way, wanted, filename=target.name)
-    return write_trainer(on_its_way, wanted)
+    return write_dcp(on_its_way, lingua=to == "lingua")
 
 
 def _side_files(
@@ -187,13 +219,16 @@ def _side_files(
         return SideFiles()
     beside = state.source if state.source.is_dir() else state.source.parent
     own = state.source.is_dir() and configs.find_config(beside) is not None
+    if wanted is None and is_adapters(state.weights.entries):
+        config = beside / CONFIG
+        return SideFiles((SideFile(CONFIG, text=None, origin=config),) if config.is_file() else ())
     if wanted is None or (wanted is state.weights.keymap and own):
         return carried(beside, dtype=None, tied=None) if own else SideFiles()
     dtype = next((target.dtype for target in coverage.targets), None)
     return generated(
         wanted,
-        state.spec,
-        form="hf" if to == "hf-trainer" else "dcp",
+        state.model.spec,
+        form=_FORMS.get(to, "dcp"),
         target=target,
         source=beside,
         assets=Path(assets) if assets else None,

@@ -1,8 +1,9 @@
 """Which parameter an integer in an optimizer's state means.
 
 torch numbers parameters as the trainer handed them over: MiniMind passes ``model.parameters()``,
-Hugging Face Trainer passes those that decay first.  ``parameters()`` follows the order in which
-modules were registered, which no file tells; ``families`` does, as a rank per component of a key.
+Hugging Face Trainer passes those that decay first.  Frozen parameters have no number.
+``parameters()`` follows the order in which modules were registered, which no file tells;
+``families`` does, as a rank per component of a key.
 
 Source: jingyaogong/minimind@d65ef2c ``trainer/``, ``model/``; transformers 5.23 ``trainer.py``
 (``create_optimizer``, ``get_decay_parameter_names``) and ``models/*/modeling_*.py``.
@@ -17,6 +18,7 @@ from typing import Final
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.families.family import parameter_orders
 from dcpconv.families.keymaps import Keymap
+from dcpconv.runs.carrying.frozen import readings_of, unlike
 from dcpconv.runs.carrying.state import Group, Moments, OptimizerError
 from dcpconv.sources.fitting import bare
 from dcpconv.sources.recognition import Weights
@@ -38,19 +40,36 @@ def parameters_in_order(keymap: Keymap, keys: Iterable[str]) -> list[str]:
             [("known", name) for name in parameter_orders()],
             hint="a DCP names parameters instead of counting them: --to dcp",
         )
-    rank = {part: place for place, part in enumerate(order.split())}
     keys = list(keys)
-    strange = [
-        key for key in keys if any(p not in rank and not p.isdigit() for p in key.split("."))
-    ]
-    if strange:
+    found = ranked(order, keys)
+    if found is None:
+        known = set(order.split())
         raise OptimizerError(
             f"the order of the parameters of {keymap.name} is not known for some keys",
-            [("key", key) for key in strange],
+            [("key", key) for key in keys if not known.issuperset(_words(key))],
         )
+    return found
+
+
+def ranked(order: str, keys: Sequence[str], *, strip: str = "") -> list[str] | None:
+    """Keys sorted by the rank of every component, or ``None`` where some component has none.
+
+    Args:
+        order: Components of a module's children as they are registered.
+        keys: What to sort.
+        strip: Stands before some keys, and counts for nothing.
+    """
+    rank = {part: place for place, part in enumerate(order.split())}
+    bare = {key: key.removeprefix(strip) for key in keys}
+    if any(word not in rank for key in bare.values() for word in _words(key)):
+        return None
     return sorted(
-        keys, key=lambda key: [int(p) if p.isdigit() else rank[p] for p in key.split(".")]
+        keys, key=lambda key: [int(p) if p.isdigit() else rank[p] for p in bare[key].split(".")]
     )
+
+
+def _words(key: str) -> list[str]:
+    return [part for part in key.split(".") if not part.isdigit()]
 
 
 def trainable(weights: Weights) -> list[str]:
@@ -72,7 +91,7 @@ def without_second_names(weights: Weights, keys: Sequence[str]) -> list[str]:
 
 def _is_buffer(keymap: Keymap | None, key: str) -> bool:
     match = keymap.match(key) if keymap else None
-    return match is not None and match.row is None
+    return match is not None and match.row is None and match.kind != "aside"
 
 
 def by_decay(keys: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,7 +102,7 @@ def by_decay(keys: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def trainer_orders(weights: Weights) -> list[list[list[str]]]:
     """How Trainer may have grouped the parameters, by release: norms decayed in some."""
-    stored = parameters_in_order(weights.require_keymap(), trainable(weights))
+    stored = _in_order(weights)
     orders: list[list[list[str]]] = []
     for keys in (stored, without_second_names(weights, stored)):
         biases = [key for key in keys if "bias" in key]
@@ -93,6 +112,19 @@ def trainer_orders(weights: Weights) -> list[list[list[str]]]:
             [keys],
         ]
     return orders
+
+
+def _in_order(weights: Weights) -> list[str]:
+    """By the naming; where it does not tell, as a ``torch.save`` file lists them, which is the
+    order of the modules, too."""
+    keys = trainable(weights)
+    order = parameter_orders().get(weights.keymap.name) if weights.keymap else None
+    known = ranked(order, keys) if order is not None else None
+    if known is not None:
+        return known
+    if weights.catalog.form == "torch" and len(weights.catalog.files) == 1:
+        return keys
+    return parameters_in_order(weights.require_keymap(), keys)
 
 
 def minimind_orders(weights: Weights) -> list[list[list[str]]]:
@@ -117,21 +149,16 @@ def by_fqn(
         weights: The parameters, for their shapes.
 
     Raises:
-        OptimizerError: No candidate fits the shapes of the moments, or several do and differ.
+        OptimizerError: No candidate fits the shapes of the moments, or several do and differ; or
+            some parameters were frozen, and the shapes leave a choice which.
     """
     groups = [list(_list(group.get("params"))) for group in param_groups]
     named = _names(param_groups, groups)
     if named is None:
-        fitting = [
-            order
-            for order in orders
-            if [len(group) for group in order] == [len(group) for group in groups]
-            and not _unlike(groups, order, state, weights)
-        ]
-        distinct = [order for n, order in enumerate(fitting) if order not in fitting[:n]]
-        if len(distinct) != 1:
-            raise _mismatch(groups, orders, distinct, state, weights)
-        named = [list(group) for group in distinct[0]]
+        readings = readings_of(groups, orders, state, weights)
+        if len(readings) != 1:
+            raise _mismatch(groups, orders, readings, state, weights)
+        named = readings[0]
     moments: dict[str, Mapping[str, TensorEntry | float]] = {}
     refused: list[tuple[str, object]] = []
     for ids, names in zip(groups, named, strict=True):
@@ -199,26 +226,6 @@ def _names(
     return None
 
 
-def _unlike(
-    groups: Sequence[Sequence[object]],
-    order: Sequence[Sequence[str]],
-    state: Mapping[object, object],
-    weights: Weights,
-) -> list[str]:
-    """Parameters whose moments have another shape."""
-    found = []
-    for ids, names in zip(groups, order, strict=True):
-        for number, name in zip(ids, names, strict=True):
-            moments = state.get(number)
-            expected = weights.entries[name].shape
-            for kind, entry in moments.items() if isinstance(moments, Mapping) else ():
-                if isinstance(entry, TensorEntry) and entry.shape not in {(), expected}:
-                    found.append(
-                        f"{name}: {kind} {list(entry.shape)}, the parameter {list(expected)}"
-                    )
-    return found
-
-
 def _mismatch(
     groups: Sequence[Sequence[object]],
     orders: Sequence[Sequence[Sequence[str]]],
@@ -229,24 +236,26 @@ def _mismatch(
     source = ("source", weights.catalog.source)
     if fitting:
         differ = [
-            f"{one} or {other}"
-            for ones, others in zip(fitting[0], fitting[1], strict=True)
-            for one, other in zip(ones, others, strict=True)
+            f"{number} is {one} or {other}"
+            for ids, ones, others in zip(groups, fitting[0], fitting[1], strict=True)
+            for number, one, other in zip(ids, ones, others, strict=True)
             if one != other
         ]
         return OptimizerError(
             "several parameters may be meant by a number in the optimizer state",
-            [source, *(("ambiguous", line) for line in differ[:8])],
+            [source, *(("ambiguous", line) for line in differ)],
+            hint="torch stores the names of parameters that an optimizer is given with their names:"
+            " AdamW(model.named_parameters())",
         )
     facts: list[tuple[str, object]] = [("expected", _counts(order)) for order in orders]
     same = [o for o in orders if [len(g) for g in o] == [len(g) for g in groups]]
     facts += [
-        ("unlike", line) for order in same[:1] for line in _unlike(groups, order, state, weights)
+        ("unlike", line) for order in same[:1] for line in unlike(groups, order, state, weights)
     ]
     return OptimizerError(
         "the optimizer state is not of these parameters",
         [source, *facts, ("found", _counts(groups))],
-        hint="were some parameters frozen, or is this the optimizer of another model?",
+        hint="they fit no choice of its parameters; is this the optimizer of another model?",
     )
 
 

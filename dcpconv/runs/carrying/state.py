@@ -11,15 +11,24 @@ from typing import Final, Literal
 
 from dcpconv.core.catalog import Catalog, Identity, KeyPath, TensorEntry
 from dcpconv.core.errors import DcpconvError
-from dcpconv.core.spec import ModelSpec
 from dcpconv.formats.torchfile.nesting import DictKey
 from dcpconv.formats.torchfile.unpickling import Call, Instance
 from dcpconv.sources.recognition import Weights
+from dcpconv.sources.understanding import Source
 
-Kind = Literal["minimind", "hf-trainer", "dcp", "lingua", "deepspeed"]
+Kind = Literal[
+    "minimind",
+    "hf-trainer",
+    "dcp",
+    "lingua",
+    "torchtitan",
+    "deepspeed",
+    "fsdp",
+    "torch-checkpointing",
+]
 """Whose checkpoint it is; ``dcp`` is what ``dcp.save`` writes of ``{"model", "optim", ...}``."""
 
-KINDS: Final[tuple[Kind, ...]] = ("minimind", "hf-trainer", "dcp", "lingua")
+KINDS: Final[tuple[Kind, ...]] = ("minimind", "hf-trainer", "dcp", "lingua", "torchtitan")
 """What can be written."""
 
 UNSPLIT: Final = frozenset({"trainer_state", "train_states", "training_args"})
@@ -50,8 +59,7 @@ class TrainingState:
         kind: Whose checkpoint it is.
         source: What the user named.
         root: Directory that every extent is relative to.
-        weights: The weights and their naming.
-        spec: The model's numbers, where they are known.
+        model: The weights, their naming and the model's numbers, as they were understood.
         moments: Optimizer state.
         groups: Parameter groups.
         beside: Everything else by top-level name: nested values with a ``TensorEntry`` in place of
@@ -63,13 +71,17 @@ class TrainingState:
     kind: Kind
     source: Path
     root: Path
-    weights: Weights
-    spec: ModelSpec | None
+    model: Source
     moments: Moments
     groups: tuple[Group, ...]
     beside: Mapping[str, object]
     notes: tuple[str, ...] = ()
     identities: Mapping[str, Identity] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights and their naming."""
+        return self.model.weights
 
 
 def holds_tensor(value: object) -> bool:

@@ -14,14 +14,14 @@ from dcpconv.core.catalog import KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import OutChunk, Outline, OutTensor
 from dcpconv.families.keymaps import Keymap
-from dcpconv.formats import dcp, safetensors, torchfile
+from dcpconv.formats import dcp, torchfile
 from dcpconv.formats.torchfile.nesting import DictKey, key_of
 from dcpconv.formats.torchfile.unpickling import Instance
 from dcpconv.plan.coverage import Coverage, Target, as_stored
 from dcpconv.plan.fills import fill_of, make_plan, row_chunks, whole
 from dcpconv.runs.carrying import progress
 from dcpconv.runs.carrying.moments import moment_targets, regrouped, require_adamw
-from dcpconv.runs.carrying.order import by_decay, parameters_in_order
+from dcpconv.runs.carrying.order import parameters_in_order
 from dcpconv.runs.carrying.state import (
     Group,
     TrainingState,
@@ -30,8 +30,16 @@ from dcpconv.runs.carrying.state import (
     split_for_file,
 )
 
-_TRAINER_FILES: Final = ("scheduler", "scaler", "rng_state")
-"""Entries that Trainer keeps in a ``torch.save`` file each; RNG states may have a rank."""
+_ADAMW: Final = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+"""What a group of torch's AdamW says besides, and other Adams leave out: loading misses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +106,7 @@ def write_dcp(carried: Carried, *, lingua: bool) -> Written:
     objects: dict[KeyPath, object] = {}
     for number, group in enumerate(groups):
         items = {**group.values, "params": list(group.params)}
-        _split(split_for_dcp(("optim", "param_groups", number), items), tensors, objects)
+        split(split_for_dcp(("optim", "param_groups", number), items), tensors, objects)
     beside = dict(carried.beside)
     texts: list[tuple[str, bytes]] = []
     left: list[tuple[str, str]] = []
@@ -116,7 +124,7 @@ def write_dcp(carried: Carried, *, lingua: bool) -> Written:
         if beside:
             notes.append(f"Lingua does not read {', '.join(beside)}; they lie beside its own keys")
     for name, value in beside.items():
-        _split(split_for_dcp((name,), value), tensors, objects)
+        split(split_for_dcp((name,), value), tensors, objects)
     _refuse_odd(objects)
     return Written(
         outline=dcp.outline(tensors, objects, modulus=carried.modulus),
@@ -126,6 +134,60 @@ def write_dcp(carried: Carried, *, lingua: bool) -> Written:
         beside=(*beside, *(["train_states"] if texts else [])),
         left=tuple(left),
         notes=tuple(notes),
+    )
+
+
+def write_torchtitan(carried: Carried) -> Written:
+    """A step that torchtitan resumes from: weights at the top, optimizer state flat under its name.
+
+    Source: torchtitan 0.3.0 ``components/checkpointer/dcp.py`` (``_flattened_model_states_sd``),
+    ``components/optimizer/utils.py``, ``lr_scheduler.py``, ``trainer.py`` (``state_dict``).
+    """
+    groups = regrouped(carried.state, carried.coverage)
+    chunked = carried.chunks
+    tensors = list(
+        make_plan(
+            carried.coverage,
+            path_of=lambda key: (key,),
+            regions=lambda shape: row_chunks(shape, chunked),
+        )
+    )
+    found = [*moment_targets(carried.state, carried.coverage)]
+    tensors += [
+        _out(target, ("optimizer", f"state.{key}.{kind}"), chunks=chunked)
+        for key, kind, target in found
+    ]
+    objects: dict[KeyPath, object] = {}
+    for group in groups:
+        values = {**_ADAMW, "initial_lr": group.values.get("lr", 0.0), **group.values}
+        for key in group.params:
+            for name, value in values.items():
+                path: KeyPath = ("optimizer", f"param_groups.{key}.{name}")
+                if isinstance(value, TensorEntry):
+                    tensors.append(_out(as_stored(value.key, value), path, chunks=1))
+                else:
+                    objects[path] = value
+    unsaid = sorted({key for group in groups for key in _ADAMW if key not in group.values})
+    notes = [f"{', '.join(unsaid)} of AdamW are as torch has them"] if unsaid else []
+    step = progress.optimizer_step(carried.state)
+    objects["train_state", "step"] = step
+    objects["train_state", "ntokens_seen"] = 0
+    objects["lr_scheduler", "last_epoch"] = step
+    _refuse_odd(objects)
+    return Written(
+        outline=dcp.outline(tensors, objects, modulus=carried.modulus),
+        texts=(),
+        groups=groups,
+        moments=tuple((key, kind) for key, kind, _ in found),
+        beside=("train_state", "lr_scheduler"),
+        left=(
+            ("dataloader", "a data loader's place cannot be invented; exclude it from loading"),
+            *((name, "torchtitan has no place for it") for name in carried.beside),
+        ),
+        notes=(
+            *notes,
+            f"train_state and lr_scheduler were made for {step} updates; tokens count from 0",
+        ),
     )
 
 
@@ -146,10 +208,10 @@ def write_minimind(carried: Carried, keymap: Keymap, *, filename: str) -> Writte
             left.append((name, "MiniMind loads with weights_only, which takes plain values alone"))
     tensors = list(make_plan(carried.coverage, path_of=lambda key: ("model", key)))
     objects: dict[KeyPath, object] = {}
-    found = _optimizer_file(carried, [group], ("optimizer",), tensors, objects)
+    found = optimizer_file(carried, [group], ("optimizer",), tensors, objects)
     require_adamw(group, found)
     for name, value in beside.items():
-        _split(split_for_file((name,), value), tensors, objects)
+        split(split_for_file((name,), value), tensors, objects)
     return Written(
         outline=torchfile.outline(tensors, objects, filename=filename, modulus=carried.modulus),
         texts=(),
@@ -159,87 +221,6 @@ def write_minimind(carried: Carried, keymap: Keymap, *, filename: str) -> Writte
         left=tuple(left),
         notes=notes,
     )
-
-
-def write_trainer(carried: Carried, keymap: Keymap) -> Written:
-    """A ``checkpoint-N`` directory that Hugging Face Trainer resumes from.
-
-    Source: transformers 5.23 ``trainer.py``, ``_save_checkpoint``.
-    """
-    state = carried.state
-    groups, notes = _as_trainer_groups(regrouped(state, carried.coverage), keymap)
-    weights = make_plan(carried.coverage, path_of=lambda key: (key,))
-    parts = [
-        safetensors.outline(
-            weights, modulus=carried.modulus, max_file_size=safetensors.MAX_FILE_SIZE
-        )
-    ]
-    tensors: list[OutTensor] = []
-    objects: dict[KeyPath, object] = {}
-    found = _optimizer_file(carried, groups, (), tensors, objects)
-    parts.append(_file("optimizer.pt", tensors, objects, carried.modulus))
-
-    beside = dict(carried.beside)
-    texts: list[tuple[str, bytes]] = []
-    held = []
-    if "scheduler" not in beside:
-        step = progress.optimizer_step(state)
-        beside["scheduler"] = progress.scheduler(groups, step)
-        notes.append(f"the source has no scheduler; scheduler.pt stands at step {step}")
-    counted = beside.pop("trainer_state", None)
-    if counted is None:
-        counted = progress.trainer_state(state)
-        notes.append(f"trainer_state.json was made for {counted['global_step']} updates")
-    left = []
-    for name, value in beside.items():
-        if name == "training_args" and isinstance(value, bytes):
-            texts.append(("training_args.bin", value))
-        elif name.startswith(_TRAINER_FILES) and isinstance(value, Mapping) and value:
-            tensors, objects = [], {}
-            for key, item in value.items():
-                _split(split_for_file((str(key),), item), tensors, objects)
-            suffix = "pth" if name.startswith("rng_state") else "pt"
-            parts.append(_file(f"{name}.{suffix}", tensors, objects, carried.modulus))
-        else:
-            left += [(name, "Trainer has no file for it")] if value != {} else []
-            continue
-        held.append(name)
-    # Written last: Trainer and `dcpconv runs` take it for the end of the save.
-    texts.append(
-        ("trainer_state.json", (json.dumps(counted, indent=2, sort_keys=True) + "\n").encode())
-    )
-    return Written(
-        outline=Outline(
-            tuple(file for part in parts for file in part.files),
-            tuple(item for part in parts for item in part.commit),
-        ),
-        texts=tuple(texts),
-        groups=tuple(groups),
-        moments=tuple((key, kind) for key, kind, _ in found),
-        beside=(*held, "trainer_state"),
-        left=tuple(left),
-        notes=tuple(notes),
-    )
-
-
-def _as_trainer_groups(groups: tuple[Group, ...], keymap: Keymap) -> tuple[list[Group], list[str]]:
-    """Parameters that decay and those that do not, in Trainer's order."""
-    every = parameters_in_order(keymap, [key for group in groups for key in group.params])
-    value_of = {key: group.values for group in groups for key in group.params}
-    made = []
-    notes = []
-    for keys, what in zip(by_decay(every), ("decays", "does not decay"), strict=True):
-        values = [value_of[key] for key in keys]
-        if any(value != values[0] for value in values):
-            raise FormatError(
-                "parameters that Trainer puts into one group are trained differently",
-                [("group", f"what {what}"), ("found", f"{len(groups)} groups in the source")],
-            )
-        made.append(Group(values[0] if values else groups[-1].values, tuple(keys)))
-    if len({id(values) for values in value_of.values()}) == 1 and every:
-        decay = made[1].values.get("weight_decay")
-        notes.append(f"one group became Trainer's two; norms keep their weight decay of {decay}")
-    return made, notes
 
 
 def _merged(groups: tuple[Group, ...]) -> tuple[Group, list[tuple[str, str]]]:
@@ -254,7 +235,7 @@ def _merged(groups: tuple[Group, ...]) -> tuple[Group, list[tuple[str, str]]]:
     return Group(largest.values, tuple(k for group in groups for k in group.params)), left
 
 
-def _optimizer_file(
+def optimizer_file(
     carried: Carried,
     groups: Sequence[Group],
     prefix: KeyPath,
@@ -277,7 +258,7 @@ def _optimizer_file(
         items = {**group.values, "params": [int(number[key]) for key in group.params]}
         for name, value in items.items():
             path: KeyPath = (*prefix, "param_groups", place, name)
-            _split(split_for_file(path, value), tensors, objects)
+            split(split_for_file(path, value), tensors, objects)
     return found
 
 
@@ -294,22 +275,17 @@ def _out(target: Target, path: KeyPath, *, chunks: int) -> OutTensor:
     )
 
 
-def _split(
+def split(
     leaves: Iterable[tuple[KeyPath, object]],
     tensors: list[OutTensor],
     objects: dict[KeyPath, object],
 ) -> None:
+    """Adds leaves to the tensors or to the objects of a file."""
     for path, value in leaves:
         if isinstance(value, TensorEntry):
             tensors.append(_out(as_stored(value.key, value), path, chunks=1))
         else:
             objects[path] = value
-
-
-def _file(
-    name: str, tensors: Sequence[OutTensor], objects: Mapping[KeyPath, object], modulus: int
-) -> Outline:
-    return torchfile.outline(tensors, objects, filename=name, modulus=modulus)
 
 
 def _refuse_odd(objects: Mapping[KeyPath, object]) -> None:

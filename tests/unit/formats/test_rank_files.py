@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from dcpconv import check, convert
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.formats.ranks import fsdp
+from dcpconv.formats.ranks import fsdp, fsdp_optimizer
 from dcpconv.formats.torchfile import contents, zip_records
 from support.checkpoints.rank_files import distributed, each_rank, save_verl
 from support.checkpoints.stock import assert_same_bits, stock_load
@@ -286,3 +286,48 @@ def test_the_directory_above_is_answered_with_the_one_to_give(tmp_path: Path) ->
     with pytest.raises(DcpconvError) as caught:
         open_checkpoint(tmp_path / "step")
     assert str(tmp_path / "step" / "actor") in str(caught.value.hint)
+
+
+def _with_optimizer(directory: Path, shapes: list[tuple[int, ...]]) -> Path:
+    """Rank files of a model of four matrices, and an optimizer of so many numbers."""
+    weights = {f"{name}.weight": torch.randn(8, 4) for name in "ac"}
+    weights |= {f"{name}.weight": torch.randn(4, 4) for name in "bd"}
+    weights = {key: weights[key] for key in sorted(weights)}
+    save_verl(directory, distributed(weights, [Shard(0)]))
+    whole = {number: torch.randn(shape) for number, shape in enumerate(shapes)}
+    for rank, mesh in each_rank((2,), ("fsdp",)):
+        split = distributed({str(n): value for n, value in whole.items()}, [Shard(0)])(mesh)
+        state = {number: {"exp_avg": split[str(number)]} for number in whole}
+        groups = [{"lr": 0.1, "params": [*whole]}]
+        path = directory / f"optim_world_size_2_rank_{rank}.pt"
+        torch.save({"state": state, "param_groups": groups}, path)
+    return directory
+
+
+SOME = [
+    pytest.param([(8, 4), (4, 4), (8, 4)], ["a", "b", "c"], id="last-frozen"),
+    pytest.param([(4, 4), (8, 4), (4, 4)], ["b", "c", "d"], id="first-frozen"),
+    pytest.param([(8, 4), (4, 4), (8, 4), (4, 4)], ["a", "b", "c", "d"], id="none-frozen"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "names"), SOME)
+def test_numbers_are_of_the_trained_parameters(
+    shapes: list[tuple[int, ...]], names: list[str], tmp_path: Path
+) -> None:
+    catalog = fsdp_optimizer.read_training(_with_optimizer(tmp_path / "in", shapes))
+
+    expected = [f"{name}.weight" for name in names]
+    assert catalog.objects["optimizer.param_groups.0.params"] == expected
+    found = [key for key in catalog.tensors if key.startswith("optimizer.")]
+    assert found == [f"optimizer.state.{name}.exp_avg" for name in expected]
+
+
+def test_a_choice_of_trained_parameters_is_an_error_that_lists_it(tmp_path: Path) -> None:
+    directory = _with_optimizer(tmp_path / "in", [(8, 4), (4, 4)])
+    with pytest.raises(FormatError, match="several parameters") as caught:
+        fsdp_optimizer.read_training(directory)
+    assert [fact for fact in caught.value.facts if fact[0] == "ambiguous"] == [
+        ("ambiguous", "0 is a.weight or c.weight"),
+        ("ambiguous", "1 is b.weight or d.weight"),
+    ]

@@ -20,7 +20,7 @@ from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.runs import find_checkpoints
-from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
+from dcpconv.runs.carrying import convert_run, read_training_state
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
 from support.models.hf_models import save_hf, tiny
 from support.models.minimind import GenerationName
@@ -358,17 +358,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert report.is_dry_run
     assert [path.name for path in tmp_path.iterdir()] == ["a_resume.pth"]
     json.dumps(report.to_json())
-
-
-def test_an_optimizer_of_frozen_parameters_is_refused(tmp_path: Path) -> None:
-    run = MiniMindRun.begin("gen3")
-    some = [p for n, p in run.model.named_parameters() if "norm" not in n]
-    run.optimizer = telling_optimizer(run.model, some)
-    run.save(tmp_path / "a_resume.pth")
-
-    with pytest.raises(OptimizerError, match="not of these parameters"):
-        convert_run(tmp_path / "a_resume.pth", tmp_path / "out", to="dcp")
-    assert not (tmp_path / "out").exists()
 
 
 class Boom:

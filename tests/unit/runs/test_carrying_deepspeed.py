@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from dcpconv import open_checkpoint
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
 from support.checkpoints.stock import flat, nested_of_dcp
 from support.checkpoints.zero_files import Run, write_zero
+from support.models.minimind import MiniMind, MiniMindConfig
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -213,3 +215,108 @@ def _trainer_optimizer(
     groups = [{"lr": 1e-3, "weight_decay": 0.1, **values, "params": group} for group in ids]
     torch.save({"state": states if names else {}, "param_groups": groups}, path / "optimizer.pt")
     return path
+
+
+def _telling_run() -> Run:
+    """Moments tell their parameter: its value, and its value plus one."""
+    matrices, vectors = _random(MATRICES, 0), _random(VECTORS, 1)
+    every = {**matrices, **vectors}
+    return Run(
+        groups=[matrices, vectors],
+        moments={"exp_avg": every, "exp_avg_sq": {key: v + 1 for key, v in every.items()}},
+        tied={"lm_head.weight": "model.embed_tokens.weight"},
+        ranks=3,
+        stage=2,
+    )
+
+
+def _of_wider_heads(path: Path, run: Run) -> Path:
+    """Heads of four, so that naming them otherwise moves elements."""
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 4}
+    _trainer_step(path, run)
+    (path / "config.json").write_text(json.dumps({**CONFIG, **sizes}))
+    return path
+
+
+OF_KINDS = [
+    pytest.param("lingua", "model.", "optim.state.", "layers.0.attention.wq.weight", id="lingua"),
+    pytest.param(
+        "torchtitan",
+        "",
+        "optimizer.state.",
+        "layers.0.attention.qkv_linear.wq.weight",
+        id="torchtitan",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "root", "optimizer", "turned"), OF_KINDS)
+def test_moments_follow_their_parameters_to_other_trainers(
+    kind: Any, root: str, optimizer: str, turned: str, tmp_path: Path
+) -> None:
+    run = _telling_run()
+    report = convert_run(_of_wider_heads(tmp_path / "in", run), tmp_path / "out", to=kind)
+
+    found = flat(nested_of_dcp(tmp_path / "out"))
+
+    first = [key for key in found if key.startswith(optimizer) and key.endswith(".exp_avg")]
+    assert len(first) == report.parameters == len(MATRICES) + len(VECTORS)
+    for key in first:
+        weight = found[root + key.removeprefix(optimizer).removesuffix(".exp_avg")]
+        assert torch.equal(found[key], weight), key
+        assert torch.equal(found[f"{key}_sq"], weight + 1), key
+    assert found[root + turned].shape == (12, 12)
+    assert not torch.equal(found[root + turned], run.weights[f"{_AT}self_attn.q_proj.weight"])
+
+
+def test_moments_follow_their_parameters_to_minimind(tmp_path: Path) -> None:
+    run = _telling_run()
+    out = tmp_path / "a_resume.pth"
+    convert_run(_of_wider_heads(tmp_path / "in", run), out, to="minimind", family="minimind3")
+
+    found = torch.load(out, weights_only=True)
+
+    order = [key for key, _ in _minimind_parameters(found["model"])]
+    state = found["optimizer"]["state"]
+    assert found["optimizer"]["param_groups"][0]["params"] == [*range(len(order))] == [*state]
+    for number, key in enumerate(order):
+        assert torch.equal(state[number]["exp_avg"], found["model"][key]), key
+        assert torch.equal(state[number]["exp_avg_sq"], found["model"][key] + 1), key
+
+
+def _minimind_parameters(weights: Mapping[str, torch.Tensor]) -> list[tuple[str, Any]]:
+    config = MiniMindConfig(generation="gen3", n_layers=1, tied=True)
+    named = MiniMind(config).named_parameters()
+    return [(name, parameter) for name, parameter in named if name in weights]
+
+
+def test_torchtitan_reads_what_is_carried_to_it(tmp_path: Path) -> None:
+    """Its optimizer container and its schedulers take the state; nothing is missing."""
+    reason = "needs .[interop]"
+    utils = pytest.importorskip("torchtitan.components.optimizer.utils", reason=reason)
+    run = _telling_run()
+    convert_run(_of_wider_heads(tmp_path / "in", run), tmp_path / "out", to="torchtitan")
+    weights = {key: v for key, v in flat(nested_of_dcp(tmp_path / "out")).items() if "." in key}
+    no_parameters = ("optimizer.", "lm_head.")  # the head is the embedding
+    names = [key for key in weights if not key.startswith(no_parameters)]
+    parameters = [(name, torch.nn.Parameter(torch.zeros_like(weights[name]))) for name in names]
+    groups = [{"params": parameters, "lr": 0.5}]
+    optimizer = torch.optim.AdamW(groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    utils.init_optim_state(optimizer)
+    state = {
+        **{name: parameter.detach() for name, parameter in parameters},
+        "optimizer": utils.get_flat_optim_state_dict(optimizer),
+        "train_state": {"step": 0, "ntokens_seen": -1},
+        "lr_scheduler": {"last_epoch": 0},
+    }
+
+    load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    utils.load_flat_optim_state_dict(optimizer, state["optimizer"])
+
+    assert state["train_state"] == {"step": 4, "ntokens_seen": 0}
+    assert state["lr_scheduler"] == {"last_epoch": 4}
+    for name, parameter in parameters:
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], parameter), name
+        assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], parameter + 1), name
+        assert optimizer.state[parameter]["step"] == 4
