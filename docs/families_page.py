@@ -75,6 +75,11 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
     _LATENT_BIASES,
     {"rope_scaling": RopeScaling(kind="longrope")},
+    {
+        "rope_scaling": RopeScaling(
+            kind="yarn", parameters={"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        )
+    },
 )
 """Models with several features that some family has only together, or of the one kind it has."""
 
