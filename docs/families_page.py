@@ -37,9 +37,13 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "head_bias": {"head_bias": True},
     "qk_norm": {"qk_norm": True},
     "qk_norm_whole": {"qk_norm_whole": True},
+    "qk_norm_heads": {"qk_norm_heads": True},
+    "no_rope_layers": {"no_rope_layers": (1,)},
     "no_pre_norms": {"pre_norms": False},
     "post_norms": {"post_norms": True},
     "norm": {"norm": "rmsnorm_plus_one"},
+    "parallel_residual": {"parallel_residual": True},
+    "ungated": {"gated": False},
     "activation": {"activation": "gelu"},
     "rope_scaling": {
         "rope_scaling": RopeScaling(
@@ -71,6 +75,11 @@ _TOGETHER: tuple[Mapping[str, Any], ...] = (
     dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
     _LATENT_BIASES,
     {"rope_scaling": RopeScaling(kind="longrope")},
+    {
+        "rope_scaling": RopeScaling(
+            kind="yarn", parameters={"factor": 8.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        )
+    },
 )
 """Models with several features that some family has only together, or of the one kind it has."""
 

@@ -20,8 +20,9 @@ def families(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FAMILY|check|new]",
-            help="The table to show; or `check` or `new`, for the table or checkpoint at PATH.",
+            metavar="[FAMILY|MODEL_TYPE|check|new]",
+            help="The table to show, or the model_type whose tables to list; or `check` or `new`,"
+            " for the table or checkpoint at PATH.",
         ),
     ] = None,
     path: Annotated[
@@ -34,10 +35,13 @@ def families(
 ) -> None:
     """List the namings that --to and --from take, or show one as a table of keys.
 
+    Each line ends with the model types (model_type in config.json) that the naming is for;
+    `families smollm3` lists the namings for one of them.
+
     `families check my.toml` validates a table of your own, and `families new SRC` drafts one from
     the keys of a checkpoint.
     """
-    from dcpconv.families.keymaps import keymaps, resolve_family
+    from dcpconv.families.keymaps import is_known, keymaps, resolve_family
 
     if name in {"check", "new"}:
         if path is None:
@@ -48,16 +52,23 @@ def families(
         raise KeymapError(
             "a path goes with check or new", [("expected", usage) for usage in _USAGE.values()]
         )
-    tables = [resolve_family(name)] if name else list(keymaps().values())
+    known = keymaps()
+    is_type = name is not None and name not in known and is_known(name)
+    if name is None or is_type:
+        tables = [t for t in known.values() if name is None or name in t.architectures]
+    else:
+        tables = [resolve_family(name)]
     if as_json:
         say_json([_as_json(table) for table in tables])
         return
-    if name:
+    if name and not is_type:
         _show(tables[0])
         return
     width = max(len(table.name) for table in tables)
     for table in tables:
-        say(f"{table.name:<{width}}  {table.title}  ({count(len(table.rows), 'row')})")
+        types = ", ".join(table.architectures)
+        rows = count(len(table.rows), "row")
+        say(f"{table.name:<{width}}  {table.title}  ({rows})  for {types}")
 
 
 _USAGE = {

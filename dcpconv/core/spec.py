@@ -33,6 +33,7 @@ FEATURES = frozenset(
         *("qk_norm", "qk_norm_whole", "norm", "no_pre_norms", "post_norms", "activation"),
         *("attn_softcap", "final_softcap", "query_multiplier", "embedding_multiplier"),
         *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
+        *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
@@ -145,6 +146,11 @@ class ModelSpec(Record):
         head_bias: Whether the output head has a bias, which is its own also where it is tied.
         qk_norm: Whether every head of q and k is normalised before RoPE.
         qk_norm_whole: Whether q and k are normalised over all their heads together (OLMo 2).
+        qk_norm_heads: Whether every head of q and k is normalised by weights of its own (Cohere).
+        no_rope_layers: Layers in which RoPE turns nothing.
+        gated: Whether the feed-forward block has a gate.
+        parallel_residual: Whether attention and feed-forward see the same normalised input
+            (Cohere).
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.
@@ -196,6 +202,10 @@ class ModelSpec(Record):
     head_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_heads: bool = False
+    no_rope_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
+    gated: bool = True
+    parallel_residual: bool = False
     norm: str = "rmsnorm"
     pre_norms: bool = True
     post_norms: bool = False
@@ -320,9 +330,17 @@ class ModelSpec(Record):
             ("head_bias", self.head_bias, "on the logits"),
             ("qk_norm", self.qk_norm, "on q and k"),
             ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
+            ("qk_norm_heads", self.qk_norm_heads, "on q and k, each head by its own weights"),
+            (
+                "no_rope_layers",
+                bool(self.no_rope_layers),
+                f"no RoPE in {len(self.no_rope_layers)} of {self.n_layers} layers",
+            ),
             ("norm", self.norm != "rmsnorm", self.norm),
             ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
             ("post_norms", self.post_norms, "after attention and feed-forward"),
+            ("parallel_residual", self.parallel_residual, "attention beside feed-forward"),
+            ("ungated", not self.gated, "a feed-forward block without a gate"),
             ("activation", self.activation != "silu", self.activation),
             *(
                 (name, value != neutral, f"{value}")

@@ -114,6 +114,7 @@ FAMILIES: Final = (
             "torchtitan-llama3-2025",
             "torchtitan-qwen3",
             "torchtitan-qwen3-2025",
+            "torchtitan-deepseek_v3",
         ),
         "torchtitan",
     ),

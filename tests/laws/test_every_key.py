@@ -48,6 +48,11 @@ STRUCTURES: Mapping[str, list[dict[str, Any]]] = {
 STRAY = {"attention_bias": True, "mlp_bias": True, "use_bias": True}
 """Switches that some class has and that others carry in their files without heeding them."""
 
+TOGETHER: Mapping[str, dict[str, bool]] = {
+    "internlm3": {"attention_bias": True, "mlp_bias": True},
+}
+"""Switches that the class takes together only."""
+
 
 def switches(model_type: str) -> dict[str, bool]:
     """The booleans of a config class, each turned away from its default."""
@@ -59,8 +64,10 @@ def switches(model_type: str) -> dict[str, bool]:
 def _variants() -> Iterator[Any]:
     for model_type in MODEL_TYPES:
         turned = switches(model_type)
+        together = TOGETHER.get(model_type, {})
         for name, value in turned.items():
-            yield pytest.param(model_type, {name: value}, id=f"{model_type}-{name}")
+            changes = together if name in together else {name: value}
+            yield pytest.param(model_type, changes, id=f"{model_type}-{name}")
         for structure in ({}, *STRUCTURES.get(model_type, [])):
             shown = "".join(f"-{name}={value}" for name, value in structure.items())
             name = f"{model_type}{shown.replace(' ', '')}"

@@ -22,6 +22,15 @@ from support.checkpoints.families import (
 )
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "no_rope_layer_interval": 2}
+TEMPERATURE = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "llama_4_scaling_beta": 0.3,
+    "original_max_position_embeddings": 8,
+}
+"""Grows already within the tokens of ``difference``."""
+
 CASES = [
     *(pytest.param(name, {}, id=name) for name in MODEL_TYPES),
     pytest.param("qwen2", {"tie_word_embeddings": True}, id="qwen2-tied"),
@@ -58,6 +67,42 @@ CASES = [
         {"attention_bias": True, "q_lora_rank": None},
         id="deepseek-biased-direct-queries",
     ),
+    pytest.param("smollm3", {"no_rope_layers": [1, 0, 1]}, id="smollm3-nope"),
+    pytest.param("smollm3", {"no_rope_layers": None, **SLIDING}, id="smollm3-windows"),
+    pytest.param("smollm3", {"attention_bias": True, "mlp_bias": True}, id="smollm3-biased"),
+    pytest.param("ernie4_5", {"use_bias": True}, id="ernie-dense-biased"),
+    pytest.param("helium", {"attention_bias": True, "mlp_bias": True}, id="helium-biased"),
+    pytest.param("internlm3", {"attention_bias": True, "mlp_bias": True}, id="internlm3-biased"),
+    pytest.param("seed_oss", {"attention_bias": False}, id="seed_oss-without-biases"),
+    pytest.param("seed_oss", {"attention_out_bias": True, "mlp_bias": True}, id="seed_oss-biased"),
+    pytest.param("cwm", {"layer_types": None, "sliding_window": 8}, id="cwm-windows"),
+    pytest.param("cwm", {"rope_parameters": None, "mlp_bias": True}, id="cwm-scaled-biased"),
+    pytest.param("ministral3", {"rope_parameters": None}, id="ministral3-as-published"),
+    pytest.param("ministral3", {"rope_parameters": TEMPERATURE}, id="ministral3-temperature"),
+    pytest.param("arcee", {"attention_bias": True, "mlp_bias": True}, id="arcee-biased"),
+    pytest.param("exaone4", {"layer_types": ["full_attention"] * 3}, id="exaone4-all-nope"),
+    pytest.param(
+        "exaone4",
+        {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+        id="exaone4-no-window",
+    ),
+    pytest.param("glm4", {"attention_bias": False}, id="glm4-no-bias"),
+    pytest.param("glm4", {"partial_rotary_factor": 1.0}, id="glm4-whole-heads"),
+    pytest.param(
+        "granite",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "attention_multiplier": 0.5,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+        },
+        id="granite-dense-multipliers",
+    ),
+    pytest.param("cohere", {"use_qk_norm": True, "attention_bias": True}, id="cohere-qk-norm"),
+    pytest.param("cohere", {"logit_scale": 0.5, "tie_word_embeddings": True}, id="cohere-tied"),
+    pytest.param("gemma", {"attention_bias": True, "hidden_act": "gelu"}, id="gemma-biased"),
     pytest.param("ernie4_5_moe", {"use_bias": True}, id="ernie-biased"),
     pytest.param(
         "ernie4_5_moe", {"use_bias": True, "tie_word_embeddings": True}, id="ernie-biased-tied"

@@ -24,7 +24,13 @@ HARMLESS: Mapping[str, str] = {
         (
             *("attention_dropout", "attn_dropout", "classifier_dropout", "classifier_dropout_prob"),
             *("dropout", "embd_pdrop", "embed_dropout", "hidden_dropout", "hidden_dropout_prob"),
-            *("resid_pdrop", "resid_dropout", "router_dropout", "attention_probs_dropout_prob"),
+            *(
+                "resid_pdrop",
+                "resid_dropout",
+                "residual_dropout",
+                "router_dropout",
+                "attention_probs_dropout_prob",
+            ),
             *("initializer_factor", "initializer_range", "init_std", "initializer_cutoff_factor"),
             *(
                 "aux_loss_alpha",

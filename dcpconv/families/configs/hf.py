@@ -10,6 +10,7 @@ from dcpconv.core.record import slots_of
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import HfConfig
+from dcpconv.families.configs.llama_shaped_reading import layer_words, own_names, own_values
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
 
@@ -19,6 +20,9 @@ _PHI3_TRAINED_LENGTH = 4096
 
 _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 """Fields of a RoPE mapping that ``ModelSpec`` holds itself."""
+
+_TEMPERATURE = "llama_4_scaling_beta"
+"""Grows with the position; 0 for none.  Source: ``modeling_ministral3.py``, same version."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
@@ -44,7 +48,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
                 ],
             )
         head_dim = config.hidden_size // config.num_attention_heads
-    window, layer_types = _windows(config)
+    window, layer_types = _windows(config, file)
     values: dict[str, object] = {
         "architecture": config.model_type,
         "vocab_size": config.vocab_size,
@@ -76,7 +80,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "pad_token_id": config.pad_token_id,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "unaccounted": (
-            *unaccounted(config.model_extra or {}, used=_spellings()),
+            *unaccounted(
+                config.model_extra or {}, used=_spellings() | own_names(config.model_type)
+            ),
             *_rope_strangers(config),
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
@@ -84,6 +90,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     if config.model_type in {"gemma", "gemma2"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
     known = MODEL_TYPES.get(config.model_type)
+    values |= own_values(config, file)
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
 
 
@@ -117,7 +124,7 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
         stated = nested.get("full_attention", next(iter(nested.values())))
     kind = stated.get("rope_type", stated.get("type", "default"))
     scaling = None
-    if kind is not None and kind != "default":
+    if (kind is not None and kind != "default") or stated.get(_TEMPERATURE):
         parameters = {key: value for key, value in stated.items() if key not in _ROPE_OWN}
         if config.model_type == "phi3":
             # Its class knows one kind, which it once called otherwise, and the first length is
@@ -125,7 +132,7 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
             kind = "longrope" if kind in {"su", "yarn"} else kind
             trained = (config.model_extra or {}).get(_TRAINED_LENGTH, _PHI3_TRAINED_LENGTH)
             parameters[_TRAINED_LENGTH] = trained
-        scaling = checked(RopeScaling, {"kind": kind, "parameters": parameters}, file)
+        scaling = checked(RopeScaling, {"kind": kind or "default", "parameters": parameters}, file)
     partial = stated.get("partial_rotary_factor", config.partial_rotary_factor)
     theta = stated.get("rope_theta", config.rope_theta)
     return {
@@ -159,7 +166,7 @@ def _rope_strangers(config: HfConfig) -> Iterator[str]:
     if any(value != nested[0] for value in nested):
         yield "rope_parameters: another one per layer type"
     for name, value in (nested[0] if nested else stated).items():
-        if name not in _ROPE_KNOWN and value is not None:
+        if name not in _ROPE_KNOWN and value is not None and (name != _TEMPERATURE or value):
             yield f"rope_parameters.{name}: {value!r}"
 
 
@@ -184,7 +191,7 @@ def _biases(config: HfConfig) -> dict[str, object]:
     return {name: has and name in known.expresses for name, has in stated.items()}
 
 
-def _windows(config: HfConfig) -> tuple[int | None, tuple[str, ...] | None]:
+def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] | None]:
     """The window, and one word per layer where layers differ in it.
 
     Source: the ``__post_init__`` of each class in transformers 5.23.0.
@@ -203,6 +210,8 @@ def _windows(config: HfConfig) -> tuple[int | None, tuple[str, ...] | None]:
             slides = [layer % 2 == 0 for layer in layers]
         if slides is not None:
             types = ["sliding_attention" if slide else "full_attention" for slide in slides]
+        else:
+            types = layer_words(config, file)
     if types is not None:
         if not any("sliding" in word for word in types):
             window = None

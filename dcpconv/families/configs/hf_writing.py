@@ -8,11 +8,13 @@ from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.record import Json
 from dcpconv.core.spec import Experts, ModelSpec
+from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
 
 _ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
 _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    **SWITCHES,
     "llama": _ATTENTION,
     "qwen3": _ATTENTION,
     "qwen3_moe": _ATTENTION,
@@ -25,7 +27,7 @@ _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """The field that adds biases, and the features that come and go with it."""
 
-_OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "phi3"}
+_OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "helium", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
 
 
@@ -112,6 +114,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "pad_token_id": spec.pad_token_id,
     }
+    if spec.bos_token_id is None and model_type == "cwm":
+        del fields["bos_token_id"]  # the one class that takes no null
     if label is not None:
         name = _torch_name(label)
         fields |= {"dtype": name, "torch_dtype": name}
@@ -319,6 +323,7 @@ def _deepseek(spec: ModelSpec) -> dict[str, object]:
 
 
 _OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
+    **OWN_FIELDS,
     "llama": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,

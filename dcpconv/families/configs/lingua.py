@@ -39,6 +39,10 @@ _WHY = {
     "latent_bias": "Lingua's attention is the usual kind",
     "qk_norm_whole": "Lingua does not normalise q and k",
     "no_pre_norms": "Lingua normalises before each block",
+    "qk_norm_heads": "Lingua does not normalise q and k",
+    "no_rope_layers": "Lingua turns q and k in every layer",
+    "parallel_residual": "Lingua adds attention before feed-forward sees it",
+    "ungated": "Lingua's feed-forward has a gate",
 }
 """Source: ``lingua/transformer.py`` and ``apps/main/transformer.py``, same commit."""
 

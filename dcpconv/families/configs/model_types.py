@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
+from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
+from dcpconv.families.configs.model_type import (
+    ANY,
+    BIASES,
+    EXPERTS,
+    GEMMA,
+    LLAMA,
+    QK_NORM,
+    WINDOWS,
+    ModelType,
+)
 
-@dataclass(frozen=True, slots=True)
-class ModelType:
-    """One class of transformers.
-
-    Attributes:
-        class_name: What ``architectures`` lists.
-        defaults: Value of each config.json field that is left out.  Sizes are never left out:
-            transformers writes every field that only the class knows.
-        implied: ``ModelSpec`` fields that the class's code fixes and no file states.
-        experts: ``Experts`` fields that the class's code fixes and no file states.
-        expresses: Features that the class can hold, by name, or ``None`` where we write no
-            config.json for it.
-        requires: Features that a model of the class always has.
-    """
-
-    class_name: str
-    defaults: Mapping[str, object]
-    implied: Mapping[str, object] = field(default_factory=dict)
-    experts: Mapping[str, object] = field(default_factory=dict)
-    expresses: frozenset[str] | None = None
-    requires: frozenset[str] = frozenset()
-
-
-_ANY = frozenset({"rope_scaling", "activation"})
-_BIASES = frozenset({"qkv_bias", "o_bias"})
-_WINDOWS = frozenset({"sliding_window", "layer_types"})
-_EXPERTS = frozenset({"experts"})
-_QK_NORM = frozenset({"qk_norm"})
-
-_LLAMA: dict[str, object] = {
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "rope_theta": 10_000.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MISTRAL: dict[str, object] = _LLAMA | {
+_MISTRAL: dict[str, object] = LLAMA | {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
@@ -56,21 +29,11 @@ _QWEN: dict[str, object] = {
     "use_sliding_window": False,
     "sliding_window": 4096,
 }
-_GEMMA: dict[str, object] = {
-    "tie_word_embeddings": True,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 8192,
-    "rope_theta": 10_000.0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 
 MODEL_TYPES: Mapping[str, ModelType] = {
-    "llama": ModelType("LlamaForCausalLM", _LLAMA, expresses=_ANY | _BIASES | {"mlp_bias"}),
-    "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=_ANY | {"sliding_window"}),
+    **LLAMA_SHAPED,
+    "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),
+    "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=ANY | {"sliding_window"}),
     "mixtral": ModelType(
         "MixtralForCausalLM",
         _MISTRAL
@@ -82,14 +45,14 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "num_experts_per_tok": 2,
             "norm_topk_prob": True,
         },
-        expresses=_ANY | _EXPERTS | {"sliding_window"},
-        requires=_EXPERTS,
+        expresses=ANY | EXPERTS | {"sliding_window"},
+        requires=EXPERTS,
     ),
     "qwen2": ModelType(
         "Qwen2ForCausalLM",
         _QWEN | {"num_key_value_heads": 32, "max_window_layers": 28},
         {"qkv_bias": True},
-        expresses=_ANY | _WINDOWS | {"qkv_bias"},
+        expresses=ANY | WINDOWS | {"qkv_bias"},
         requires=frozenset({"qkv_bias"}),
     ),
     "qwen2_moe": ModelType(
@@ -109,8 +72,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         "Qwen3ForCausalLM",
         _QWEN | {"num_key_value_heads": 32, "head_dim": 128, "max_window_layers": 28},
         {"qk_norm": True},
-        expresses=_ANY | _BIASES | _WINDOWS | _QK_NORM,
-        requires=_QK_NORM,
+        expresses=ANY | BIASES | WINDOWS | QK_NORM,
+        requires=QK_NORM,
     ),
     "qwen3_moe": ModelType(
         "Qwen3MoeForCausalLM",
@@ -122,8 +85,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "moe_intermediate_size": 768,
         },
         {"qk_norm": True},
-        expresses=_ANY | _BIASES | _QK_NORM | _EXPERTS | {"sliding_window"},
-        requires=_QK_NORM | _EXPERTS,
+        expresses=ANY | BIASES | QK_NORM | EXPERTS | {"sliding_window"},
+        requires=QK_NORM | EXPERTS,
     ),
     "phi3": ModelType(
         "Phi3ForCausalLM",
@@ -137,16 +100,11 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 32_000,
             "pad_token_id": 32_000,
         },
-        expresses=_ANY | {"partial_rotary", "sliding_window"},
-    ),
-    "gemma": ModelType(
-        "GemmaForCausalLM",
-        _GEMMA | {"num_key_value_heads": 16},
-        {"norm": "rmsnorm_plus_one"},
+        expresses=ANY | {"partial_rotary", "sliding_window"},
     ),
     "gemma2": ModelType(
         "Gemma2ForCausalLM",
-        _GEMMA
+        GEMMA
         | {
             "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
@@ -155,9 +113,9 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "attn_logit_softcapping": 50.0,
         },
         {"norm": "rmsnorm_plus_one", "post_norms": True},
-        expresses=_ANY
-        | _BIASES
-        | _WINDOWS
+        expresses=ANY
+        | BIASES
+        | WINDOWS
         | {
             "norm",
             "post_norms",
@@ -179,7 +137,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "pad_token_id": 1,
         },
         {"pre_norms": False, "post_norms": True, "qk_norm_whole": True},
-        expresses=_ANY | _BIASES | {"no_pre_norms", "post_norms", "qk_norm_whole"},
+        expresses=ANY | BIASES | {"no_pre_norms", "post_norms", "qk_norm_whole"},
         requires=frozenset({"no_pre_norms", "post_norms", "qk_norm_whole"}),
     ),
     "glm": ModelType(
@@ -196,15 +154,11 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": [151_329, 151_336, 151_338],
             "pad_token_id": 151_329,
         },
-        expresses=_ANY | {"partial_rotary", "qkv_bias"},
-    ),
-    "granite": ModelType(
-        "GraniteForCausalLM",
-        _LLAMA | {"attention_multiplier": 1.0},
+        expresses=ANY | {"partial_rotary", "qkv_bias"},
     ),
     "granitemoeshared": ModelType(
         "GraniteMoeSharedForCausalLM",
-        _LLAMA
+        LLAMA
         | {
             "attention_multiplier": 1.0,
             "num_local_experts": 8,
@@ -212,16 +166,16 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "shared_intermediate_size": 0,
         },
         experts={"norm_topk": True},
-        expresses=_ANY
-        | _BIASES
-        | _EXPERTS
+        expresses=ANY
+        | BIASES
+        | EXPERTS
         | {
             "query_multiplier",
             "embedding_multiplier",
             "residual_multiplier",
             "logits_scaling",
         },
-        requires=_EXPERTS,
+        requires=EXPERTS,
     ),
     "ernie4_5_moe": ModelType(
         "Ernie4_5_MoeForCausalLM",
@@ -241,8 +195,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "pad_token_id": 0,
         },
         experts={"norm_topk": True, "selection_bias": True},
-        expresses=_ANY | _BIASES | _EXPERTS | {"mlp_bias", "head_bias"},
-        requires=_EXPERTS,
+        expresses=ANY | BIASES | EXPERTS | {"mlp_bias", "head_bias"},
+        requires=EXPERTS,
     ),
     "deepseek_v3": ModelType(
         "DeepseekV3ForCausalLM",
@@ -269,8 +223,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 1,
         },
         experts={"scoring": "sigmoid", "selection_bias": True},
-        expresses=_ANY | _EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
-        requires=_EXPERTS | {"latent_attention"},
+        expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
+        requires=EXPERTS | {"latent_attention"},
     ),
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""

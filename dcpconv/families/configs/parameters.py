@@ -80,7 +80,7 @@ def unexpressed(
     ]
 
 
-_TURNED = {"glm": "neighbouring channels", "phi3": "halves"}
+_TURNED = {"glm": "neighbouring channels", "glm4": "neighbouring channels", "phi3": "halves"}
 """What RoPE pairs within the share of a head that it turns, by class."""
 
 

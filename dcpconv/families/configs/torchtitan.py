@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dcpconv.core.spec import ModelSpec
+from dcpconv.core.spec import ModelSpec, RopeScaling
 from dcpconv.families.configs.parameters import Refusal, unexpressed
 
 
@@ -17,9 +17,36 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         is_known = scaling is not None and scaling.kind == "llama3"
         expresses = frozenset({"rope_scaling"} if is_known else ())
         return tuple(unexpressed(spec, expresses, name="torchtitan's Llama 3"))
+    if family.startswith("torchtitan-deepseek"):
+        return _deepseek(spec)
     name = "torchtitan's Qwen3"
     expresses = frozenset({"qk_norm", "experts"})
     found = unexpressed(spec, expresses, name=name, requires=frozenset({"qk_norm"}))
     if spec.experts is not None and spec.experts.shared_count:
         found.append(Refusal("experts", f"{spec.experts}: {name} has no shared experts"))
     return tuple(found)
+
+
+def _deepseek(spec: ModelSpec) -> tuple[Refusal, ...]:
+    """Source: torchtitan 0.3.0 ``models/deepseek_v3/model.py`` and ``models/common/rope.py``: YaRN
+    turns without a factor of its own; one number, ``mscale``, scales attention by its square."""
+    name = "torchtitan's DeepSeek-V3"
+    requires = frozenset({"experts", "latent_attention"})
+    scaling = spec.rope_scaling
+    is_known = scaling is not None and _is_yarn_of_one_scale(scaling)
+    expresses = requires | (frozenset({"rope_scaling"}) if is_known else frozenset())
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    if spec.tied:
+        found.append(Refusal("tied", f"head and embedding: {name} has two tensors"))
+    return tuple(found)
+
+
+def _is_yarn_of_one_scale(scaling: RopeScaling) -> bool:
+    stated = scaling.parameters
+    scale = stated.get("mscale_all_dim")
+    return (
+        scaling.kind == "yarn"
+        and bool(scale)
+        and stated.get("mscale") == scale
+        and not stated.get("attention_factor")
+    )

@@ -37,6 +37,8 @@ def tables_for(
 ) -> list[Keymap]:
     """The tables that may be the naming of a checkpoint; the others are not read.
 
+    Tables that are ``by_name`` need an architecture.
+
     Where some tables know all keys of a reading, those that know only some are none of them.
 
     Args:
@@ -47,7 +49,7 @@ def tables_for(
     heads = [
         head
         for head in tables().heads.values()
-        if architecture is None or architecture in head.architectures
+        if (not head.by_name if architecture is None else architecture in head.architectures)
         if any(keys & head.templates for keys in readings)
     ]
     whole = {

@@ -47,6 +47,7 @@ def keymap_of(table: Mapping[str, Any], file: Path) -> Keymap:
         derived=table.get("derived", {}),
         beyond=table.get("beyond", {}),
         same_sizes=table.get("same_sizes", {}),
+        by_name=table.get("by_name", False),
         hints=table.get("hints", {}),
         facts=table.get("spec", {}),
         published=tuple(table.get("published", ())),

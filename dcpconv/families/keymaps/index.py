@@ -34,6 +34,7 @@ class Head(NamedTuple):
     config: str
     also: Collection[str]
     architectures: Collection[str]
+    by_name: bool
     templates: frozenset[str]
 
     @property
@@ -52,6 +53,7 @@ def head_of(file: Path) -> Head:
         table.config,
         table.also,
         table.architectures,
+        table.by_name,
         table.templates,
     )
 

@@ -64,6 +64,7 @@ class _Table(pydantic.BaseModel):
     derived: dict[str, Literal["zeros", "inv_freq"]] = {}
     beyond: dict[str, str] = {}
     same_sizes: dict[str, str] = {}
+    by_name: bool = False
     hints: dict[str, int | bool] = {}
     spec: dict[str, int | float | bool] = {}
     published: tuple[_Published, ...] = ()

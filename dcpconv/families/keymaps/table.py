@@ -159,6 +159,8 @@ class Keymap:
         derived: Key -> what it is computed from where the source has no such tensor.
         beyond: Index -> why keys whose index exceeds the config are dropped.
         same_sizes: Axis -> axis of the same size that layouts name in its place.
+        by_name: Whether only a parameter file or the user makes it a candidate: keys alone would
+            be taken for those of a class that is more common.
         hints: What tells the family from others with the same keys: ``vocab_size``, ``q_per_kv``
             (query heads per kv head), or a field of ``ModelSpec``.
         facts: Fields of ``ModelSpec`` that no file of the family states.
@@ -182,6 +184,7 @@ class Keymap:
     derived: Mapping[str, str] = field(default_factory=dict)
     beyond: Mapping[str, str] = field(default_factory=dict)
     same_sizes: Mapping[str, str] = field(default_factory=dict)
+    by_name: bool = False
     hints: Mapping[str, int | bool] = field(default_factory=dict)
     facts: Mapping[str, int | float | bool] = field(default_factory=dict)
     published: tuple[Mapping[str, int | str], ...] = ()

@@ -41,6 +41,7 @@ CONDITIONS: Mapping[str, str] = {
     "mlp_bias": "gate, up and down have biases, except in routed experts",
     "head_bias": "the head has a bias",
     "qk_norm": "every head of q and k is normalised",
+    "qk_norm_heads": "every head of q and k is normalised by weights of its own",
     "q_latent": "latent attention projects queries through a rank",
     "q_direct": "latent attention projects queries directly",
     "latent_bias": "latent attention projects into ranks with biases",

@@ -42,6 +42,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "all-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "as-many-kv-heads": {"n_kv_heads": 6, "qkv_bias": True},
     "qk-norm": {"qk_norm": True},
+    "qk-norm-heads": {"qk_norm_heads": True},
     "qk-norm-biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True},
     "experts": {"experts": _MOE},
     "experts-shared": {"experts": _SHARED},

@@ -83,6 +83,30 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "v_head_dim": 14,
         "num_nextn_predict_layers": 0,
     },
+    "smollm3": {"no_rope_layers": [1] * 16, "tie_word_embeddings": False},
+    "ernie4_5": {"head_dim": 16, "tie_word_embeddings": False},
+    "helium": {"head_dim": 16},
+    "internlm3": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "cwm": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "ministral3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "arcee": {"head_dim": 16},
+    "exaone4": {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+    "glm4": {"head_dim": 16},
+    "granite": {"attention_multiplier": 0.25},
+    "cohere": {"tie_word_embeddings": False},
+    "gemma": {"head_dim": 16},
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
 
@@ -99,6 +123,8 @@ def tiny(
         **overrides: Fields of the config, e.g. ``tie_word_embeddings=True``.
     """
     fields = {**SIZES, **MODEL_TYPES[model_type], **overrides}
+    if model_type == "cwm":  # its own default is a window in three of four layers
+        fields.setdefault("layer_types", ["full_attention"] * int(str(fields["num_hidden_layers"])))
     config = CONFIG_MAPPING[model_type](**fields)
     # Eager attention is the one implementation that every one of these models has.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -120,6 +120,14 @@ def test_families_lists_the_tables_and_shows_one() -> None:
     assert re.search(r"layers\.\{L\}\.attention\.wq\.weight +layer\.q +\(h p two\) d", table)
 
 
+def test_families_of_a_model_type_are_those_that_list_it() -> None:
+    runner = CliRunner()
+    lines = runner.invoke(app, ["families", "smollm3"]).stdout.splitlines()
+    assert {"hf-smollm3", "lingua", "meta"} <= {line.split()[0] for line in lines}
+    assert all("smollm3" in line.partition("  for ")[2].split(", ") for line in lines)
+    assert runner.invoke(app, ["families", "no_such_model"]).exit_code != 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

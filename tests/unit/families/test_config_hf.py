@@ -63,7 +63,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     if spec.latent is None:
         assert spec.n_kv_heads == config.num_key_value_heads
     assert spec.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
-    assert spec.norm_eps == config.rms_norm_eps
+    eps = config.layer_norm_eps if config.model_type == "cohere" else config.rms_norm_eps
+    assert spec.norm_eps == eps
     assert spec.max_seq_len == config.max_position_embeddings
     assert spec.tied == config.tie_word_embeddings
     assert spec.rope_theta == config.rope_parameters["rope_theta"]
@@ -91,7 +92,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str) -> None:
     # Head counts must divide for the classes whose default number of kv heads is large.
-    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 256}
+    heads = 20 if model_type == "helium" else 32
+    sizes = SIZES | {"num_attention_heads": heads, "hidden_size": 8 * heads}
     directory = save(tmp_path, {"model_type": model_type} | sizes)
     config = transformers.AutoConfig.from_pretrained(directory)
     spec = read_spec(directory)
