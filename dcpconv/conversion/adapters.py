@@ -53,8 +53,8 @@ def decide_adapter(request: Request) -> Decided | None:
             [("source", source), *(("asked", what) for what in asked)],
             hint=f"merge it: dcpconv convert BASE {wanted.path} --adapter {source}",
         )
-    file = weights_of(directory)
-    assert file is not None  # noqa: S101  is_adapter has seen it
+    weights_file = weights_of(directory)
+    assert weights_file is not None  # noqa: S101  is_adapter has seen it
     catalog = open_adapter(directory)
     weights = Weights(catalog, catalog.tensors, {}, None, "", ())
     end = End(str(source), "hf", len(catalog.tensors), len(catalog.files))
@@ -63,8 +63,11 @@ def decide_adapter(request: Request) -> Decided | None:
     coverage = cover_as_stored(weights)
     tensors = make_plan(coverage, path_of=job.path_of, dtype_of=job.dtype_of)
     modulus = block_size(wanted.path)
-    outline = Outline((safetensors.one_file(WEIGHTS[0], tensors, modulus=modulus),))
-    side = _beside(carried(file.parent, dtype=None, tied=None), file.parent / CONFIG)
+    file = safetensors.one_file(WEIGHTS[0], tensors, modulus=modulus, metadata=catalog.metadata)
+    outline = Outline((file,))
+    side = _beside(
+        carried(weights_file.parent, dtype=None, tied=None), weights_file.parent / CONFIG
+    )
     told = f"an adapter, no model: it stays a PEFT directory; --adapter {source} merges it"
     notes = (*catalog.notes, told, *side.notes)
     report = summarise(job, coverage, tensors, outline, side, notes)

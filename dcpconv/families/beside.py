@@ -16,7 +16,10 @@ _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"),
     *("*.onnx", "*.onnx_data", "*.tflite", "*.distcp", "*.npz", "*.nemo", "*.mlmodel", "*.ot"),
 )
-_INDEXES = ("*.index.json", ".metadata", "metadata.pkl", "dcpconv_keys*.json")
+_INDEXES = (
+    *("*.index.json", ".metadata", "metadata.pkl", "dcpconv_keys*.json"),
+    "safetensors_metadata.json",
+)
 _CACHES = (".*", "__pycache__", "*.lock", "*.tmp", "*.incomplete", "*.pyc", "runs", "wandb")
 _RUNS = (
     *("trainer_state.json", "train_state_*.json", "latest", "latest_checkpointed_iteration.txt"),

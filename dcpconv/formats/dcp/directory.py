@@ -20,6 +20,7 @@ from dcpconv.formats.dcp.items import OpaqueObject, locate, read_objects
 from dcpconv.formats.dcp.metadata import METADATA_FILE, Contents, read_metadata
 from dcpconv.formats.dcp.outline import outline
 from dcpconv.formats.dcp.unflattened import unfold
+from dcpconv.formats.safetensors.metadata import from_side_file
 from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]
@@ -105,6 +106,7 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
     for key, tensor in contents.tensors.items():
         boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
         found += [f"{key}: {problem}" for problem in inspect_boxes(tensor.shape, boxes)]
+    metadata, notes = from_side_file(path)
     catalog = Catalog(
         form="dcp",
         path=path,
@@ -114,8 +116,9 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
         objects=unfolded.objects,
         paths={**contents.paths, **unfolded.paths},
         tied=_find_tied(tensors),
-        notes=() if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING,),
+        notes=notes if contents.is_nesting_known or unfolded.tensors else (_NO_NESTING, *notes),
         identities=identities,
+        metadata=metadata,
     )
     return catalog, found
 
