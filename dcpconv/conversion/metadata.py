@@ -55,8 +55,6 @@ def lost(aim: Aim, *, is_one_file: bool) -> tuple[str, ...]:
     if aim.renames:
         return (f"{count} entries of __metadata__ speak of names that change; they stay behind",)
     if is_one_file:
-        return (
-            f"{count} entries of __metadata__ have no place in one file; on the way back,"
-            f" --assets {aim.source.catalog.source} restores them",
-        )
+        back = f"--assets {aim.source.catalog.source} restores them on the way back"
+        return (f"{count} entries of __metadata__ have no place in one file; {back}",)
     return ()
