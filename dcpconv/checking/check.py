@@ -59,6 +59,7 @@ def check(
     Args:
         source: A checkpoint of any form, a hub id, a key list, a live model or state_dict.
         to: Naming that the source should be convertible into; with ``against``, the target's own.
+            ``stored``: keys as they are on either side.
         against: What has the keys and shapes that the source should have: another checkpoint of
             any form and naming, a hub id, a ``config.json`` or ``params.json``, a key list, a live
             model (the meta device is enough) or a state_dict.
@@ -92,8 +93,14 @@ def check(
     wanted: Mapping[str, TensorEntry] = {}
     try:
         if against is not None:
-            target = understand_described(against, Said(from_=to, keymap=said.keymap))
-            coverage, wanted = _against(found, target, is_said=from_ is not None or to is not None)
+            spelled = to if to != STORED else None
+            target = understand_described(against, Said(from_=spelled, keymap=said.keymap))
+            if to == STORED:
+                wanted = target.weights.entries
+                coverage = compare_keys(found.weights, target.weights, is_tied=False)
+            else:
+                is_said = from_ is not None or to is not None
+                coverage, wanted = _against(found, target, is_said=is_said)
             notes.extend(target.notes)
         else:
             coverage = _by_table(found, to)

@@ -49,7 +49,7 @@ def check(
         str | None,
         typer.Option(
             help="Could SRC become a complete checkpoint of this family?  With --against: the"
-            " family of TARGET.",
+            " family of TARGET, or stored: the same keys on both sides.",
             metavar="FAMILY",
         ),
     ] = None,

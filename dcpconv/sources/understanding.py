@@ -192,7 +192,13 @@ def _recognised(
     own = said.table(stated, spec.architecture if spec is not None else None)
     architecture = parameters.architecture if parameters is not None else None
     weights = recognise(
-        catalog, spec=spec, architecture=architecture, keymap=own, root=root, tables=tables
+        catalog,
+        spec=spec,
+        architecture=architecture,
+        keymap=own,
+        root=root,
+        tables=tables,
+        own=said.keymap,
     )
     if weights.keymap is None and spec is not None and not is_known(spec.architecture):
         spec = None  # numbers that were read as if the model were one that we know
