@@ -93,7 +93,7 @@ def _weights_aside(module: nn.Module) -> Iterator[None]:
     instead.
 
     Source:
-        transformers 5.23, ``GroundingDinoModel``: ``level_embed`` is a ``torch.Tensor(n, d)``, which
+        transformers 5.23, ``GroundingDinoModel``: its ``level_embed`` is a ``torch.Tensor``, which
         has memory on the meta device, too.
     """
     held: list[tuple[dict[str, Any], str, Tensor]] = []
