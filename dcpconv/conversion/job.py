@@ -168,8 +168,7 @@ class Job:
             )
         if not is_own and assets is None:
             return SideFiles()
-        used = self.catalog.files if assets is None else ()
-        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied, used=used)
+        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied)
 
     def _is_quantized(self) -> bool:
         """Whether the parameter file speaks of packed weights: its element type is then that of

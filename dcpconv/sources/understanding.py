@@ -11,6 +11,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import NotACheckpointError, SpecError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
+from dcpconv.families.beside import weights_beside
 from dcpconv.families.configs.patching import patched_spec
 from dcpconv.families.keymaps import Keymap, is_known, keymaps
 from dcpconv.families.parameter_files import ParameterFile, read_parameter_file
@@ -210,9 +211,16 @@ def _recognised(
         parameters,
         said,
         replace(opened.end, keys=len(catalog.tensors)),
-        notes=(*catalog.notes, *notes, *remarks),
+        notes=(*catalog.notes, *_weights_beside(opened), *notes, *remarks),
         model=opened.model,
     )
+
+
+def _weights_beside(opened: Opened) -> tuple[str, ...]:
+    place = opened.place
+    if place is None or not place.is_dir():
+        return ()
+    return weights_beside(place, opened.catalog.files)
 
 
 def _parameters(opened: Opened, said: Said) -> tuple[ParameterFile | None, tuple[str, ...]]:
