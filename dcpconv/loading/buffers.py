@@ -99,7 +99,8 @@ def _weights_aside(module: nn.Module) -> Iterator[None]:
     held: list[tuple[dict[str, Any], str, Tensor]] = []
     for part in module.modules():
         passing = part._non_persistent_buffers_set  # noqa: SLF001
-        for tensors in (part._parameters, part._buffers):  # noqa: SLF001
+        both: tuple[Any, Any] = (part._parameters, part._buffers)  # noqa: SLF001
+        for tensors in both:
             held += [
                 (tensors, name, tensor)
                 for name, tensor in tensors.items()

@@ -14,7 +14,8 @@ from dcpconv.core.catalog import Catalog, Form, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap
+from dcpconv.families import configs
+from dcpconv.families.keymaps import Keymap, is_known
 from dcpconv.plan.block_scales import FACTORS, multiplied_out, stated_block
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
 from dcpconv.plan.kept import covered_by_own
@@ -184,12 +185,22 @@ def aim(
         KeymapError: No such family, or none of its tables is for this architecture.
         AmbiguousFamilyError: The namings on either side are not known, or leave a choice that
             changes the bytes.
+        SpecError: Names change, nothing says the model's numbers, and its config cannot be read.
     """
     model = _as_catalog(wanted) if wanted is not None else None
     table = _table(source, to, form, model)
     if table is not None:
         source.weights.require_keymap()
+        if table is not source.keymap and source.spec is None:
+            _require_readable(source)
     return aim_at(source, table, form=form, model=model, wanted=wanted)
+
+
+def _require_readable(source: Source) -> None:
+    """Raises what is wrong with a config that was passed over, now that its numbers are needed."""
+    beside = configs.find_config(source.catalog.source)
+    if beside is not None and is_known(source.architecture or ""):
+        configs.read_spec(beside)
 
 
 def aim_at(

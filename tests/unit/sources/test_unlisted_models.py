@@ -71,7 +71,7 @@ def test_a_table_that_lists_the_model_changes_no_names_unasked(
     unlisted: Path, table: Path, tmp_path: Path
 ) -> None:
     for form in ("dcp", "hf"):
-        convert(unlisted, tmp_path / form, form=form, keymap=table)  # type: ignore[arg-type]
+        convert(unlisted, tmp_path / form, form=form, keymap=table)
     assert check(tmp_path / "dcp", against=unlisted, to="stored")
     convert(tmp_path / "dcp", tmp_path / "back", form="hf", keymap=table)
     want = load_file(unlisted / "model.safetensors")
