@@ -272,9 +272,10 @@ def namings(one: Architecture, origin: Path, work: Path, reference: Any) -> str:
         back = place
         if form != "hf":
             back = work / f"{name}-hf"
-            assets = None if find_config(place) else origin
+            is_told = find_config(place) is not None  # else the user tells what it is
+            told: Any = {} if is_told else {"assets": origin, "from_": name}
             try:
-                convert(place, back, form="hf", to="hf", assets=assets)
+                convert(place, back, form="hf", to="hf", **told)
             except DcpconvError as error:
                 raise FailedError(f"{name} cannot go back: {brief(error)}") from None
         found = AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
