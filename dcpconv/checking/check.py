@@ -23,14 +23,14 @@ from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import DcpconvError, KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap
-from dcpconv.plan.account import STORED, aim_at
+from dcpconv.plan.account import aim_at
 from dcpconv.plan.coverage import MISFITS, Coverage, Fault, cover_as_stored
 from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.kept import explains_more
 from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights
-from dcpconv.sources.said import Said
+from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
 
 _NO_CONFIG = (
@@ -59,6 +59,7 @@ def check(
     Args:
         source: A checkpoint of any form, a hub id, a key list, a live model or state_dict.
         to: Naming that the source should be convertible into; with ``against``, the target's own.
+            ``stored``: keys as they are on either side.
         against: What has the keys and shapes that the source should have: another checkpoint of
             any form and naming, a hub id, a ``config.json`` or ``params.json``, a key list, a live
             model (the meta device is enough) or a state_dict.
@@ -92,8 +93,14 @@ def check(
     wanted: Mapping[str, TensorEntry] = {}
     try:
         if against is not None:
-            target = understand_described(against, Said(from_=to, keymap=said.keymap))
-            coverage, wanted = _against(found, target, is_said=from_ is not None or to is not None)
+            spelled = to if to != STORED else None
+            target = understand_described(against, Said(from_=spelled, keymap=said.keymap))
+            if to == STORED:
+                wanted = target.weights.entries
+                coverage = compare_keys(found.weights, target.weights, is_tied=False)
+            else:
+                is_said = from_ is not None or to is not None
+                coverage, wanted = _against(found, target, is_said=is_said)
             notes.extend(target.notes)
         else:
             coverage = _by_table(found, to)

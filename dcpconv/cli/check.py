@@ -49,7 +49,7 @@ def check(
         str | None,
         typer.Option(
             help="Check whether SRC can become a complete checkpoint of this family.  With"
-            " --against: the family of TARGET.",
+            " --against: the family of TARGET, or stored: the same keys on both sides.",
             metavar="FAMILY",
         ),
     ] = None,

@@ -43,8 +43,8 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Naming of DST (see `dcpconv families`).  Default: hf for the hf form, else the"
-            " source's own.",
+            help="Naming of DST (see `dcpconv families`), or stored: SRC's own keys, whatever they"
+            " are.  Default: hf for the hf form where a table is for the model, else stored.",
             metavar="FAMILY",
         ),
     ] = None,

@@ -78,19 +78,24 @@ _USAGE = {
 
 
 def _check(path: Path) -> None:
-    from dcpconv.sources.drafting import checked_keymap, foreign_slots
+    from dcpconv.sources.drafting import checked_keymap, foreign_architectures, foreign_slots
 
     table = checked_keymap(path)
     say(f"{table.name}: {count(len(table.rows), 'row')}, {count(len(table.slots), 'slot')}, sound")
+    for name in foreign_architectures(table):
+        say(f"own model  {name}  no other family is for it")
     for slot in foreign_slots(table):
-        say(f"own slot  {slot}  no other family has it")
+        say(f"own slot   {slot}  no other family has it")
 
 
 def _new(path: Path) -> None:
+    from dcpconv.families.parameter_files import read_parameter_file
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.sources.drafting import draft
 
-    say(draft(open_checkpoint(path)).rstrip("\n"))
+    beside = read_parameter_file(path)
+    named = beside.architecture if beside is not None else ""
+    say(draft(open_checkpoint(path), architecture=named).rstrip("\n"))
 
 
 def _show(table: Keymap) -> None:

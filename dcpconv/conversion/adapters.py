@@ -14,7 +14,7 @@ from dcpconv.core.outline import Outline
 from dcpconv.engine.space import block_size
 from dcpconv.families.side_files import SideFile, SideFiles, carried
 from dcpconv.formats import safetensors
-from dcpconv.plan.account import STORED, aim_at
+from dcpconv.plan.account import aim_at
 from dcpconv.plan.coverage import cover_as_stored
 from dcpconv.plan.fills import make_plan
 from dcpconv.sources.adapters.fields import CONFIG
@@ -22,6 +22,7 @@ from dcpconv.sources.adapters.reading import open_adapter, require_whole
 from dcpconv.sources.adapters.spotting import WEIGHTS, adapter_in, weights_of
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights
+from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
 
 
@@ -55,8 +56,8 @@ def decide_adapter(request: Request) -> Decided | None:
             [("source", source), *(("asked", what) for what in asked)],
             hint=f"merge it: dcpconv convert BASE {wanted.path} --adapter {source}",
         )
-    file = weights_of(directory)
-    assert file is not None  # noqa: S101  adapter_in has seen it
+    weights_file = weights_of(directory)
+    assert weights_file is not None  # noqa: S101  adapter_in has seen it
     catalog = open_adapter(directory)
     require_whole(directory, catalog)
     weights = Weights(catalog, catalog.tensors, {}, None, "", ())
@@ -66,8 +67,11 @@ def decide_adapter(request: Request) -> Decided | None:
     coverage = cover_as_stored(weights)
     tensors = make_plan(coverage, path_of=job.path_of, dtype_of=job.dtype_of)
     modulus = block_size(wanted.path)
-    outline = Outline((safetensors.one_file(WEIGHTS[0], tensors, modulus=modulus),))
-    side = _beside(carried(file.parent, dtype=None, tied=None), file.parent / CONFIG)
+    file = safetensors.one_file(WEIGHTS[0], tensors, modulus=modulus, metadata=catalog.metadata)
+    outline = Outline((file,))
+    side = _beside(
+        carried(weights_file.parent, dtype=None, tied=None), weights_file.parent / CONFIG
+    )
     told = f"an adapter, no model: it stays a PEFT directory; --adapter {source} merges it"
     notes = (*catalog.notes, told, *side.notes)
     report = summarise(job, coverage, tensors, outline, side, notes)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dcpconv.conversion import metadata
 from dcpconv.conversion.request import Wanted
 from dcpconv.core.catalog import Catalog, Form, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
@@ -115,15 +116,23 @@ class Job:
                     hint="choose --form torch or dcp, or leave the tensors out with --only",
                 )
             size = max_file_size or safetensors.MAX_FILE_SIZE
-            return safetensors.outline(tensors, modulus=modulus, max_file_size=size)
+            entries = metadata.metadata_for(self.aim, [tensor.key for tensor in tensors])
+            return safetensors.outline(
+                tensors, modulus=modulus, max_file_size=size, metadata=entries
+            )
         if self.form == "dcp":
             return dcp.outline(tensors, objects, modulus=modulus, max_file_size=max_file_size)
         return torchfile.outline(tensors, objects, filename=self.target.name, modulus=modulus)
 
     def side_files(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:
-        """Config and tokenizer to stand beside the weights."""
+        """Config, tokenizer and what else is to stand beside the weights."""
         if self.is_one_file:
             return self._nothing_beside()
+        side = self._beside(coverage, tensors)
+        entries = metadata.metadata_for(self.aim, [tensor.key for tensor in tensors])
+        return replace(side, files=(*side.files, *metadata.side_file(entries, self.form)))
+
+    def _beside(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:
         going, source = self.aim, self.catalog.source
         table, spec, assets = going.table, going.spec, going.source.said.assets
         directory = source if source.is_dir() else source.parent
@@ -132,7 +141,8 @@ class Job:
         is_untied = spec is not None and spec.tied and not coverage.is_tied
         tied = False if table is not None and is_untied else None
         if assets is not None and self._is_described_by(assets):
-            return carried(assets, dtype=most_used(tensors), tied=tied)
+            stored = self.wanted.dtype if self._is_quantized() else most_used(tensors)
+            return carried(assets, dtype=stored, tied=tied)
         if table is not None and (going.renames or not has_config):
             if spec is not None and table.config:
                 require_said(spec, going.weights)
@@ -148,8 +158,13 @@ class Job:
             )
         if not is_own and assets is None:
             return SideFiles()
-        used = self.catalog.files if assets is None else ()
-        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied, used=used)
+        return carried(assets or directory, dtype=self.wanted.dtype, tied=tied)
+
+    def _is_quantized(self) -> bool:
+        """Whether the parameter file speaks of packed weights: its element type is then that of
+        the model that they are unpacked into."""
+        parameters = self.aim.source.parameters
+        return parameters is not None and bool(parameters.quantized_by)
 
     def _nothing_beside(self) -> SideFiles:
         """A file has no place for another beside it, yet the code that reads it wants its sizes."""
@@ -184,6 +199,7 @@ class Job:
                 f"{len(coverage.kept)} keys that {coverage.source} does not list are kept as"
                 f" stored: {some}"
             )
+        notes.extend(metadata.lost(self.aim, is_one_file=self.is_one_file))
         dropped = [] if self.keeps_nesting else [*self.aim.weights.rest]
         if dropped:
             tops = sorted({str(self.catalog.path_of(key)[0]) for key in dropped})

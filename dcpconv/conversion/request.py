@@ -11,7 +11,7 @@ from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
-from dcpconv.sources.said import Said
+from dcpconv.sources.said import STORED, Said
 
 if TYPE_CHECKING:
     from dcpconv.sources.adapters.naming import Weighed
@@ -51,7 +51,7 @@ class Wanted:
             return self.form
         if self.path.suffix in {".pth", ".pt", ".bin"}:
             return "torch"
-        is_hf = self.to in {None, "hf"} or str(self.to).startswith("hf-")
+        is_hf = self.to in {None, "hf", STORED} or str(self.to).startswith("hf-")
         return "hf" if source == "dcp" and is_hf else "dcp"
 
     def ranks(self, form: Form) -> int:

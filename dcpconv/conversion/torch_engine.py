@@ -158,7 +158,9 @@ def rewritten(source: Path, target: Path, *, trust: bool) -> Iterator[Catalog]:
         del state
         catalog = open_checkpoint(scratch.path)
         note = "torch read the source; it took memory and disk for the whole of it"
-        yield replace(catalog, source=source, form=own, notes=(*catalog.notes, note))
+        said, _ = safetensors.from_side_file(source) if own == "dcp" else ({}, ())
+        notes = (*catalog.notes, note)
+        yield replace(catalog, source=source, form=own, notes=notes, metadata=said)
 
 
 def _listed(state: dict[Any, Any], source: Path, form: Form) -> Catalog:

@@ -166,6 +166,7 @@ class Catalog:
         notes: What a user should know about how this was read, one sentence each.
         identities: What every file was when its headers were read, by path relative to ``path``;
             files that name others (an index, ``.metadata``) too.  Empty where files are not here.
+        metadata: Entries of safetensors' ``__metadata__`` beyond ``format: pt``.
     """
 
     form: Form
@@ -178,6 +179,7 @@ class Catalog:
     tied: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     identities: Mapping[str, Identity] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ class DType:
         storage: Class in the torch module that ``torch.save`` names for it, or ``None`` where it
             writes an untyped storage and carries the dtype in ``_rebuild_tensor_v3``.
         label: Short name for tables: ``bf16``.
+        packed: Numbers in one element; safetensors counts them in the last dim, torch does not.
 
     Source:
         safetensors 0.8 ``safetensors/src/tensor.rs`` (codes); torch 2.13 ``torch/storage.py``
@@ -27,11 +28,13 @@ class DType:
     safetensors: str | None
     storage: str | None
     label: str
+    packed: int = 1
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether a ``--dtype`` cast applies to it: integers and bool are never cast unasked."""
-        return self.name.startswith(("float", "bfloat"))
+        """Whether a ``--dtype`` cast applies to it: integers and bool are never cast unasked, and
+        packed numbers mean nothing without the factors beside them."""
+        return self.name.startswith(("float", "bfloat")) and self.packed == 1
 
     def __str__(self) -> str:
         return self.label
@@ -56,6 +59,7 @@ _TABLE = (
     DType("float8_e4m3fnuz", 1, "F8_E4M3FNUZ", None, "f8e4m3fnuz"),
     DType("float8_e5m2fnuz", 1, "F8_E5M2FNUZ", None, "f8e5m2fnuz"),
     DType("float8_e8m0fnu", 1, "F8_E8M0", None, "f8e8m0"),
+    DType("float4_e2m1fn_x2", 1, "F4", None, "f4e2m1x2", packed=2),
     DType("complex64", 8, "C64", "ComplexFloatStorage", "c64"),
     DType("complex128", 16, None, "ComplexDoubleStorage", "c128"),
 )

@@ -16,7 +16,10 @@ _WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"),
     *("*.onnx", "*.onnx_data", "*.tflite", "*.distcp", "*.npz", "*.nemo", "*.mlmodel", "*.ot"),
 )
-_INDEXES = ("*.index.json", ".metadata", "metadata.pkl", "dcpconv_keys*.json")
+_INDEXES = (
+    *("*.index.json", ".metadata", "metadata.pkl", "dcpconv_keys*.json"),
+    "safetensors_metadata.json",
+)
 _CACHES = (".*", "__pycache__", "*.lock", "*.tmp", "*.incomplete", "*.pyc", "runs", "wandb")
 _RUNS = (
     *("trainer_state.json", "train_state_*.json", "latest", "latest_checkpointed_iteration.txt"),
@@ -46,18 +49,36 @@ class Beside:
     notes: tuple[str, ...] = ()
 
 
-def files_beside(directory: Path, used: Collection[str] = ()) -> Beside:
+def weights_beside(directory: Path, used: Collection[str]) -> tuple[str, ...]:
+    """What to say where a second set of weights, or what a trainer keeps, lies beside the first.
+
+    Args:
+        directory: Where the weights are.
+        used: Names of the files that they were read from.
+    """
+    others = [
+        path.name
+        for path in sorted(directory.iterdir())
+        if path.name not in used
+        and path.is_file()
+        and _is_any(path.name, _WEIGHTS)
+        and not _is_any(path.name, (*_CACHES, "adapter_model.*"))
+    ]
+    if not used or not others:
+        return ()
+    return (f"the weights were read from {_few(sorted(used))}; beside them lie {_few(others)}",)
+
+
+def files_beside(directory: Path) -> Beside:
     """What goes along with the weights of a directory.
 
     Args:
         directory: Where the source, or ``--assets``, keeps them.
-        used: Names of the files that the converted tensors are in.
     """
     if not directory.is_dir():
         return Beside({})
     found: dict[str, Path] = {}
     large: list[str] = []
-    other: list[str] = []
     modules = _module_folders(directory)
     for path in sorted(directory.iterdir()):
         name = path.name
@@ -67,21 +88,14 @@ def files_beside(directory: Path, used: Collection[str] = ()) -> Beside:
             inside = list(_inside(path, name))
             if name in modules or not any(_is_any(n, _WEIGHTS) for n, _ in inside):
                 found.update(inside)
-        elif not path.is_file() or _is_any(name, _INDEXES):
+        elif not path.is_file() or _is_any(name, (*_INDEXES, *_WEIGHTS)):
             continue
-        elif _is_any(name, _WEIGHTS):
-            if name not in used:
-                other.append(name)
         elif path.stat().st_size > _LARGEST:
             large.append(name)
         else:
             found[name] = path
-    notes = []
-    if large:
-        notes.append(f"left behind, for its size: {', '.join(large)}")
-    if other and used:
-        notes.append(f"other weights beside the converted ones are left: {_few(other)}")
-    return Beside(found, tuple(notes))
+    notes = (f"left behind, for its size: {', '.join(large)}",) if large else ()
+    return Beside(found, notes)
 
 
 def _inside(directory: Path, name: str) -> Iterator[tuple[str, Path]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,6 @@ def carried(
     *,
     dtype: DType | None,
     tied: bool | None,
-    used: Collection[str] = (),
 ) -> SideFiles:
     """Copies of what stands beside the weights of the same family.
 
@@ -55,9 +54,8 @@ def carried(
         directory: Where the source, or ``--assets``, keeps it.
         dtype: Element type the tensors were cast to; ``config.json`` then says so.
         tied: Whether head and embedding are one tensor, where that differs from the config.
-        used: Names of the files that the converted tensors are in.
     """
-    beside = files_beside(home(directory), used)
+    beside = files_beside(home(directory))
     files = []
     for name, path in beside.files.items():
         text = _patched(path, dtype=dtype, tied=tied) if name == "config.json" else None

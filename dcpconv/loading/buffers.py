@@ -8,6 +8,7 @@ written is reported, because it would surface as a NaN many steps later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +62,14 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
         has_own = any(True for _ in module.parameters()) or any(
             id(part) in flattened for part in module.modules()
         )
-        if (not meta and has_own) or (meta and has_weights):
+        if (not meta and has_own) or (has_weights and not _is_plain(module)):
             left.extend(prefix + name for name in meta)
             continue
         for name in meta:
             _materialise(module, name, device)
         before = {name: (id(t := _buffer(module, name)), t._version) for name in names}  # noqa: SLF001
         for way in _ways(module, initialise):
-            with torch.no_grad():
+            with torch.no_grad(), _weights_aside(module) if has_weights else nullcontext():
                 way()
             written = [name for name in names if _is_written(module, name, before[name])]
             if len(written) == len(names):
@@ -79,6 +80,41 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
         left.extend(prefix + name for name in meta if name not in written)
     above = _computed_above(model, left) if left else ()
     return Restored((*computed, *above), tuple(name for name in left if name not in above))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether all parameters are whole tensors of this process."""
+    return all(type(tensor) is nn.Parameter for tensor in module.parameters())
+
+
+@contextmanager
+def _weights_aside(module: nn.Module) -> Iterator[None]:
+    """Keeps what holds values out of reach of an initialisation: a tensor without memory is there
+    instead.
+
+    Source:
+        transformers 5.23, ``GroundingDinoModel``: its ``level_embed`` is a ``torch.Tensor``, which
+        has memory on the meta device, too.
+    """
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    for part in module.modules():
+        passing = part._non_persistent_buffers_set  # noqa: SLF001
+        both: tuple[Any, Any] = (part._parameters, part._buffers)  # noqa: SLF001
+        for tensors in both:
+            held += [
+                (tensors, name, tensor)
+                for name, tensor in tensors.items()
+                if tensor is not None and not tensor.is_meta and name not in passing
+            ]
+    for tensors, name, tensor in held:
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        tensors[name] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in held:
+            tensors[name] = tensor
 
 
 def _computed_above(model: nn.Module, names: list[str]) -> tuple[str, ...]:

@@ -24,13 +24,11 @@ from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import refused_features, require_expressible, without
 from dcpconv.plan.ties import differing
 from dcpconv.sources.recognition import Weights, recognise
+from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
-
-STORED = "stored"
-"""What ``--to`` calls the source's own keys and layout, whatever its naming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +228,8 @@ def _table(
         return source.target_table(to)
     if own is not None and keymap is not None and keymap is not own:
         return own
+    if own is not None and keymap is own and source.said.from_ is None:
+        return None  # the table was found; nobody asked for other names
     if form == "hf" and keymap is not None:
         return keymap if keymap.family == "hf" else source.target_table("hf")
     return _table_of(model, source) if model is not None else None
@@ -273,7 +273,8 @@ def _as_wanted(weights: Weights, wanted: Shapes | None) -> Weights:
     stored = weights.catalog.tensors
     if sum(key in stored for key in wanted) <= sum(key in weights.entries for key in wanted):
         return weights
-    return Weights(weights.catalog, stored, weights.catalog.tied, weights.keymap, "", ())
+    catalog = weights.catalog
+    return replace(weights, entries=stored, tied=catalog.tied, root="", rest=())
 
 
 def factors_of(source: Catalog, target: Target) -> tuple[str, ...]:

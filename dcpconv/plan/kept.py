@@ -15,6 +15,12 @@ from dcpconv.sources.recognition import Weights
 _HEAD = frozenset({"head", "head_bias"})
 """Slots that a model without a language-modelling head lacks."""
 
+_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+"""Fields that count layers after the last, which predict further tokens.
+
+Source: config.json of DeepSeek-V3, Qwen3-Next and MiMo.
+"""
+
 
 def covered_by_own(
     coverage: Coverage,
@@ -59,13 +65,13 @@ def covered_by_own(
 
 
 def explains_more(parameters: ParameterFile | None) -> bool:
-    """Whether a parameter file speaks of tensors that no table lists: packed weights, or a class
-    with another head."""
+    """Whether a parameter file speaks of tensors that no table lists: packed weights, layers that
+    predict ahead, or a class with another head."""
     if parameters is None:
         return False
-    return bool(parameters.quantized_by) or any(
-        not name.endswith("ForCausalLM") for name in parameters.classes
-    )
+    is_ahead = any(parameters.fields.get(name) for name in _AHEAD)
+    is_other = any(not name.endswith("ForCausalLM") for name in parameters.classes)
+    return bool(parameters.quantized_by) or is_ahead or is_other
 
 
 def _first(target: Target) -> str:

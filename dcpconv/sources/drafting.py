@@ -10,7 +10,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import KeymapError
 from dcpconv.core.layout import Layout
-from dcpconv.families.keymaps import Keymap, keymaps, read_keymap, split_key
+from dcpconv.families.keymaps import Keymap, is_known, keymaps, read_keymap, split_key
 from dcpconv.families.keymaps.reading import line_of
 from dcpconv.sources.recognition import recognise
 
@@ -43,7 +43,7 @@ def checked_keymap(path: Path) -> Keymap:
 
     Raises:
         KeymapError: The file breaks a rule, holds a slot with other axes than ours, or names a
-            class or parameter file that no table of ours is for; every problem points to its line.
+            parameter file that no table of ours is for; every problem points to its line.
     """
     table = read_keymap(path)
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -58,14 +58,11 @@ def checked_keymap(path: Path) -> Keymap:
                 wanted = " ".join(min(sorted(axes) for axes in known))
                 what = f"{slot} has the axes {wanted}, here {' '.join(sorted(axes))}"
                 problems.append((f"{path.name}:{line}", f"{row.pattern.text}: {what}"))
-    for field, named in (("architectures", table.architectures), ("config", (table.config,))):
-        known_here = _named(field)
-        line = line_of(lines, (field,))
-        problems += [
-            (f"{path.name}:{line}", f"{field}: {word} is none of {', '.join(sorted(known_here))}")
-            for word in named
-            if word and word not in known_here
-        ]
+    configs = {ours.config for ours in keymaps().values()}
+    if table.config and table.config not in configs:
+        line = line_of(lines, ("config",))
+        what = f"config: {table.config} is none of {', '.join(sorted(configs))}"
+        problems.append((f"{path.name}:{line}", what))
     if table.name in keymaps():
         problems.append((f"{path.name}:1", f"the name {table.name} is taken by one of ours"))
     if problems:
@@ -73,12 +70,9 @@ def checked_keymap(path: Path) -> Keymap:
     return table
 
 
-def _named(field: str) -> set[str]:
-    """What our tables say in one field of their heads."""
-    tables = keymaps().values()
-    if field == "config":
-        return {table.config for table in tables}
-    return {word for table in tables for word in table.architectures}
+def foreign_architectures(table: Keymap) -> list[str]:
+    """Models that none of our tables is for: a new one, or one that is spelled otherwise."""
+    return [name for name in table.architectures if not is_known(name)]
 
 
 def foreign_slots(table: Keymap) -> list[str]:
@@ -87,7 +81,7 @@ def foreign_slots(table: Keymap) -> list[str]:
     return sorted(slot for slot in table.slots if slot not in ours)
 
 
-def draft(catalog: Catalog, *, name: str = "my-family") -> str:
+def draft(catalog: Catalog, *, name: str = "my-family", architecture: str = "") -> str:
     """The text of a table for a checkpoint whose naming no table knows.
 
     Slots and layouts are guessed from the ends of keys and from shapes; every guess that needs a
@@ -96,6 +90,7 @@ def draft(catalog: Catalog, *, name: str = "my-family") -> str:
     Args:
         catalog: The checkpoint.
         name: What the table shall be called.
+        architecture: What the parameter file beside it names.
     """
     weights = recognise(catalog)
     guesses = list(_guesses(weights.entries))
@@ -109,7 +104,7 @@ def draft(catalog: Catalog, *, name: str = "my-family") -> str:
         "# `dcpconv families check` on this file.",
         f'name          = "{name}"',
         'title         = ""',
-        'architectures = ["llama"]   # model_type in transformers of the models it is for',
+        f'architectures = ["{architecture or "llama"}"]   # model_type of the models it is for',
         'source        = ""          # where the facts come from',
         "",
         "[keys]",

@@ -58,7 +58,7 @@ def read_catalog(name: str, *, problems: list[str] | None = None) -> tuple[Catal
 
 
 def _header(repository: Repository, file: str) -> Headed:
-    """Size, tensors and slices of one file."""
+    """Size, tensors and metadata of one file."""
     size, where = repository.files[file], f"{repository.asked}/{file}"
     first = repository.range(file, 0, min(_FIRST, size))
 
@@ -68,10 +68,11 @@ def _header(repository: Repository, file: str) -> Headed:
         return first[offset:] + repository.range(file, len(first), offset + nbytes - len(first))
 
     start, header = parse_header(read, size, where)
-    if "DCP_SHARDING_INFO" in (header.get("__metadata__") or {}):
+    metadata = header.get("__metadata__") or {}
+    if "DCP_SHARDING_INFO" in metadata:
         raise FormatError(
             "the repository holds slices in transformers' distributed form",
             [("file", where)],
             hint="download it and name the path",
         )
-    return size, parse_entries(header, start, size, file, where), {}
+    return size, parse_entries(header, start, size, file, where), metadata

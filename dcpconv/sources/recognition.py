@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, split_key, tables_for
+from dcpconv.families.keymaps import Keymap, is_known, split_key, tables_for
 from dcpconv.sources.containers import candidate_roots, nested_root
 from dcpconv.sources.fitting import (
     RULED_OUT,
@@ -46,6 +46,7 @@ class Weights:
             says, such as the RoPE theta.
         is_hinted: Whether sizes or config speak for the family before those.
         idle: Keys that can be left out without a difference -> why.
+        architecture: What the parameter file names; empty where nothing is named.
     """
 
     catalog: Catalog
@@ -59,6 +60,7 @@ class Weights:
     same: tuple[Keymap, ...] = ()
     is_hinted: bool = False
     idle: Mapping[str, str] = field(default_factory=dict)
+    architecture: str = ""
 
     def require_keymap(self) -> Keymap:
         """The naming, for work that needs one.
@@ -67,13 +69,21 @@ class Weights:
             AmbiguousFamilyError: No table fits, or several do and they lead to other bytes.
         """
         if self.keymap is None:
+            is_new = self.architecture and not is_known(self.architecture)
+            source = self.catalog.source
             raise AmbiguousFamilyError(
-                "no naming table knows these keys",
+                f"no naming table is for {self.architecture}"
+                if is_new
+                else "no naming table knows these keys",
                 [
-                    ("source", self.catalog.source),
+                    ("source", source),
+                    *(("model", name) for name in [self.architecture] if name),
+                    *(("because", text) for text in self.evidence),
                     *(("key", key) for key in list(self.entries)[:5]),
+                    ("works", "any form under these keys: leave --to out, or --to stored"),
                 ],
-                hint="describe the naming with --keymap FILE, or leave --to out to keep the keys",
+                hint=f"`dcpconv families new {source} > my.toml` drafts a table for --keymap"
+                " my.toml; --from NAME says that one of ours is right",
             )
         if self.alternatives:
             raise AmbiguousFamilyError(
@@ -95,6 +105,7 @@ def recognise(
     keymap: Keymap | None = None,
     root: str | None = None,
     tables: Iterable[Keymap] | None = None,
+    own: Keymap | None = None,
 ) -> Weights:
     """Finds the weights of a checkpoint and their naming.
 
@@ -114,6 +125,7 @@ def recognise(
         keymap: The naming, where the user has said it.
         root: What stands before every key, where the user has said it; ``""`` for nothing.
         tables: Candidates; by default the tables that come with the package.
+        own: A table of the user's: a candidate where it lists a model that none of ours is for.
     """
     if architecture is None and spec is not None:
         architecture = spec.architecture
@@ -123,6 +135,8 @@ def recognise(
     containers = containers_of(catalog)
     readings = [_bare_keys(at, counts) for at in roots]
     candidates = _candidates(architecture, spec, keymap, tables, readings)
+    if own is not None and architecture in own.architectures and not is_known(architecture):
+        candidates = [*candidates, own]
     fits = [
         fit
         for at in roots
@@ -138,7 +152,9 @@ def recognise(
             if chosen and root is None
             else ()
         )
-        return _weights(catalog, chosen, keymap, (), (*_why_not(architecture, fits), *found))
+        evidence = (*_why_not(architecture, fits), *found)
+        weights = _weights(catalog, chosen, keymap, (), evidence)
+        return replace(weights, architecture=architecture or "")
     best = sure[0]
     same_root = [
         fit
@@ -153,18 +169,18 @@ def recognise(
     )
     equal = tuple(fit.keymap for fit in same_root[1:] if rows_used(fit, counts) == rows)
     under = f" under {best.root!r}" if best.root else ""
-    evidence = [
+    reasons = [
         f"{best.matched} of {best.matched + best.unmatched} keys{under} match {best.keymap.name}"
     ]
-    evidence.extend(clues(best, spec))
+    reasons.extend(clues(best, spec))
     if equal:
-        evidence.append(f"the same bytes as {', '.join(table.name for table in equal)}")
+        reasons.append(f"the same bytes as {', '.join(table.name for table in equal)}")
     if others and spec is not None and spec.architecture in best.keymap.architectures:
         others = tuple(table for table in others if spec.architecture in table.architectures)
     if others and spec is not None and spec.origin == best.keymap.config:
         others = ()
-    weights = _weights(catalog, best.root, best.keymap, others, tuple(evidence), beside=best.beside)
-    return replace(weights, same=equal, is_hinted=best.hinted > 0)
+    weights = _weights(catalog, best.root, best.keymap, others, tuple(reasons), beside=best.beside)
+    return replace(weights, same=equal, is_hinted=best.hinted > 0, architecture=architecture or "")
 
 
 def _is_sure(fit: Fit, architecture: str | None, spec: ModelSpec | None) -> bool:

@@ -15,6 +15,9 @@ from dcpconv.families.keymaps import Keymap, read_keymap, resolve_family
 SELECTION_BIAS = "selection_bias"
 """What ``--allow`` calls the load-balancing bias of experts."""
 
+STORED = "stored"
+"""What ``--to`` calls the source's own keys and layout, whatever its naming."""
+
 FIELD = "config."
 """What stands before a field of the parameter file in ``--allow``: ``config.attn_temperature``."""
 

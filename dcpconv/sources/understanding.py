@@ -12,6 +12,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import NotACheckpointError, SpecError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
+from dcpconv.families.beside import weights_beside
 from dcpconv.families.configs.patching import patched_spec
 from dcpconv.families.keymaps import Keymap, is_known, keymaps
 from dcpconv.families.parameter_files import ParameterFile, read_parameter_file
@@ -204,7 +205,13 @@ def _recognised(
         fields = parameters.fields if parameters is not None else None
         catalog, scaled = multiplied(catalog, fields)
     weights = recognise(
-        catalog, spec=spec, architecture=architecture, keymap=own, root=root, tables=tables
+        catalog,
+        spec=spec,
+        architecture=architecture,
+        keymap=own,
+        root=root,
+        tables=tables,
+        own=said.keymap,
     )
     if weights.keymap is None and spec is not None and not is_known(spec.architecture):
         spec = None  # numbers that were read as if the model were one that we know
@@ -216,10 +223,17 @@ def _recognised(
         parameters,
         said,
         replace(opened.end, keys=len(catalog.tensors)),
-        notes=(*catalog.notes, *notes, *remarks),
+        notes=(*catalog.notes, *_weights_beside(opened), *notes, *remarks),
         model=opened.model,
         scaled=scaled,
     )
+
+
+def _weights_beside(opened: Opened) -> tuple[str, ...]:
+    place = opened.place
+    if place is None or not place.is_dir():
+        return ()
+    return weights_beside(place, opened.catalog.files)
 
 
 def _parameters(opened: Opened, said: Said) -> tuple[ParameterFile | None, tuple[str, ...]]:

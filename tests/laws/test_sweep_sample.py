@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
+from sweep import STEPS
 from sweep.building import Architecture, architectures
 from sweep.steps import prove
-
-STEPS = ("check", "live", "meta", "memory", "base", "damage")
 
 SAMPLE = (
     "llama",  # names in memory are those of files

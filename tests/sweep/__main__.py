@@ -39,22 +39,27 @@ def main() -> int:
     parser.add_argument("--steps", default=",".join(STEPS), help="steps, after commas")
     parser.add_argument("--results", type=Path, default=Path("out/sweep.json"))
     parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
+    parser.add_argument("--resume", action="store_true", help="keep what --results has already")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return _work(options.worker.split(","), options.steps.split(","))
-    names = options.only.split(",") if options.only else _all()
-    batches = [names[at : at + options.batch] for at in range(0, len(names), options.batch)]
+    every = _all()
     found: dict[str, Any] = {}
+    if options.resume and options.results.is_file():
+        found = json.loads(options.results.read_text())
+    names = options.only.split(",") if options.only else every
+    names = [name for name in names if name not in found]
+    batches = [names[at : at + options.batch] for at in range(0, len(names), options.batch)]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         for some in pool.map(lambda batch: _batch(batch, options.steps), batches):
             found |= some
             options.results.write_text(json.dumps(found, indent=1) + "\n")
-            sys.stderr.write(f"{len(found)} of {len(names)}\n")
+            sys.stderr.write(f"{len(found)} of {len(every)}\n")
     sys.stdout.write(f"{summary(found)}\n")
     if options.write and not options.only:
-        PAGE.write_text(page(found, version("transformers")))
+        PAGE.write_text(page(found, version("transformers"), every))
     return 0
 
 

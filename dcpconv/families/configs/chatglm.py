@@ -9,6 +9,7 @@ from dcpconv.core.dtypes import dtype_named
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import Record
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
+from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.parameters import (
     Refusal,
     Wishes,
@@ -33,7 +34,21 @@ _AUTO_MAP = {
 }
 
 
-class _Config(Record, extra="ignore"):
+_HARMLESS = (
+    *("vocab_size", "bias_dropout_fusion", "apply_query_key_layer_scaling"),
+    *("attention_softmax_in_fp32", "fp32_residual_connection", "interleaved_qkv"),
+)
+"""What the code does not read, or only to choose a precision; its scaling of queries is undone in
+the softmax.  Source: ``modeling_chatglm.py`` of THUDM/chatglm3-6b, CoreAttention."""
+
+_HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
+    "model_type": ("chatglm",),
+    "original_rope": (True,),
+    "quantization_bit": (0,),
+}
+
+
+class _Config(Record, extra="allow"):
     """ChatGLMConfig, with its defaults.
 
     Source: ``configuration_chatglm.py`` of THUDM/chatglm3-6b.
@@ -106,6 +121,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "pad_token_id": config.pad_token_id,
             "origin": "chatglm3" if grouped else "chatglm3-mha",
             "extra": {name: fields[name] for name in _PREFIX if fields.get(name)},
+            "unaccounted": unaccounted(
+                config.model_extra or {}, harmless=_HARMLESS, harmless_if=_HARMLESS_IF
+            ),
         },
         file,
     )

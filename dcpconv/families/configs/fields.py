@@ -138,6 +138,7 @@ def unaccounted(
     extra: Mapping[str, object],
     *,
     used: Iterable[str] = (),
+    harmless: Iterable[str] = (),
     harmless_if: Mapping[str, tuple[object, ...]] | None = None,
 ) -> tuple[str, ...]:
     """Fields, as ``name: value``, whose meaning nobody here knows.
@@ -145,13 +146,14 @@ def unaccounted(
     Args:
         extra: Fields that no record names.
         used: Names of fields that a reader looks at all the same.
-        harmless_if: What a family adds to ``HARMLESS_IF``.
+        harmless: What a family adds to ``HARMLESS``.
+        harmless_if: What it adds to ``HARMLESS_IF``.
 
     >>> unaccounted({"use_cache": True, "no_rope_layers": [0, 1], "is_causal": True, "x": None})
     ('no_rope_layers: [0, 1]',)
     """
     conditions = {**HARMLESS_IF, **(harmless_if or {})}
-    looked_at = {*used}
+    looked_at = {*used, *harmless}
     return tuple(
         f"{name}: {_short(value)}"
         for name, value in extra.items()

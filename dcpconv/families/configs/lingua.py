@@ -10,6 +10,7 @@ from dcpconv.core.errors import SpecError
 from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, ModelSpec, Positive, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
+from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.parameters import Refusal, Wishes, checked
 
 EXPRESSES: frozenset[str] = frozenset()
@@ -47,6 +48,18 @@ _WHY = {
 """Source: ``lingua/transformer.py`` and ``apps/main/transformer.py``, same commit."""
 
 
+_OF_A_RUN = (
+    *("name", "dump_dir", "seed", "grad_acc_steps", "gc_collect_freq", "probe_freq", "steps"),
+    *("data", "optim", "model", "distributed", "env", "checkpoint", "profiling", "logging"),
+    *("async_eval_gpus", "eval", "dcpconv"),
+)
+"""Sections that say how a run goes; only ``model`` says what it computes, and ``dcpconv`` what an
+earlier conversion left out.  Source: ``TrainArgs`` in ``apps/main/train.py``, same commit."""
+
+_AT_THE_START = ("init_base_std", "init_std_factor", "seed")
+"""Fields of the model that set its first values.  Source: ``LMTransformerArgs``, same commit."""
+
+
 class _Section(Record, extra="ignore"):
     """A part of TrainArgs; what we do not look at may be anything."""
 
@@ -55,7 +68,7 @@ class _Distributed(_Section):
     model_dtype: str | None = None
 
 
-class _Model(_Section):
+class _Model(Record, extra="allow"):
     """LMTransformerArgs, with Lingua's defaults."""
 
     dim: Size = 512
@@ -108,6 +121,13 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "dtype": checked(_Distributed, _section(fields, "distributed"), file).model_dtype,
             "sliding_window": args.sliding_window,
             "origin": "lingua",
+            "unaccounted": (
+                *(
+                    f"model.{text}"
+                    for text in unaccounted(args.model_extra or {}, harmless=_AT_THE_START)
+                ),
+                *unaccounted(fields, harmless=_OF_A_RUN),
+            ),
         },
         file,
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dcpconv.core.record import Record
+from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width, solve_ffn
+from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _LLAMA3 = {
@@ -18,7 +19,21 @@ _LLAMA3 = {
 """What Meta's code fixes.  Source: ``apply_scaling`` in llama-models ``models/llama3/model.py``."""
 
 
-class _Params(Record, extra="ignore"):
+_HARMLESS = ("max_batch_size", "model_parallel_size", "dcpconv")
+"""How much Meta's code computes at once, and what an earlier conversion left out."""
+
+_HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
+    "attn_bias": (False,),
+    "causal": (True,),
+    "model_type": ("transformer",),
+    "tied_embeddings": (False,),
+    "use_biases": (False,),
+}
+"""What Mistral's own files say of a plain model.  Its ``moe``, ``vision_encoder`` and ``yarn``,
+and Meta's ``quantization_args``, ``lora_args`` and ``vision_chunk_size`` are of other models."""
+
+
+class _Params(Record, extra="allow"):
     dim: Size
     n_layers: Count
     n_heads: Count
@@ -33,7 +48,7 @@ class _Params(Record, extra="ignore"):
     use_scaled_rope: bool = False
     rope_scaling_factor: Positive | None = None
     sliding_window: Size | None = None
-    max_seq_len: Size | None = None
+    max_seq_len: Size | None = field(default=None, names=("max_seq_len", "max_position_embeddings"))
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -65,6 +80,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "rope_scaling": _rope_scaling(params),
             "sliding_window": params.sliding_window,
             "origin": "meta",
+            "unaccounted": unaccounted(
+                params.model_extra or {}, harmless=_HARMLESS, harmless_if=_HARMLESS_IF
+            ),
         },
         file,
     )

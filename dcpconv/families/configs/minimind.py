@@ -9,6 +9,7 @@ from dcpconv.core.dtypes import dtype_named
 from dcpconv.core.record import Record, field
 from dcpconv.core.spec import Count, Experts, ModelSpec, Positive, RopeScaling, Size
 from dcpconv.families.configs.ffn import ffn_width
+from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _EXPRESSES: Mapping[str, frozenset[str]] = {
@@ -21,7 +22,14 @@ _THETA_1 = 10_000.0
 """What the first generation computes RoPE from; its config has no field for it."""
 
 
-class _Config(Record, extra="ignore"):
+_HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
+    "model_type": ("minimind",),
+    "scoring_func": ("softmax",),
+}
+"""Beside what holds for every config.json; the routers of all generations are softmax."""
+
+
+class _Config(Record, extra="allow"):
     """The fields of every generation; the defaults are those of the classes."""
 
     hidden_size: Size = field(names=("hidden_size", "dim"))
@@ -127,9 +135,18 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             "bos_token_id": config.bos_token_id,
             "eos_token_id": config.eos_token_id,
             "origin": family,
+            "unaccounted": unaccounted(
+                config.model_extra or {},
+                harmless_if={**_HARMLESS_IF, "rope_parameters": (_plain_rope(config.rope_theta),)},
+            ),
         },
         file,
     )
+
+
+def _plain_rope(theta: float) -> dict[str, object]:
+    """What transformers 5 writes for any class, beside the field that MiniMind reads."""
+    return {"rope_theta": theta, "rope_type": "default"}
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:

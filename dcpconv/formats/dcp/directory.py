@@ -23,6 +23,7 @@ from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.dcp.unflattened import unfold
 from dcpconv.formats.dcp.unpacking import contents_in, unpacked
 from dcpconv.formats.dcp.writing import outline
+from dcpconv.formats.safetensors.metadata import from_side_file
 from dcpconv.stores.local import identity_of, read_regular
 
 __all__ = ["OpaqueObject", "explain", "is_dcp", "outline", "read_catalog"]
@@ -112,6 +113,7 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
     for key, tensor in contents.tensors.items():
         boxes = [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
         found += [f"{key}: {problem}" for problem in inspect_boxes(tensor.shape, boxes)]
+    metadata, notes = from_side_file(path)
     catalog = Catalog(
         form="dcp",
         path=path,
@@ -128,8 +130,10 @@ def _read(path: Path, where: str) -> tuple[Catalog, list[str]]:
                 if path != source
                 else ()
             ),
+            *notes,
         ),
         identities=identities,
+        metadata=metadata,
     )
     return catalog, found
 

@@ -30,6 +30,7 @@ from dcpconv.formats.safetensors.index import (
     strays,
     unnamed,
 )
+from dcpconv.formats.safetensors.metadata import united
 from dcpconv.stores.local import identities_of, open_regular, read_regular
 
 MAX_FILE_SIZE = 5 * 10**9
@@ -90,8 +91,8 @@ def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
     return replace(catalog, identities=identities)
 
 
-Headed = tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]
-"""Size of a shard file in bytes, its tensors, and where slices of the distributed form begin."""
+Headed = tuple[int, list[TensorEntry], Mapping[str, str]]
+"""Size of a shard file in bytes, its tensors, and its ``__metadata__``."""
 
 
 def gather(
@@ -120,9 +121,11 @@ def gather(
     """
     files: dict[str, int] = {}
     chunks: dict[str, list[tuple[Chunk, TensorEntry]]] = {}
+    said: dict[str, Mapping[str, str]] = {}
     for name in names:
         try:
-            size, entries, offsets = read(name)
+            size, entries, said[name] = read(name)
+            offsets = saved_offsets(said[name], directory / name)
         except FormatError as error:
             if is_strict:
                 raise
@@ -155,8 +158,10 @@ def gather(
     if weight_map is not None:
         tensors = {key: tensors[key] for key in weight_map if key in tensors} | tensors
     skipped = _skipped(files)
-    notes = (_skipped_note(skipped),) if skipped and not found else ()
-    return Catalog("hf", directory, source, files, tensors, notes=notes)
+    metadata, notes = united(said)
+    if skipped and not found:
+        notes = (_skipped_note(skipped), *notes)
+    return Catalog("hf", directory, source, files, tensors, notes=notes, metadata=metadata)
 
 
 def outline(
@@ -164,6 +169,7 @@ def outline(
     *,
     modulus: int,
     max_file_size: int = MAX_FILE_SIZE,
+    metadata: Mapping[str, str] | None = None,
 ) -> Outline:
     """Places tensors into shard files, split as huggingface_hub splits them.
 
@@ -174,6 +180,7 @@ def outline(
         tensors: Whole tensors, one chunk each, with bare keys.
         modulus: Block size to line up with, in bytes; a multiple of 8.
         max_file_size: Bytes of tensors in one file at most; a larger tensor gets its own file.
+        metadata: Entries of ``__metadata__``, which every file says.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415  slow import
 
@@ -185,11 +192,11 @@ def outline(
         max_shard_size=max_file_size,
     )
     files = tuple(
-        one_file(name, [by_key[key] for key in keys], modulus=modulus)
+        one_file(name, [by_key[key] for key in keys], modulus=modulus, metadata=metadata)
         for name, keys in split.filename_to_tensors.items()
     )
     if len(files) <= 1:
-        return Outline(files or (one_file(SINGLE, [], modulus=modulus),))
+        return Outline(files or (one_file(SINGLE, [], modulus=modulus, metadata=metadata),))
     index = {
         "metadata": {"total_size": sum(tensor.chunks[0].fill.nbytes for tensor in tensors)},
         "weight_map": dict(sorted(split.tensor_to_filename.items())),
@@ -197,9 +204,7 @@ def outline(
     return Outline(files, ((INDEX, (json.dumps(index, indent=2) + "\n").encode()),))
 
 
-def _read_file(
-    directory: Path, name: str
-) -> tuple[int, list[TensorEntry], dict[str, tuple[int, ...]]]:
+def _read_file(directory: Path, name: str) -> Headed:
     where = directory / name
     try:
         with os.fdopen(open_regular(where), "rb") as file:
@@ -215,7 +220,7 @@ def _read_file(
             "cannot read the shard file", [("file", where), ("because", error.strerror)]
         ) from None
     entries = parse_entries(header, start, size, name, where)
-    return size, entries, saved_offsets(header.get("__metadata__"), where)
+    return size, entries, header.get("__metadata__") or {}
 
 
 def saved_offsets(metadata: object, where: object) -> dict[str, tuple[int, ...]]:
@@ -241,6 +246,14 @@ def _offsets(value: object) -> tuple[int, ...]:
     ):
         raise ValueError(f"saved_offsets are {value!r:.80}")
     return tuple(value)
+
+
+def _counted(tensor: OutTensor) -> list[int]:
+    """A shape as safetensors counts it: in numbers, where a byte holds several."""
+    *outer, last = tensor.shape or (1,)
+    if tensor.dtype.packed == 1:
+        return list(tensor.shape)
+    return [*outer, last * tensor.dtype.packed]
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
@@ -304,11 +317,17 @@ def _skipped(files: Iterable[str]) -> list[int]:
     return sorted(set(range(1, max(numbers, default=0))) - numbers)
 
 
-def one_file(name: str, tensors: Iterable[OutTensor], *, modulus: int) -> OutFile:
+def one_file(
+    name: str,
+    tensors: Iterable[OutTensor],
+    *,
+    modulus: int,
+    metadata: Mapping[str, str] | None = None,
+) -> OutFile:
     """One file of a given name with all of these tensors, placed as ``outline`` does."""
     # Wide types first keep every tensor aligned to its own element size.
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     fills: list[tuple[int, Fill]] = []
     wishes: dict[int, int] = {}
     position = 0
@@ -316,7 +335,7 @@ def one_file(name: str, tensors: Iterable[OutTensor], *, modulus: int) -> OutFil
         fill = tensor.chunks[0].fill
         header[tensor.key] = {
             "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.shape),
+            "shape": _counted(tensor),
             "data_offsets": [position, position + fill.nbytes],
         }
         fills.append((position, fill))

@@ -207,6 +207,10 @@ def _checked(key: str, record: object) -> _Record:
         numel *= length
         if numel >= 2 * _LARGEST_DIM:
             raise ValueError("shape has more elements than can be counted")
+    if known.packed > 1:
+        if not shape or shape[-1] % known.packed:
+            raise ValueError(f"shape {shape!r:.200} ends within a byte")
+        shape, numel = [*shape[:-1], shape[-1] // known.packed], numel // known.packed
     begin, end = offsets
     if type(begin) is not int or type(end) is not int:
         raise ValueError(f"data_offsets are {begin!r:.40} and {end!r:.40}")

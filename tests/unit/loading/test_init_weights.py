@@ -219,6 +219,23 @@ class TestBuffers:
         assert report.computed_buffers == ("rope.table",)
         assert model.get_buffer("rope.table").tolist() == [3.0] * 4
 
+    def test_computing_a_table_leaves_values_beside_it_alone(self, tmp_path: Path) -> None:
+        model = nn.Linear(3, 2, device="meta")
+        model.bias = nn.Parameter(torch.tensor([1.0, 2.0]))  # has memory on the meta device, too
+        model.register_buffer("table", torch.empty(4, device="meta"), persistent=False)
+
+        def reset() -> None:
+            model.get_buffer("table").fill_(3)
+            model.bias.fill_(9)
+
+        model.reset_parameters = reset  # type: ignore[method-assign]
+        torch.save({"weight": torch.ones(2, 3)}, tmp_path / "w.pth")
+        report = load_init_weights(model, tmp_path / "w.pth", strict=False)
+        assert report.computed_buffers == ("table",)
+        assert model.get_buffer("table").tolist() == [3.0] * 4
+        assert model.bias.tolist() == [1.0, 2.0]
+        assert model.weight.tolist() == [[1.0] * 3] * 2
+
     def test_garbage_of_to_empty_is_computed_again(self, llama: Path) -> None:
         model = build(meta=False)
         expected = model.rope_embeddings.freqs_cis.clone().fill_(9)
