@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-from dcpconv.conversion.aside import with_aside
 from dcpconv.conversion.job import Job, most_used
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request
@@ -17,10 +16,9 @@ from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.outline import Outline, OutTensor
 from dcpconv.engine.space import block_size
 from dcpconv.families.side_files import SideFiles, dequantized
-from dcpconv.plan.account import aim
+from dcpconv.plan.account import Aim, aim
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import make_plan, row_chunks, whole
-from dcpconv.plan.taking_up import take_up
 from dcpconv.sources.adapters.spotting import beside_note, require_model
 from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.sources.selection import require_tensors
@@ -57,7 +55,7 @@ def require_model_in(everything: Catalog, request: Request) -> None:
     """
     form = request.wanted.form_from(everything.form)
     source = understand(request.source, request.said, catalog=everything)
-    going, _ = take_up(aim(source, form=form))
+    going, _ = _taken_up(aim(source, form=form))
     job = Job(going, request.wanted, form)
     coverage, _ = job.cover()
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
@@ -76,7 +74,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         root=_source_root(wanted.root, form, everything),
         catalog=everything,
     )
-    going, kept_notes = take_up(aim(source, to=wanted.to, form=form))
+    going, kept_notes = _taken_up(aim(source, to=wanted.to, form=form))
     merge_notes: tuple[str, ...] = ()
     if request.adapters:
         from dcpconv.plan.adapting import merged_into  # noqa: PLC0415 - most have none
@@ -87,13 +85,17 @@ def decide(everything: Catalog, request: Request) -> Decided:
     coverage.require(request.source, hint=_coverage_hint(coverage, job))
     tensors, planned, outline = _laid_out(job, coverage)
     require_tensors(source.catalog, tensors)
-    outline, aside_notes = with_aside(
-        outline,
-        coverage,
-        going.weights.keymap,
-        modulus=block_size(wanted.path),
-        is_one_file=job.is_one_file,
-    )
+    aside_notes: tuple[str, ...] = ()
+    if coverage.aside:
+        from dcpconv.conversion.aside import with_aside  # noqa: PLC0415 - one family has some
+
+        outline, aside_notes = with_aside(
+            outline,
+            coverage,
+            going.weights.keymap,
+            modulus=block_size(wanted.path),
+            is_one_file=job.is_one_file,
+        )
     side = job.side_files(coverage, tensors)
     if request.said.dequantize:
         side = dequantized(side, most_used(tensors))
@@ -109,6 +111,15 @@ def decide(everything: Catalog, request: Request) -> Decided:
     )
     report = summarise(job, coverage, tensors, outline, side, tuple(dict.fromkeys(all_notes)))
     return Decided(job, tensors, planned, outline, side, report)
+
+
+def _taken_up(going: Aim) -> tuple[Aim, tuple[str, ...]]:
+    """The aim with what was kept aside beside its source, if the target has a place for it."""
+    if going.table is None or not going.table.aside:
+        return going, ()
+    from dcpconv.plan.taking_up import take_up  # noqa: PLC0415 - one family has some
+
+    return take_up(going)
 
 
 def _laid_out(

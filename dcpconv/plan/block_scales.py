@@ -70,7 +70,7 @@ def with_products(coverage: Coverage, source: Source, dtype: DType) -> Coverage:
         dtype: Type of the products.
     """
     scaled = source.scaled
-    if not source.said.dequantize:
+    if scaled is None:
         return coverage
     root = source.weights.root
     targets = tuple(

@@ -12,7 +12,6 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
 from dcpconv.plan.block_scales import SCALE, factors_along, scales_of
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
-from dcpconv.plan.derived import derive
 from dcpconv.sources.numbers import solve
 from dcpconv.sources.recognition import Weights
 
@@ -243,6 +242,8 @@ class _Account:
                 if name in made or (row and not self._is_needed(row, indices)):
                     continue
                 shape = row.layout.shape(self.sizes) if row else None
+                from dcpconv.plan.derived import derive  # noqa: PLC0415 - few tables have rules
+
                 derived = derive(rule, name, spec=self.spec, shape=shape, dtype=dtype)
                 found[name] = derived
         return found

@@ -21,13 +21,11 @@ from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
-from dcpconv.sources.scales import Scaled, multiplied
 from dcpconv.sources.selection import select, why_no_weights
 
 if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel
-
-_NOT_SCALED = Scaled()
+    from dcpconv.sources.scales import Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Source:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     model: LiveModel | None = None
-    scaled: Scaled = _NOT_SCALED
+    scaled: Scaled | None = None
 
     @property
     def keymap(self) -> Keymap | None:
@@ -200,8 +198,10 @@ def _recognised(
     spec = parameters.spec if parameters is not None else None
     own = said.table(stated, spec.architecture if spec is not None else None)
     architecture = parameters.architecture if parameters is not None else None
-    scaled = _NOT_SCALED
+    scaled: Scaled | None = None
     if said.dequantize:
+        from dcpconv.sources.scales import multiplied  # noqa: PLC0415 - few conversions need it
+
         fields = parameters.fields if parameters is not None else None
         catalog, scaled = multiplied(catalog, fields)
     weights = recognise(

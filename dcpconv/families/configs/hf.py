@@ -10,7 +10,7 @@ from dcpconv.core.record import slots_of
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import HfConfig
-from dcpconv.families.configs.llama_shaped_reading import layer_words, own_names, own_values
+from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
 
@@ -49,6 +49,12 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             )
         head_dim = config.hidden_size // config.num_attention_heads
     window, layer_types = _windows(config, file)
+    own_names, own_values = frozenset[str](), dict[str, object]()
+    if config.model_type in LLAMA_SHAPED:
+        from dcpconv.families.configs import llama_shaped_reading as shaped  # noqa: PLC0415
+
+        own_names = shaped.own_names(config.model_type)
+        own_values = dict(shaped.own_values(config, file))
     values: dict[str, object] = {
         "architecture": config.model_type,
         "vocab_size": config.vocab_size,
@@ -80,9 +86,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "pad_token_id": config.pad_token_id,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "unaccounted": (
-            *unaccounted(
-                config.model_extra or {}, used=_spellings() | own_names(config.model_type)
-            ),
+            *unaccounted(config.model_extra or {}, used=_spellings() | own_names),
             *_rope_strangers(config),
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
@@ -90,7 +94,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     if config.model_type in {"gemma", "gemma2"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
     known = MODEL_TYPES.get(config.model_type)
-    values |= own_values(config, file)
+    values |= own_values
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
 
 
@@ -210,7 +214,9 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
             slides = [layer % 2 == 0 for layer in layers]
         if slides is not None:
             types = ["sliding_attention" if slide else "full_attention" for slide in slides]
-        else:
+        elif config.model_type in LLAMA_SHAPED:
+            from dcpconv.families.configs.llama_shaped_reading import layer_words  # noqa: PLC0415
+
             types = layer_words(config, file)
     if types is not None:
         if not any("sliding" in word for word in types):

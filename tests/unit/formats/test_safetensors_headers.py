@@ -127,7 +127,7 @@ def test_many_entries_do_not_wake_the_collector(tmp_path: Path) -> None:
         read_catalog(file)
     finally:
         gc.callbacks.pop()
-    assert runs.count("start") <= 1  # when it is switched on again
+    assert runs.count("start") <= 3  # around the reading; every 2,000 objects start one otherwise
     assert gc.isenabled()
 
 
