@@ -254,6 +254,12 @@ def _table_of(model: Catalog, source: Source) -> Keymap | None:
     if same.entries and not same.rest and all(map(own.match, same.entries)):
         return own
     found = recognise(model, spec=source.spec)
+    whole = recognise(model, may_have_more=True)
+    if whole.keymap is not None:
+        # What has every key of a naming is of it, whatever model the source is of.
+        others = (whole.keymap, *whole.same, *whole.alternatives)
+        if found.keymap not in others:
+            found = whole
     if found.keymap is None:
         return None
     if found.alternatives:

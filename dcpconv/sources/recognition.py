@@ -106,6 +106,7 @@ def recognise(
     root: str | None = None,
     tables: Iterable[Keymap] | None = None,
     own: Keymap | None = None,
+    may_have_more: bool = False,
 ) -> Weights:
     """Finds the weights of a checkpoint and their naming.
 
@@ -126,6 +127,8 @@ def recognise(
         root: What stands before every key, where the user has said it; ``""`` for nothing.
         tables: Candidates; by default the tables that come with the package.
         own: A table of the user's: a candidate where it lists a model that none of ours is for.
+        may_have_more: Whether keys of its own do not count against a naming of which it has every
+            key: a live model may have a head or an adapter beside.
     """
     if architecture is None and spec is not None:
         architecture = spec.architecture
@@ -144,7 +147,13 @@ def recognise(
         if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
     ]
     fits.sort(key=misfit)
-    sure = [fit for fit in fits if keymap is not None or _is_sure(fit, architecture, spec)]
+    sure = [
+        fit
+        for fit in fits
+        if keymap is not None
+        or (may_have_more and not fit.absent)
+        or _is_sure(fit, architecture, spec)
+    ]
     if not sure:
         chosen = _dotted(root) if root is not None else _nested_root(catalog)
         found = (

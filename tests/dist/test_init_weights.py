@@ -113,9 +113,9 @@ FAILURES = {
     "truncated-on-one-rank": ("FormatError", ("shorter than its header", "on ranks  {last} of")),
     "different-on-one-rank": ("FormatError", ("ranks see different checkpoints", "rank {last} ")),
     "garbage": ("CoverageError", ("garbage   layers.1.table", "reset_parameters()")),
-    "shrinks/all": ("FormatError", ("undefined now", "on ranks  {last} of")),
-    "shrinks/once": ("FormatError", ("undefined now", "on ranks  {last} of")),
-    "shrinks/rank0": ("FormatError", ("undefined now", "on ranks  0 of")),
+    "shrinks/all": ("SourceChangedError", ("undefined now", "on ranks  {last} of")),
+    "shrinks/once": ("SourceChangedError", ("undefined now", "on ranks  {last} of")),
+    "shrinks/rank0": ("SourceChangedError", ("undefined now", "on ranks  0 of")),
 }
 
 

@@ -160,3 +160,6 @@ def _main(rank: int, ranks: int, directory: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     _main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    # Threads of DeepSpeed's own may still run, and end an interpreter that is about to end.
+    sys.stdout.flush()
+    os._exit(0)
