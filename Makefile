@@ -25,7 +25,7 @@ demo: $(VENV)/.installed  ## convert a small model, prove it by logits, train it
 	@$(PY) examples/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.installed  ## run the tests; PYTEST_ARGS="-k layout -x" narrows them
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 fmt: $(VENV)/.lint  ## format the code and apply the safe fixes
 	@$(PY) -m ruff check --fix --exit-zero --quiet .
