@@ -14,8 +14,9 @@ from bench.measure import Cost, run_python
 from dcpconv import convert, open_checkpoint
 from dcpconv.engine.execute import execute
 from dcpconv.formats import dcp
+from dcpconv.formats.boxes import Region
 from dcpconv.plan.coverage import cover_as_stored
-from dcpconv.plan.fills import Region, make_plan
+from dcpconv.plan.fills import make_plan
 from dcpconv.sources.recognition import recognise
 
 RANKS = 8

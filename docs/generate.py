@@ -8,14 +8,14 @@ from pathlib import Path
 from cli_page import cli_page
 from families_page import families_page
 
-from dcpconv.families.keymaps.index import INDEX, index_text
+from dcpconv.families.keymaps.index import TABLE_INDEX, index_text
 
 HERE = Path(__file__).parent
 
 PAGES: Mapping[Path, Callable[[], str]] = {
     HERE / "families.md": families_page,
     HERE / "cli.md": cli_page,
-    INDEX: index_text,
+    TABLE_INDEX: index_text,
 }
 """File -> what it should hold."""
 

@@ -34,7 +34,7 @@ MAX_SLICES = 1 << 14
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _JUNK = memoryview(bytearray(MAX_GAP))  # gaps are read into it by every thread and by nobody out
 
-Run = tuple[int, int, int]
+ByteRun = tuple[int, int, int]
 """``(source offset, target offset, nbytes)``."""
 
 Pieces = tuple[tuple[int, int], ...]
@@ -221,7 +221,7 @@ class Box:
             slices: Of the buffer that ``into`` is part of, where many intervals are read into it.
             at: Where ``into`` begins in that buffer.
         """
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[ByteRun]] = {}
         for part in self.parts_in(start, stop):
             base = (part.target - start) * self.itemsize
             if part.is_contiguous:
@@ -243,7 +243,7 @@ class Box:
 
 
 def read_runs(
-    runs: dict[str, list[Run]], *, sources: Sources, into: memoryview, base: int = 0
+    runs: dict[str, list[ByteRun]], *, sources: Sources, into: memoryview, base: int = 0
 ) -> None:
     """Read every run of every file to its place in ``into``, neighbours together."""
     for file, found in runs.items():
@@ -280,7 +280,7 @@ def _nest_reads(loops: tuple[Loop, ...], itemsize: int) -> tuple[Pread, ...]:
     return tuple(_reads((source, target, nbytes) for source, target in starts))
 
 
-def _reads(runs: Iterable[Run]) -> Iterator[Pread]:
+def _reads(runs: Iterable[ByteRun]) -> Iterator[Pread]:
     """Group runs, sorted by source, so that each group is one ``preadv``."""
     begin = end = 0
     pieces: list[tuple[int, int]] = []

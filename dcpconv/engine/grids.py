@@ -15,7 +15,7 @@ AREA = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class BlockGrid:
     """Elements of a tile that are some rows by some columns of a stored matrix.
 
     Attributes:
@@ -43,7 +43,7 @@ class Grid:
         return 1 + sum((count - 1) * step for count, step, _ in self.across)
 
 
-def grids(first: int, target: int, loops: tuple[Loop, ...], width: int) -> Iterator[Grid]:
+def grids(first: int, target: int, loops: tuple[Loop, ...], width: int) -> Iterator[BlockGrid]:
     """The elements of a nest as rows by columns of a matrix, few enough for a panel.
 
     Args:
@@ -59,7 +59,7 @@ def grids(first: int, target: int, loops: tuple[Loop, ...], width: int) -> Itera
     down = tuple((n, step // width, to) for n, step, to in loops if step % width == 0)
     flat = sorted((loop for loop in loops if loop[1] % width), key=lambda loop: -loop[1])
     if column + sum((n - 1) * step for n, step, _ in flat) < width:
-        grid = Grid(row, column, target, down, tuple(flat))
+        grid = BlockGrid(row, column, target, down, tuple(flat))
         if grid.height * grid.width <= AREA:
             yield grid
             return

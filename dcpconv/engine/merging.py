@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from dcpconv.core.catalog import Lane, TensorEntry, Update
 from dcpconv.core.outline import Changed, Fill, Part
-from dcpconv.engine.grids import COLUMNS, ROWS, Grid, grids
+from dcpconv.engine.grids import COLUMNS, ROWS, BlockGrid, grids
 from dcpconv.engine.rows import as_stack, read_rows
 from dcpconv.stores.local import Sources
 
@@ -89,7 +89,7 @@ class _Alone:
 _ALONE = _Alone()
 
 
-def _apply(grid: Grid, ready: _Ready, box: Changed, values: Tensor) -> None:
+def _apply(grid: BlockGrid, ready: _Ready, box: Changed, values: Tensor) -> None:
     loops = (*grid.down, *grid.across)
     counts, steps = [loop[0] for loop in loops], [loop[2] for loop in loops]
     into = values.as_strided(counts, steps, grid.target)
@@ -207,7 +207,7 @@ class _Ready:
         blocks = wide.view(len(wide), rank, -1, COLUMNS).transpose(1, 2).contiguous()
         return padded, blocks
 
-    def panel(self, box: Changed, grid: Grid) -> Tensor:
+    def panel(self, box: Changed, grid: BlockGrid) -> Tensor:
         """What to add to, or take instead of, the rows and columns between a grid's corners."""
         import torch  # noqa: PLC0415
 
@@ -270,7 +270,7 @@ class _Ready:
             some = self.columns[1][torch.searchsorted(self.columns[0], some)]
         into.copy_(read[:, some])
 
-    def factors(self, box: Changed, grid: Grid) -> Tensor | None:
+    def factors(self, box: Changed, grid: BlockGrid) -> Tensor | None:
         """DoRA's factor of every row, or column, between a grid's corners."""
         import torch  # noqa: PLC0415
 
@@ -336,7 +336,7 @@ class _Ready:
         return self.norms[-1]
 
 
-def _matrices(box: Changed, grid: Grid) -> range:
+def _matrices(box: Changed, grid: BlockGrid) -> range:
     """The matrices of a stack between a grid's corners."""
     rows = as_stack(box.chunk.sizes)[1]
     before = box.chunk.offsets[0]

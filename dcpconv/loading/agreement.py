@@ -32,7 +32,7 @@ from dcpconv.sources.live_models import live_model
 from dcpconv.stores.hub import locate
 
 ReadMode = Literal["auto", "all", "once", "rank0"]
-Engine = Literal["auto", "direct", "torch"]
+LoadEngine = Literal["auto", "direct", "torch"]
 
 
 @dataclass(frozen=True)

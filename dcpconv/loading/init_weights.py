@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.execute import LossyCast
-from dcpconv.loading.agreement import Agreement, Engine, LoadRequest, ReadMode, agree
+from dcpconv.loading.agreement import Agreement, LoadEngine, LoadRequest, ReadMode, agree
 from dcpconv.loading.hooks import own_state_dict
 from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, move
@@ -57,7 +57,7 @@ def load_init_weights(
     process_group: Any = None,
     progress: Callable[[int, int], None] | None = None,
     read: ReadMode = "auto",
-    engine: Engine = "auto",
+    engine: LoadEngine = "auto",
     device: torch.device | str | None = None,
     jobs: int | None = None,
 ) -> LoadReport:

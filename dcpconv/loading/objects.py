@@ -26,7 +26,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.directory import contents_of
-from dcpconv.formats.dcp.metadata import Contents
+from dcpconv.formats.dcp.metadata import MetadataContents
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
 from dcpconv.stores.local import open_regular
@@ -81,7 +81,7 @@ class Objects:
         return stream
 
     @cached_property
-    def _contents(self) -> Contents:
+    def _contents(self) -> MetadataContents:
         return contents_of(self._catalog)
 
     def _value(self, key: str) -> object:

@@ -17,7 +17,7 @@ from dcpconv.core.errors import CoverageError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.plan.account import Aim
 from dcpconv.plan.coverage import Fault
-from dcpconv.plan.locating import Finder, Place
+from dcpconv.plan.locating import Finder, MatrixPlace
 from dcpconv.sources.adapters.naming import Weighed
 from dcpconv.sources.adapters.record import LowRank
 from dcpconv.sources.recognition import Weights
@@ -230,7 +230,7 @@ def _update(
     )
 
 
-def _placed(update: Update, place: Place) -> Update:
+def _placed(update: Update, place: MatrixPlace) -> Update:
     """The update of the matrix as the base stores it."""
     if place.is_turned:
         update = replace(
@@ -258,7 +258,7 @@ def _give(
         # A head that was tied and now has values of its own.
         merged.owners[key] = owner
         merged.added[key] = replace(owner, key=finder.stored_key(key), updates=())
-        places = [Place(merged.added[key], owner.shape)]
+        places = [MatrixPlace(merged.added[key], owner.shape)]
     if not places:
         merged.missing.append(Fault(key, "the adapter replaces what the base does not have"))
         return
@@ -280,7 +280,7 @@ def _give(
 
 
 def _is_fit(
-    merged: Merged, key: str, place: Place, *, dequantize: bool, update: Update | None = None
+    merged: Merged, key: str, place: MatrixPlace, *, dequantize: bool, update: Update | None = None
 ) -> bool:
     entry = place.entry
     why = ""

@@ -18,7 +18,7 @@ from dcpconv.plan.coverage import Piece
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class Range:
     """A walk through both tensors at once; at least two steps long.
 
     Attributes:
@@ -46,7 +46,7 @@ class Strand:
     entry: TensorEntry
     start: tuple[int, ...]
     at: tuple[int, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[Range, ...]
 
     def piece(self, shape: tuple[int, ...]) -> Piece:
         """The same, as fills are made from it."""
@@ -94,7 +94,7 @@ class Composed:
         """A stored tensor as it is."""
         zeros = (0,) * len(entry.shape)
         axes = tuple(
-            Axis(length, (dim, 1), (dim, 1))
+            Range(length, (dim, 1), (dim, 1))
             for dim, length in enumerate(entry.shape)
             if length != 1
         )
@@ -216,7 +216,7 @@ def _cut(strand: Strand, dim: int, start: int, stop: int) -> Iterator[Strand]:
     inside = Placement((0,), ((strand.at[dim], tuple(steps)),), lengths)
     for box in inside.boxes((start,), (stop - start,)):
         first, at = list(strand.start), list(strand.at)
-        axes: list[Axis] = []
+        axes: list[Range] = []
         for i, axis in enumerate(strand.axes):
             low, high = box.get(str(i), (0, axis.length))
             first[axis.stored[0]] += low * axis.stored[1]
@@ -235,7 +235,7 @@ def _reshaped(
     for stride in new:
         at.append(rest // stride)
         rest %= stride
-    axes: list[Axis] = []
+    axes: list[Range] = []
     for axis in strand.axes:
         axes.extend(_spread(axis, axis.made[1] * old[axis.made[0]], new, shape))
     last = list(at)
@@ -247,8 +247,8 @@ def _reshaped(
 
 
 def _spread(
-    axis: Axis, step: int, strides: tuple[int, ...], shape: tuple[int, ...]
-) -> Iterator[Axis]:
+    axis: Range, step: int, strides: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[Range]:
     """An axis that steps ``step`` elements in C order, as axes that stay within a dim each."""
     dim = next((d for d, stride in enumerate(strides) if shape[d] > 1 and not step % stride), None)
     within = step // strides[dim] if dim is not None else 0

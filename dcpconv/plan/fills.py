@@ -11,11 +11,9 @@ from dcpconv.core.dtypes import FP4, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.layout import Limits, anonymous, nest, overlap
 from dcpconv.core.outline import BlockScale, Changed, Fill, Loop, OutChunk, OutTensor, Part
+from dcpconv.formats.boxes import Region
 from dcpconv.plan.coverage import Coverage, Piece, Target
 from dcpconv.plan.derived import encode
-
-Region = tuple[tuple[int, ...], tuple[int, ...]]
-"""``(offsets, sizes)`` of a box inside a tensor, in elements."""
 
 
 def fill_of(

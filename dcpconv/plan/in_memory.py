@@ -14,7 +14,7 @@ from dcpconv.core.errors import LayoutError
 from dcpconv.plan.composed import Composed
 from dcpconv.plan.coverage import Coverage, Fault, Target, as_stored
 from dcpconv.plan.operations import Shapes, UntranslatableError, carry_out, target_keys
-from dcpconv.sources.live_models import Group, LiveModel
+from dcpconv.sources.live_models import ConversionGroup, LiveModel
 from dcpconv.sources.recognition import Weights
 
 _FAMILIES = frozenset({"hf", "hf-memory"})
@@ -89,7 +89,7 @@ def cover_in_memory(weights: Weights, model: LiveModel, wanted: Shapes) -> Cover
 
 def _spelled(
     weights: Weights, model: LiveModel, wanted: Shapes
-) -> tuple[Mapping[str, TensorEntry], tuple[Group, ...]]:
+) -> tuple[Mapping[str, TensorEntry], tuple[ConversionGroup, ...]]:
     """The source's tensors, with or without the container they were saved in, whichever the model
     has more use for."""
     bare, whole = weights.entries, weights.catalog.tensors
@@ -102,12 +102,12 @@ def _spelled(
     return bare, found
 
 
-def _reached(groups: Sequence[Group], wanted: Shapes) -> int:
+def _reached(groups: Sequence[ConversionGroup], wanted: Shapes) -> int:
     return sum(group.first in wanted for group in groups)
 
 
 def _converted(
-    group: Group, stored: Mapping[str, TensorEntry], wanted: Shapes
+    group: ConversionGroup, stored: Mapping[str, TensorEntry], wanted: Shapes
 ) -> dict[str, Target]:
     dtypes = {stored[key].dtype for some in group.sources.values() for key in some}
     if len(dtypes) > 1:
@@ -128,7 +128,7 @@ def _converted(
     return made
 
 
-def _hindrance(group: Group, stored: Mapping[str, TensorEntry], wanted: Shapes) -> str:
+def _hindrance(group: ConversionGroup, stored: Mapping[str, TensorEntry], wanted: Shapes) -> str:
     """Which sources a group lacks, or which are unlike the others; empty if none."""
     needs: list[str] = []
     length = max(map(len, group.sources.values()))
@@ -148,7 +148,7 @@ def _hindrance(group: Group, stored: Mapping[str, TensorEntry], wanted: Shapes) 
     return ""
 
 
-def _stacked(group: Group, wanted: Shapes) -> int:
+def _stacked(group: ConversionGroup, wanted: Shapes) -> int:
     """How many tensors a stack should have, as the model says."""
     first = group.operations[0]
     shape = wanted.get(group.first, ())

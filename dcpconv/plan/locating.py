@@ -26,7 +26,7 @@ _PREFIXES = ("", "model.", "base_model.", "transformer.")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MatrixPlace:
     """Where a matrix, or a part of it, is stored.
 
     Attributes:
@@ -57,11 +57,11 @@ class Finder:
     spec: ModelSpec | None
     architecture: str | None
 
-    def places(self, key: str) -> list[Place]:
+    def places(self, key: str) -> list[MatrixPlace]:
         """Where a tensor is stored; nothing where the base does not have it."""
         entry = self._entry(key)
         if entry is not None:
-            return [Place(entry, entry.shape)]
+            return [MatrixPlace(entry, entry.shape)]
         for prefix in _PREFIXES:
             for other in (prefix + key, key.removeprefix(prefix)):
                 if other in self._made:
@@ -142,11 +142,11 @@ class Finder:
         return recognise(pretended, spec=self.spec).keymap
 
 
-def _lanes(piece: Piece, shape: tuple[int, ...]) -> Place | None:
+def _lanes(piece: Piece, shape: tuple[int, ...]) -> MatrixPlace | None:
     """Where a piece of a matrix lies in the stored tensor; ``None`` where it is no matrix there."""
     entry = piece.entry
     if piece.placed is None or piece.wanted is None:
-        return Place(entry, shape)
+        return MatrixPlace(entry, shape)
     stored, wanted = piece.placed, piece.wanted
     if 3 in {len(shape), len(entry.shape)}:
         return _lanes_of_stack(piece, shape)
@@ -155,14 +155,14 @@ def _lanes(piece: Piece, shape: tuple[int, ...]) -> Place | None:
     straight = [_lane(stored, wanted, dim, dim, piece) for dim in range(len(shape))]
     if all(straight):
         rows = straight[0] if len(shape) == 2 else None
-        return Place(entry, shape, rows, straight[-1])
+        return MatrixPlace(entry, shape, rows, straight[-1])
     turned = [_lane(stored, wanted, dim, 1 - dim, piece) for dim in range(len(shape))]
     if len(shape) == 2 and all(turned):
-        return Place(entry, shape, turned[0], turned[1], is_turned=True)
+        return MatrixPlace(entry, shape, turned[0], turned[1], is_turned=True)
     return None
 
 
-def _lanes_of_stack(piece: Piece, shape: tuple[int, ...]) -> Place | None:
+def _lanes_of_stack(piece: Piece, shape: tuple[int, ...]) -> MatrixPlace | None:
     """The same where either side stacks matrices, such as those of experts."""
     entry, stored, wanted = piece.entry, piece.placed, piece.wanted
     assert stored is not None  # noqa: S101
@@ -182,7 +182,7 @@ def _lanes_of_stack(piece: Piece, shape: tuple[int, ...]) -> Place | None:
         rows = _lane(stored, wanted, here, there + is_turned, piece)
         columns = _lane(stored, wanted, here + 1, there + 1 - is_turned, piece)
         if rows is not None and columns is not None:
-            return Place(entry, shape, rows, columns, is_turned, expert, matrix)
+            return MatrixPlace(entry, shape, rows, columns, is_turned, expert, matrix)
     return None
 
 

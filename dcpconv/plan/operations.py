@@ -15,7 +15,7 @@ from typing import Any
 
 from dcpconv.core.errors import LayoutError
 from dcpconv.plan.composed import Composed
-from dcpconv.sources.live_models import Group
+from dcpconv.sources.live_models import ConversionGroup
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of every tensor of a model, by key."""
@@ -37,7 +37,7 @@ class Around:
         wanted: Shapes of the model's tensors.
     """
 
-    group: Group
+    group: ConversionGroup
     wanted: Shapes
 
     @property
@@ -50,7 +50,7 @@ class Around:
         return self.targets[0] if len(self.targets) == 1 else source
 
 
-def carry_out(group: Group, parts: Parts, wanted: Shapes) -> dict[str, Composed]:
+def carry_out(group: ConversionGroup, parts: Parts, wanted: Shapes) -> dict[str, Composed]:
     """The results of a group's operations, by full key.
 
     Args:
@@ -78,7 +78,7 @@ def carry_out(group: Group, parts: Parts, wanted: Shapes) -> dict[str, Composed]
     return {before + pattern + after: some[0] for pattern, some in parts.items()}
 
 
-def target_keys(group: Group) -> tuple[str, ...]:
+def target_keys(group: ConversionGroup) -> tuple[str, ...]:
     """Full keys of all results, as far as patterns say."""
     full = group.first.replace("*.", "0.")
     patterns = group.target_patterns

@@ -38,7 +38,7 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ConversionGroup:
     """Source tensors that are converted together.
 
     Attributes:
@@ -76,7 +76,9 @@ class LiveModel:
     computed: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
 
-    def groups(self, keys: Iterable[str], wanted: Mapping[str, object]) -> tuple[Group, ...]:
+    def groups(
+        self, keys: Iterable[str], wanted: Mapping[str, object]
+    ) -> tuple[ConversionGroup, ...]:
         """What becomes of the keys of a checkpoint.
 
         Args:
@@ -96,20 +98,20 @@ class LiveModel:
         }
         prefix = self.model.base_model_prefix
         converted: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-        renamed: list[Group] = []
+        renamed: list[ConversionGroup] = []
         for key in sorted(keys, key=core.dot_natural_key):
             name, pattern = core.rename_source_key(key, renamings, converters, prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = core.rename_source_key(key, [], [], prefix, wanted)
             if pattern is None:
-                renamed.append(Group(name, {key: (key,)}))
+                renamed.append(ConversionGroup(name, {key: (key,)}))
             else:
                 _, collected = converted.setdefault(name, (by_pattern[pattern], {}))
                 collected.setdefault(pattern, []).append(key)
         return (
             *renamed,
             *(
-                Group(
+                ConversionGroup(
                     name,
                     {pattern: tuple(some) for pattern, some in collected.items()},
                     tuple(converter.source_patterns),

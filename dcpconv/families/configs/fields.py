@@ -19,7 +19,7 @@ _LABELS = "names of classes; no tensor depends on them"
 _SIZES = "a size that follows from others"
 _PREFIX = "the prefix of p-tuning, whose tensors are kept by themselves"
 
-HARMLESS: Mapping[str, str] = {
+HARMLESS_FIELDS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("attention_dropout", "attn_dropout", "classifier_dropout", "classifier_dropout_prob"),
@@ -146,7 +146,7 @@ def unaccounted(
     Args:
         extra: Fields that no record names.
         used: Names of fields that a reader looks at all the same.
-        harmless: What a family adds to ``HARMLESS``.
+        harmless: What a family adds to ``HARMLESS_FIELDS``.
         harmless_if: What it adds to ``HARMLESS_IF``.
 
     >>> unaccounted({"use_cache": True, "no_rope_layers": [0, 1], "is_causal": True, "x": None})
@@ -159,7 +159,7 @@ def unaccounted(
         for name, value in extra.items()
         if value is not None
         and name not in looked_at
-        and name not in HARMLESS
+        and name not in HARMLESS_FIELDS
         and not any(value == fine for fine in conditions.get(name, ()))
     )
 

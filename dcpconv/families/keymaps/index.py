@@ -17,7 +17,7 @@ from dcpconv.families.keymaps.building import sound_keymap
 from dcpconv.families.keymaps.table import Keymap
 
 TABLES = Path(__file__).parent / "tables"
-INDEX = TABLES / "index.json"
+TABLE_INDEX = TABLES / "index.json"
 
 
 class Head(NamedTuple):
@@ -102,7 +102,7 @@ def tables() -> Tables:
 
 def _indexed() -> list[Head]:
     try:
-        rows: list[list[Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
+        rows: list[list[Any]] = json.loads(TABLE_INDEX.read_text(encoding="utf-8"))
         return [Head._make([*row[:-1], frozenset(row[-1])]) for row in rows]
     except (OSError, ValueError, TypeError):
         return []  # it is only a short cut

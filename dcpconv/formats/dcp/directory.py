@@ -17,7 +17,7 @@ from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.boxes import inspect_boxes
 from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.formats.dcp.items import locate, read_objects
-from dcpconv.formats.dcp.metadata import Contents, read_metadata
+from dcpconv.formats.dcp.metadata import MetadataContents, read_metadata
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.formats.dcp.objects import OpaqueObject
 from dcpconv.formats.dcp.unflattened import unfold
@@ -146,7 +146,7 @@ _NO_NESTING = (
 )
 
 
-def contents_of(catalog: Catalog) -> Contents:
+def contents_of(catalog: Catalog) -> MetadataContents:
     """What the ``.metadata`` behind a catalog lists, items where the catalog has them.
 
     Raises:
@@ -177,7 +177,7 @@ def _find_tied(tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
 
 
 def _measure(
-    path: Path, contents: Contents, identities: dict[str, Identity]
+    path: Path, contents: MetadataContents, identities: dict[str, Identity]
 ) -> dict[str, int | None]:
     """Size of every file that an item names, and what it is; ``None`` where it is not a file."""
     named: dict[str, int | None] = {}
@@ -194,7 +194,7 @@ def _measure(
     return dict(sorted(named.items()))
 
 
-def _items(contents: Contents) -> Iterable[Extent]:
+def _items(contents: MetadataContents) -> Iterable[Extent]:
     yield from contents.objects.values()
     for tensor in contents.tensors.values():
         for chunk in tensor.chunks:
@@ -233,7 +233,7 @@ class _Lost:
 
 
 def _read_tensors(
-    path: Path, contents: Contents, lost: _Lost, found: list[str]
+    path: Path, contents: MetadataContents, lost: _Lost, found: list[str]
 ) -> dict[str, TensorEntry]:
     wanted = [
         (key, tensor.dtype, chunk)

@@ -37,7 +37,7 @@ class StoredChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class ListedTensor:
     """A tensor as ``.metadata`` describes it; empty chunks and replicas are left out."""
 
     dtype: DType
@@ -46,7 +46,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class MetadataContents:
     """What ``.metadata`` lists.
 
     Attributes:
@@ -59,7 +59,7 @@ class Contents:
         packed: Items that are compressed.
     """
 
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, ListedTensor]
     objects: Mapping[str, Extent]
     paths: Mapping[str, KeyPath]
     is_nesting_known: bool
@@ -68,7 +68,7 @@ class Contents:
     packed: frozenset[Extent] = frozenset()
 
 
-def read_metadata(data: bytes, *, where: str) -> Contents:
+def read_metadata(data: bytes, *, where: str) -> MetadataContents:
     """Check and simplify the bytes of a ``.metadata`` file.
 
     Args:
@@ -104,12 +104,12 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
         if problem:
             problems.append(problem)
 
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, ListedTensor] = {}
     objects: dict[str, Extent] = {}
     budget = _Budget(len(data), where)
     for key, record in listed.items():
         match _read_value(key, record, items, budget):
-            case StoredTensor() as tensor:
+            case ListedTensor() as tensor:
                 tensors[str(key)] = tensor
             case Extent() as item:
                 objects[str(key)] = item
@@ -118,7 +118,7 @@ def read_metadata(data: bytes, *, where: str) -> Contents:
     paths = _read_paths(nesting, listed, problems)
     about = getattr(fields.get("storage_meta"), "state", None)
     save_id = about.get("save_id") if isinstance(about, dict) else None
-    return Contents(
+    return MetadataContents(
         tensors, objects, paths, bool(nesting), tuple(problems), save_id, frozenset(packed)
     )
 
@@ -317,7 +317,7 @@ def _stays_inside(file: str) -> bool:
 
 def _read_value(
     key: object, record: object, items: _Items, budget: _Budget
-) -> StoredTensor | Extent | str:
+) -> ListedTensor | Extent | str:
     """One entry of ``state_dict_metadata``, or what is wrong with it."""
     if not isinstance(key, str):
         return "key is not a string"
@@ -331,7 +331,7 @@ def _read_value(
         return str(error)
 
 
-def _read_tensor(key: str, record: _Tensor, items: _Items, budget: _Budget) -> StoredTensor:
+def _read_tensor(key: str, record: _Tensor, items: _Items, budget: _Budget) -> ListedTensor:
     fields = _fields(record, _Tensor)
     dtype = _read_dtype(fields.get("properties"))
     shape = _sizes(fields.get("size"), "size")
@@ -364,7 +364,7 @@ def _read_tensor(key: str, record: _Tensor, items: _Items, budget: _Budget) -> S
     if lost:
         places = ", ".join(str(list(offsets)) for offsets in lost)
         raise _MalformedError(f"no item is recorded for the chunk at {places}")
-    return StoredTensor(dtype, shape, tuple(chunks.values()))
+    return ListedTensor(dtype, shape, tuple(chunks.values()))
 
 
 def _read_dtype(properties: object) -> DType:

@@ -19,7 +19,7 @@ from typing import IO, Any, Final
 
 from dcpconv.core.catalog import Extent, Identity
 from dcpconv.core.errors import FormatError, NoSpaceError
-from dcpconv.formats.dcp.metadata import Contents
+from dcpconv.formats.dcp.metadata import MetadataContents
 from dcpconv.stores.local import identities_of, open_regular, require_unchanged
 
 _PIECE: Final = 1 << 20
@@ -42,7 +42,7 @@ class Unpacked:
     """
 
     path: Path
-    contents: Contents
+    contents: MetadataContents
 
 
 _Key = tuple[str, tuple[tuple[str, Identity], ...]]
@@ -50,7 +50,9 @@ _KEPT: dict[_Key, tuple[tempfile.TemporaryDirectory[str], Unpacked]] = {}
 """By directory and the state of its files; each is removed when the process ends."""
 
 
-def unpacked(path: Path, contents: Contents, identities: Mapping[str, Identity]) -> Unpacked:
+def unpacked(
+    path: Path, contents: MetadataContents, identities: Mapping[str, Identity]
+) -> Unpacked:
     """The items of a DCP with compressed ones, unpacked.
 
     Args:
@@ -82,12 +84,12 @@ def unpacked(path: Path, contents: Contents, identities: Mapping[str, Identity])
     return _KEPT[key][1]
 
 
-def contents_in(path: Path) -> Contents | None:
+def contents_in(path: Path) -> MetadataContents | None:
     """What lies in a directory that ``unpacked`` made; ``None`` for any other."""
     return next((one.contents for _, one in _KEPT.values() if one.path == path), None)
 
 
-def _limits(contents: Contents) -> dict[Extent, int]:
+def _limits(contents: MetadataContents) -> dict[Extent, int]:
     """How long every item may become; 0 for those that are not compressed."""
     found = dict.fromkeys(contents.objects.values(), _LARGEST_OBJECT)
     for tensor in contents.tensors.values():
@@ -100,7 +102,7 @@ def _limits(contents: Contents) -> dict[Extent, int]:
 def _unpack(
     source: Path,
     target: Path,
-    contents: Contents,
+    contents: MetadataContents,
     limits: Mapping[Extent, int],
     places: dict[Extent, Extent],
 ) -> list[str]:
@@ -169,7 +171,7 @@ def _errors() -> type[Exception]:
     return found
 
 
-def _moved(contents: Contents, places: Mapping[Extent, Extent]) -> Contents:
+def _moved(contents: MetadataContents, places: Mapping[Extent, Extent]) -> MetadataContents:
     """The same with every item at its new place; lost ones keep theirs, where nothing is."""
     return replace(
         contents,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from dcpconv.core.catalog import Chunk, Extent
-from dcpconv.formats.torchfile.pieces import Placement
+from dcpconv.formats.torchfile.pieces import MeshPlacement
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 Runs = tuple[tuple[int, int], ...]
@@ -22,7 +22,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RankBox:
     """A box of a tensor, and where it lies in what the rank held.
 
     Attributes:
@@ -40,7 +40,7 @@ def local_runs(
     shape: Sequence[int],
     mesh: Sequence[int],
     coordinate: Sequence[int],
-    placements: Sequence[Placement],
+    placements: Sequence[MeshPlacement],
     order: Iterable[int],
 ) -> tuple[Runs, ...]:
     """What the rank at ``coordinate`` holds of every dim.
@@ -52,10 +52,10 @@ def local_runs(
         placements: One for every axis.
         order: Axes in the order in which they cut.
 
-    >>> shard = Placement("shard", 0)
+    >>> shard = MeshPlacement("shard", 0)
     >>> local_runs((67,), (2,), (1,), [shard], [0])
     (((34, 33),),)
-    >>> local_runs((8,), (2, 2), (0, 1), [Placement("strided", 0, 2), shard], [0, 1])
+    >>> local_runs((8,), (2, 2), (0, 1), [MeshPlacement("strided", 0, 2), shard], [0, 1])
     (((4, 2),),)
     """
     held: list[Runs] = [((0, length),) for length in shape]
@@ -80,7 +80,7 @@ def local_shape(runs: Iterable[Runs]) -> tuple[int, ...]:
     return tuple(sum(length for _, length in dim) for dim in runs)
 
 
-def parts(runs: Sequence[Runs]) -> Iterator[Part]:
+def parts(runs: Sequence[Runs]) -> Iterator[RankBox]:
     """The boxes that a rank holds: one, unless the runs of a dim have gaps.
 
     >>> [part.offsets for part in parts([((0, 3), (5, 3)), ((0, 6),)])]
@@ -92,14 +92,14 @@ def parts(runs: Sequence[Runs]) -> Iterator[Part]:
         for dim, begin in zip(runs, starts, strict=True)
     ]
     for box in product(*placed):
-        yield Part(
+        yield RankBox(
             offsets=tuple(start for (start, _), _ in box),
             sizes=tuple(length for (_, length), _ in box),
             inside=tuple(inside for _, inside in box),
         )
 
 
-def chunk(part: Part, local: StoredTensor, file: str) -> Chunk:
+def chunk(part: RankBox, local: StoredTensor, file: str) -> Chunk:
     """A box of a local tensor, as the bytes it lies in."""
     strides = local.strides
     first = sum(map(math.prod, zip(part.inside, strides, strict=True)))
@@ -112,13 +112,13 @@ def chunk(part: Part, local: StoredTensor, file: str) -> Chunk:
     return Chunk(part.offsets, part.sizes, extent, None if is_contiguous else strides)
 
 
-def whole(tensor: StoredTensor) -> Part:
+def whole(tensor: StoredTensor) -> RankBox:
     """All of a tensor that a rank held alone."""
     nothing = (0,) * len(tensor.shape)
-    return Part(nothing, tensor.shape, nothing)
+    return RankBox(nothing, tensor.shape, nothing)
 
 
-def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, Part]]:
+def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, RankBox]]:
     """The boxes of a run of elements in C order, each with its first element in the run.
 
     At most ``2 * len(shape) - 1`` of them: what the run holds of its first row, whole rows, and
@@ -129,7 +129,7 @@ def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int,
     """
     if not shape:
         if start < stop:
-            yield 0, Part((), (), ())
+            yield 0, RankBox((), (), ())
         return
     inner = math.prod(shape[1:])
     position = start
@@ -138,13 +138,16 @@ def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int,
         if column or stop - position < inner:
             end = min(stop, (row + 1) * inner)
             for at, part in interval(shape[1:], column, end - row * inner):
-                box = Part((row, *part.offsets), (1, *part.sizes), (0, *part.inside))
+                box = RankBox((row, *part.offsets), (1, *part.sizes), (0, *part.inside))
                 yield position - start + at, box
         else:
             rows = (stop - position) // inner
             end = position + rows * inner
             sizes = (rows, *shape[1:])
-            yield position - start, Part((row, *(0 for _ in shape[1:])), sizes, (0,) * len(shape))
+            yield (
+                position - start,
+                RankBox((row, *(0 for _ in shape[1:])), sizes, (0,) * len(shape)),
+            )
         position = end
 
 

@@ -21,7 +21,7 @@ from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.core.numbering import some_of
 from dcpconv.formats.ranks.dtensors import interval
 from dcpconv.formats.ranks.fsdp import find_sets, read_catalog, read_set
-from dcpconv.formats.ranks.joining import Held, RankFile, entry_of
+from dcpconv.formats.ranks.joining import HeldPiece, RankFile, entry_of
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 
@@ -105,9 +105,9 @@ def read_training(path: Path) -> Catalog:
     )
 
 
-def _held(files: Sequence[RankFile]) -> dict[tuple[str, str], list[Held]]:
+def _held(files: Sequence[RankFile]) -> dict[tuple[str, str], list[HeldPiece]]:
     """What each rank held, by parameter (number or name) and moment."""
-    held: dict[tuple[str, str], list[Held]] = {}
+    held: dict[tuple[str, str], list[HeldPiece]] = {}
     for file in files:
         for path, leaf in file.leaves.values():
             is_tensor = isinstance(leaf, (StoredTensor, MeshTensor, ShardedParts))
@@ -134,7 +134,7 @@ def _names(
     path: Path,
     groups: Sequence[_Group],
     keys: Sequence[str],
-    held: Mapping[tuple[str, str], Sequence[Held]],
+    held: Mapping[tuple[str, str], Sequence[HeldPiece]],
     shapes: _Shapes,
 ) -> dict[str, str]:
     """Number -> name; a name stands for itself."""
@@ -202,7 +202,7 @@ def _some_of(
 
 
 def _seen_shapes(
-    held: Mapping[tuple[str, str], Sequence[Held]],
+    held: Mapping[tuple[str, str], Sequence[HeldPiece]],
 ) -> dict[str, tuple[tuple[int, ...] | None, int]]:
     """Shape, where moments say it, and number of elements of every parameter with state."""
     seen: dict[str, tuple[tuple[int, ...] | None, int]] = {}
@@ -258,7 +258,7 @@ def _no_reading(
 
 
 def _moment(
-    key: str, held: Sequence[Held], shape: tuple[int, ...]
+    key: str, held: Sequence[HeldPiece], shape: tuple[int, ...]
 ) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
     plain = [(file, leaf) for file, leaf in held if isinstance(leaf, StoredTensor)]
     if len(plain) < len(held) or all(tensor.shape in {(), shape} for _, tensor in plain):

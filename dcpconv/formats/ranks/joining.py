@@ -12,12 +12,20 @@ from dcpconv.core.catalog import Chunk, Identity, KeyPath, TensorEntry
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.boxes import inspect_boxes
-from dcpconv.formats.ranks.dtensors import Part, Runs, chunk, local_runs, local_shape, parts, whole
+from dcpconv.formats.ranks.dtensors import (
+    RankBox,
+    Runs,
+    chunk,
+    local_runs,
+    local_shape,
+    parts,
+    whole,
+)
 from dcpconv.formats.torchfile.pieces import (
     Mesh,
+    MeshPlacement,
     MeshTensor,
-    Piece,
-    Placement,
+    RankPiece,
     ShardedParts,
 )
 from dcpconv.formats.torchfile.stored import StoredTensor
@@ -84,7 +92,7 @@ class Joined:
             )
 
 
-Held = tuple[RankFile, object]
+HeldPiece = tuple[RankFile, object]
 
 
 def join(files: Sequence[RankFile]) -> Joined:
@@ -92,7 +100,7 @@ def join(files: Sequence[RankFile]) -> Joined:
 
     Every file is gone through once; nothing is read.
     """
-    held: dict[str, list[Held]] = {}
+    held: dict[str, list[HeldPiece]] = {}
     joined = Joined()
     for file in files:
         for key, (path, leaf) in file.leaves.items():
@@ -115,7 +123,9 @@ def join(files: Sequence[RankFile]) -> Joined:
     return joined
 
 
-def entry_of(key: str, held: Sequence[Held]) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
+def entry_of(
+    key: str, held: Sequence[HeldPiece]
+) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
     """One tensor out of what each rank held of it, and what is wrong with it."""
     plain = [(file, leaf) for file, leaf in held if isinstance(leaf, StoredTensor)]
     pieces = [(file, leaf) for file, leaf in held if not isinstance(leaf, StoredTensor)]
@@ -124,7 +134,7 @@ def entry_of(key: str, held: Sequence[Held]) -> tuple[TensorEntry | None, list[t
     if plain:
         names = f"whole in {plain[0][0].name}, in pieces in {pieces[0][0].name}"
         return None, [("key", f"{key} is {names}")]
-    return _sharded(key, [(file, leaf) for file, leaf in held if isinstance(leaf, Piece)])
+    return _sharded(key, [(file, leaf) for file, leaf in held if isinstance(leaf, RankPiece)])
 
 
 def _replicated(
@@ -139,7 +149,7 @@ def _replicated(
 
 
 def _sharded(
-    key: str, held: Sequence[tuple[RankFile, Piece]]
+    key: str, held: Sequence[tuple[RankFile, RankPiece]]
 ) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
     shapes = {piece.shape: file for file, piece in held}
     if len(shapes) > 1:
@@ -166,11 +176,11 @@ def _sharded(
     return entry, [("key", f"{key}: {text}") for text in wrong]
 
 
-_Part = tuple[RankFile, Part, StoredTensor]
+_Part = tuple[RankFile, RankBox, StoredTensor]
 
 
 def _parts(
-    held: Sequence[tuple[RankFile, Piece]],
+    held: Sequence[tuple[RankFile, RankPiece]],
 ) -> tuple[list[_Part], list[tuple[str, object]]]:
     """Boxes and their bytes, by the cuts from the first axis of the mesh to the last; where local
     shapes say otherwise, from the last to the first, which is how FSDP2 cuts what tensor
@@ -182,7 +192,7 @@ def _parts(
         for file, piece in held:
             if isinstance(piece, ShardedParts):
                 nothing = (0,) * len(piece.shape)
-                found += [(file, Part(at, sizes, nothing), t) for at, sizes, t in piece.parts]
+                found += [(file, RankBox(at, sizes, nothing), t) for at, sizes, t in piece.parts]
                 continue
             if any(placed.kind == "partial" for placed in piece.placements):
                 return [], [("key", f"{file.name} holds a term of a sum, not the tensor")]
@@ -220,21 +230,21 @@ def _held_boxes(
     shape: tuple[int, ...],
     mesh: tuple[int, ...],
     coordinate: tuple[int, ...],
-    placements: tuple[Placement, ...],
+    placements: tuple[MeshPlacement, ...],
     order: tuple[int, ...],
     *,
     is_reversed: bool,
-) -> tuple[tuple[Part, ...], tuple[int, ...]]:
+) -> tuple[tuple[RankBox, ...], tuple[int, ...]]:
     """The boxes of a rank and the shape of what it holds; layers of a model ask the same."""
     if is_reversed:
         order = tuple(reversed(order))
         placements = tuple(
-            Placement("shard", placed.dim) if placed.kind == "strided" else placed
+            MeshPlacement("shard", placed.dim) if placed.kind == "strided" else placed
             for placed in placements
         )
     runs: Sequence[Runs] = local_runs(shape, mesh, coordinate, placements, order)
     held = local_shape(runs)
-    return (tuple(parts(runs)) or (Part((0,) * len(shape), held, (0,) * len(shape)),)), held
+    return (tuple(parts(runs)) or (RankBox((0,) * len(shape), held, (0,) * len(shape)),)), held
 
 
 def _tied(files: Iterable[RankFile], tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
@@ -286,7 +296,7 @@ def writers(files: Iterable[RankFile]) -> dict[str, int]:
 def mesh_ranks(files: Iterable[RankFile]) -> int:
     """Ranks that the meshes and shards of the first file that has any speak of; 0 for none."""
     for file in files:
-        pieces = [leaf for _, leaf in file.leaves.values() if isinstance(leaf, Piece)]
+        pieces = [leaf for _, leaf in file.leaves.values() if isinstance(leaf, RankPiece)]
         if pieces:
             return max(
                 chain(

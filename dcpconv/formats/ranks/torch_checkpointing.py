@@ -23,7 +23,13 @@ from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats import safetensors
 from dcpconv.formats.ranks.joining import Joined, RankFile, join, mesh_ranks
 from dcpconv.formats.torchfile.contents import flattened, read_leaves, read_value
-from dcpconv.formats.torchfile.pieces import Mesh, MeshTensor, Piece, Placement, ShardedParts
+from dcpconv.formats.torchfile.pieces import (
+    Mesh,
+    MeshPlacement,
+    MeshTensor,
+    RankPiece,
+    ShardedParts,
+)
 from dcpconv.formats.torchfile.stored import StoredTensor
 from dcpconv.formats.torchfile.unpickling import check_size, loads
 from dcpconv.stores.local import identities_of, identity_of, read_json, read_regular
@@ -63,7 +69,7 @@ def is_directory(path: Path) -> bool:
         leaves = read_leaves(first).leaves
     except DcpconvError:
         return False
-    return any(isinstance(leaf, Piece) for _, leaf in leaves.values())
+    return any(isinstance(leaf, RankPiece) for _, leaf in leaves.values())
 
 
 def read_catalog(path: Path) -> Catalog:
@@ -242,7 +248,7 @@ def _stored(entry: TensorEntry) -> StoredTensor:
 
 def _placed(
     local: StoredTensor, said: Mapping[str, object], file: Path, key: str
-) -> StoredTensor | Piece:
+) -> StoredTensor | RankPiece:
     """What a rank held of a tensor, of which the file itself has the bytes alone."""
     try:
         data = _mapping(said["data"])
@@ -277,13 +283,13 @@ _KINDS: Final[Mapping[str, Literal["shard", "strided", "replicate"]]] = {
 }
 
 
-def _placement(item: object, dims: int) -> Placement:
+def _placement(item: object, dims: int) -> MeshPlacement:
     fields = _mapping(item)
     kind = _KINDS[str(fields["type"])]
     (dim, factor) = _numbers([fields.get("dim", 0), fields.get("split_factor", 1)])
     if kind != "replicate" and (dim >= dims or not 0 < factor <= 1 << 16):
         raise ValueError(f"{fields} does not fit {dims} dims")
-    return Placement(kind, dim, factor)
+    return MeshPlacement(kind, dim, factor)
 
 
 def _boxes(

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.ranks.zero_files import ModelFile, OptimFile, Shapes
+from dcpconv.formats.ranks.zero_files import ModelFile, OptimFile, ParameterShapes
 from dcpconv.formats.ranks.zero_intervals import Segment, chunks_of
-from dcpconv.formats.ranks.zero_world import World, read_world
+from dcpconv.formats.ranks.zero_world import ZeroWorld, read_world
 from dcpconv.formats.torchfile.archive import StoredTensor
 
 Flat = Callable[[OptimFile, int], StoredTensor | None]
@@ -41,7 +41,7 @@ def read_catalog(directory: Path, source: Path) -> Catalog:
     return replace(catalog_of(read_world(directory), directory), source=source)
 
 
-def catalog_of(world: World, root: Path) -> Catalog:
+def catalog_of(world: ZeroWorld, root: Path) -> Catalog:
     """The weights of a run whose file names are relative to ``root``."""
     tensors, tied = weights_of(world)
     return Catalog(
@@ -56,7 +56,7 @@ def catalog_of(world: World, root: Path) -> Catalog:
     )
 
 
-def weights_of(world: World) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def weights_of(world: ZeroWorld) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors of the model in the order of its ``state_dict()``, and which are tied."""
     masters = flat_entries(world, lambda optim, n: optim.groups[n])
     return with_model(world.directory, world.models, masters)
@@ -98,7 +98,7 @@ def with_model(
     return entries, {key: owner for key, owner in shared.items() if owner in entries}
 
 
-def flat_entries(world: World, flat: Flat) -> dict[str, TensorEntry]:
+def flat_entries(world: ZeroWorld, flat: Flat) -> dict[str, TensorEntry]:
     """The trained parameters, or other tensors of their shapes, from vectors of the rank files.
 
     Raises:
@@ -123,7 +123,7 @@ def flat_entries(world: World, flat: Flat) -> dict[str, TensorEntry]:
     return found
 
 
-def groups_of(world: World) -> list[tuple[tuple[int, ...], Shapes]]:
+def groups_of(world: ZeroWorld) -> list[tuple[tuple[int, ...], ParameterShapes]]:
     """Which vectors hold which parameters.
 
     Raises:
@@ -151,9 +151,9 @@ def groups_of(world: World) -> list[tuple[tuple[int, ...], Shapes]]:
 
 
 def _cut_group(
-    world: World,
+    world: ZeroWorld,
     numbers: tuple[int, ...],
-    shapes: Shapes,
+    shapes: ParameterShapes,
     lengths: Sequence[int],
     segments: Sequence[Sequence[Segment]],
     itemsize: int,
@@ -201,9 +201,9 @@ def _cut_group(
 
 
 def _cut_each(
-    world: World,
+    world: ZeroWorld,
     numbers: tuple[int, ...],
-    shapes: Shapes,
+    shapes: ParameterShapes,
     lengths: Sequence[int],
     segments: Sequence[Sequence[Segment]],
     itemsize: int,
@@ -250,7 +250,7 @@ def _aligned(numel: int, ranks: int) -> int:
     return -(-numel // (2 * ranks)) * 2 * ranks
 
 
-def _uneven(world: World, number: int, wrong: Sequence[tuple[int, int, int]]) -> FormatError:
+def _uneven(world: ZeroWorld, number: int, wrong: Sequence[tuple[int, int, int]]) -> FormatError:
     return FormatError(
         "a partition is not as long as its parameters need",
         [
@@ -338,7 +338,7 @@ def _check_shapes(directory: Path, model: ModelFile, known: Mapping[str, TensorE
         )
 
 
-def _notes(world: World) -> tuple[str, ...]:
+def _notes(world: ZeroWorld) -> tuple[str, ...]:
     if world.optims:
         ranks = "1 rank" if len(world.optims) == 1 else f"{len(world.optims)} ranks"
         return (f"fp32 weights of {ranks} of DeepSpeed ZeRO-{world.stage} are read as one model",)

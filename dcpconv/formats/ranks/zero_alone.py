@@ -14,7 +14,7 @@ from dcpconv.formats.ranks.zero_files import (
     read_model_file,
     read_pickle,
 )
-from dcpconv.formats.ranks.zero_world import World
+from dcpconv.formats.ranks.zero_world import ZeroWorld
 
 _WHOLE_STAGE = 2
 """Up to this stage the model file has every parameter whole."""
@@ -47,7 +47,7 @@ def read_catalog(path: Path) -> Catalog | None:
     empty = [key for key in trained if (t := model.module.get(key)) is not None and not t.nbytes]
     if (model.stage or 0) > _WHOLE_STAGE or empty:
         raise _refusal(path, "a model file of ZeRO-3, whose parameters are empty")
-    tensors, tied = weights_of(World(path.parent, (model,), ()))
+    tensors, tied = weights_of(ZeroWorld(path.parent, (model,), ()))
     note = "these are the weights of the forward pass; the fp32 ones are in the *_optim_states.pt"
     return Catalog(
         form="torch",

@@ -39,7 +39,7 @@ OPTIM_FILE: Final = re.compile(
 PARTIAL_FILE: Final = re.compile(r"(layer_|expert_|expp_rank_)\d+.*(model|optim)_states\.pt")
 """Files of pipeline stages and of experts, which these readers do not put together."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+ParameterShapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class ModelFile:
     file: str
     identity: Identity
     module: Mapping[str, StoredTensor | None]
-    groups: tuple[Shapes, ...]
-    frozen: Shapes
+    groups: tuple[ParameterShapes, ...]
+    frozen: ParameterShapes
     fragments: Mapping[str, StoredTensor]
     shared: Mapping[str, str]
     buffers: frozenset[str]

@@ -28,7 +28,7 @@ _SAVED_AGAIN = "the save was interrupted, or two runs were saved into one direct
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ZeroWorld:
     """The files of one save.
 
     Attributes:
@@ -91,7 +91,7 @@ def find(path: Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def read_world(directory: Path, root: Path | None = None) -> World:
+def read_world(directory: Path, root: Path | None = None) -> ZeroWorld:
     """Reads the headers of all files of one save.
 
     Args:
@@ -123,7 +123,7 @@ def read_world(directory: Path, root: Path | None = None) -> World:
         if not chosen and not optims:
             raise _no_weights(directory, model_names)
         _complete(directory, dict(enumerate(chosen.values())), 1, "mp_rank_00_model_states.pt")
-    world = World(
+    world = ZeroWorld(
         directory,
         tuple(_read_models([at(chosen[rank]) for rank in sorted(chosen)])),
         tuple(optims[rank] for rank in sorted(optims)),
@@ -263,7 +263,7 @@ def _same(
         )
 
 
-def _check_world(world: World) -> None:
+def _check_world(world: ZeroWorld) -> None:
     first = world.models[0]
     at = world.directory
     if first.model_ranks > 1:

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Final, TypeGuard
 
 from dcpconv.core.catalog import c_strides
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.torchfile.pieces import Mesh, MeshTensor, Piece, Placement, ShardedParts
+from dcpconv.formats.torchfile.pieces import (
+    Mesh,
+    MeshPlacement,
+    MeshTensor,
+    RankPiece,
+    ShardedParts,
+)
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.stored import StoredTensor, whole_numbers
 
@@ -32,7 +38,7 @@ _MOST_PARTS: Final = 1 << 16
 """Ranks on one side of a mesh, and pieces of a strided split; more is no mesh but an attack."""
 
 
-class Record:
+class StandIn:
     """An object of a class that is only named; its state is data."""
 
     args: tuple[object, ...] = ()
@@ -56,7 +62,7 @@ class Record:
         return None
 
 
-class MeshRecord(Record):
+class MeshRecord(StandIn):
     """A ``DeviceMesh``, of which all tensors of a file share one."""
 
     @cached_property
@@ -73,7 +79,7 @@ class MeshRecord(Record):
         if isinstance(tensor, StoredTensor):
             axes = tuple(zip(tensor.shape, c_strides(tensor.shape), strict=True))
             nested: tuple[tuple[tuple[int, int], ...], ...] = tuple((axis,) for axis in axes)
-        elif isinstance(layout, Record):
+        elif isinstance(layout, StandIn):
             nested = _axes(layout)
         else:
             raise FormatError("device mesh has no shape")
@@ -81,7 +87,7 @@ class MeshRecord(Record):
         return Mesh(nested, ranks, own if type(own) is int else None)
 
 
-def rebuild(kind: object, args: object, state: object) -> Piece:
+def rebuild(kind: object, args: object, state: object) -> RankPiece:
     """The piece that a recipe of a wrapper subclass describes.
 
     Args:
@@ -92,7 +98,7 @@ def rebuild(kind: object, args: object, state: object) -> Piece:
     Raises:
         FormatError: It is neither, or its parts do not fit.
     """
-    record = Record()
+    record = StandIn()
     record.state = state
     if kind in _DTENSOR and isinstance(args, tuple) and len(args) > 2:
         return _dtensor(args[2], record)
@@ -105,9 +111,9 @@ def _are_numbers(value: object) -> TypeGuard[tuple[int, ...]]:
     return isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
 
 
-def _dtensor(size: object, state: Record) -> MeshTensor:
+def _dtensor(size: object, state: StandIn) -> MeshTensor:
     shape, local, spec = whole_numbers(size), state.get("_local_tensor"), state.get("_spec")
-    if shape is None or not isinstance(local, StoredTensor) or not isinstance(spec, Record):
+    if shape is None or not isinstance(local, StoredTensor) or not isinstance(spec, StandIn):
         raise FormatError("DTensor lacks its local tensor, its shape or its placements")
     mesh, placed = spec.get("mesh"), spec.get("placements")
     if not isinstance(mesh, MeshRecord) or not isinstance(placed, tuple):
@@ -119,14 +125,14 @@ def _dtensor(size: object, state: Record) -> MeshTensor:
     return MeshTensor(shape, local, mesh.mesh, placements, order)
 
 
-def _placement(item: object, dims: int) -> Placement:
-    if not isinstance(item, Record):
+def _placement(item: object, dims: int) -> MeshPlacement:
+    if not isinstance(item, StandIn):
         raise FormatError("DTensor has a placement that we do not know")
     name = type(item).__name__
     if name == "Replicate":
-        return Placement("replicate")
+        return MeshPlacement("replicate")
     if name in {"Partial", "_Partial"}:
-        return Placement("partial")
+        return MeshPlacement("partial")
     dim = item.get("dim")
     factor = item.get("split_factor") if name == "_StridedShard" else 1
     dim = item.args[0] if dim is None and item.args else dim
@@ -134,7 +140,7 @@ def _placement(item: object, dims: int) -> Placement:
     if not is_sensible or type(factor) is not int or not 0 < factor <= _MOST_PARTS:
         raise FormatError("DTensor has a placement that does not fit", [("found", item.state)])
     assert isinstance(dim, int)  # noqa: S101  tested above
-    return Placement("strided" if name == "_StridedShard" else "shard", dim, factor)
+    return MeshPlacement("strided" if name == "_StridedShard" else "shard", dim, factor)
 
 
 def _order(entries: object, axes: int) -> tuple[int, ...]:
@@ -143,17 +149,17 @@ def _order(entries: object, axes: int) -> tuple[int, ...]:
         return (0,)
     said: list[int] = []
     for entry in entries if isinstance(entries, tuple) else ():
-        dims = entry.args[1] if isinstance(entry, Record) and len(entry.args) == 2 else None
+        dims = entry.args[1] if isinstance(entry, StandIn) and len(entry.args) == 2 else None
         said.extend(whole_numbers(dims) or ())
     if len(set(said)) != len(said) or any(axis >= axes for axis in said):
         raise FormatError("DTensor has an order of cuts that does not fit", [("found", said)])
     return (*said, *(axis for axis in range(axes) if axis not in said))
 
 
-def _axes(layout: Record) -> tuple[tuple[tuple[int, int], ...], ...]:
+def _axes(layout: StandIn) -> tuple[tuple[tuple[int, int], ...], ...]:
     inner = layout.get("axes")
     if isinstance(inner, tuple):
-        if not all(isinstance(axis, Record) for axis in inner):
+        if not all(isinstance(axis, StandIn) for axis in inner):
             raise FormatError("device mesh has no shape")
         return tuple(_pairs(axis.get("shape"), axis.get("stride")) for axis in inner)
     shape, stride = layout.get("shape"), layout.get("stride")
@@ -175,15 +181,15 @@ def _pairs(shape: object, stride: object) -> tuple[tuple[int, int], ...]:
 
 
 def _sharded(local: object, metadata: object) -> ShardedParts:
-    shape = whole_numbers(metadata.get("size")) if isinstance(metadata, Record) else None
-    every = metadata.get("shards_metadata") if isinstance(metadata, Record) else None
+    shape = whole_numbers(metadata.get("size")) if isinstance(metadata, StandIn) else None
+    every = metadata.get("shards_metadata") if isinstance(metadata, StandIn) else None
     if shape is None or not isinstance(local, list) or not isinstance(every, list):
         raise FormatError("ShardedTensor lacks its shape or its shards")
     parts = []
     for shard in local:
-        tensor = shard.get("tensor") if isinstance(shard, Record) else None
-        place = shard.get("metadata") if isinstance(shard, Record) else None
-        if not isinstance(tensor, StoredTensor) or not isinstance(place, Record):
+        tensor = shard.get("tensor") if isinstance(shard, StandIn) else None
+        place = shard.get("metadata") if isinstance(shard, StandIn) else None
+        if not isinstance(tensor, StoredTensor) or not isinstance(place, StandIn):
             raise FormatError("ShardedTensor has a shard without its tensor or its place")
         offsets, sizes = (
             whole_numbers(place.get("shard_offsets")),
@@ -201,7 +207,7 @@ def _sharded(local: object, metadata: object) -> ShardedParts:
 def _member(owner: object, name: object) -> object:
     """What ``getattr`` is for in a ``ShardedTensor``: a nested class, and a member of an enum."""
     if owner == _SHARDED and name == "ProcessGroupState":
-        return type("ProcessGroupState", (Record,), {})
+        return type("ProcessGroupState", (StandIn,), {})
     if owner is _MemoryFormat and isinstance(name, str):
         return name
     raise FormatError(
@@ -211,11 +217,11 @@ def _member(owner: object, name: object) -> object:
     )
 
 
-def _class(name: str, base: type[Record] = Record) -> type[Record]:
+def _class(name: str, base: type[StandIn] = StandIn) -> type[StandIn]:
     return type(name, (base,), {})
 
 
-class _MemoryFormat(Record):
+class _MemoryFormat(StandIn):
     """An enum, whose members are made by a call or taken by name."""
 
 

@@ -55,7 +55,7 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class MeshPlacement:
     """What one axis of a mesh does with a tensor.
 
     Attributes:
@@ -85,7 +85,7 @@ class MeshTensor:
     shape: tuple[int, ...]
     local: StoredTensor
     mesh: Mesh
-    placements: tuple[Placement, ...]
+    placements: tuple[MeshPlacement, ...]
     order: tuple[int, ...]
 
     @property
@@ -128,11 +128,11 @@ class ShardedParts:
         raise FormatError("a pickle may not change a tensor that it has made")
 
 
-Piece = MeshTensor | ShardedParts
+RankPiece = MeshTensor | ShardedParts
 """What one rank held of a tensor that several ranks hold together."""
 
 
-def stored_tensors(piece: Piece) -> tuple[StoredTensor, ...]:
+def stored_tensors(piece: RankPiece) -> tuple[StoredTensor, ...]:
     """The bytes of a piece."""
     if isinstance(piece, MeshTensor):
         return (piece.local,)

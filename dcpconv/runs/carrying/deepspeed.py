@@ -14,7 +14,7 @@ from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats.ranks import universal, zero, zero_world
 from dcpconv.formats.ranks.universal import Universal
 from dcpconv.formats.ranks.zero_files import OptimFile
-from dcpconv.formats.ranks.zero_world import World
+from dcpconv.formats.ranks.zero_world import ZeroWorld
 from dcpconv.formats.torchfile.archive import StoredTensor
 from dcpconv.runs.carrying.state import Group, OptimizerError
 from dcpconv.sources.fitting import bare
@@ -23,7 +23,7 @@ _STEP: Final = "step"
 
 
 @dataclass(frozen=True, slots=True)
-class Flat:
+class FlatRun:
     """A run's weights and optimizer state, without data.
 
     Attributes:
@@ -44,7 +44,7 @@ def find(path: Path) -> Path | None:
     return zero_world.find(path) or universal.find(path)
 
 
-def read(directory: Path, root: Path) -> Flat:
+def read(directory: Path, root: Path) -> FlatRun:
     """Weights and optimizer state.
 
     Args:
@@ -70,11 +70,11 @@ def read(directory: Path, root: Path) -> Flat:
             )
         catalog = zero.catalog_of(world, root)
         moments, groups = _of_world(world)
-    return Flat(catalog, moments, groups)
+    return FlatRun(catalog, moments, groups)
 
 
 def _of_world(
-    world: World,
+    world: ZeroWorld,
 ) -> tuple[dict[str, dict[str, TensorEntry | float]], tuple[Group, ...]]:
     first = world.optims[0]
     ids = [number for group in first.param_groups for number in _ids(group)]

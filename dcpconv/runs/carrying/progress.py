@@ -8,10 +8,12 @@ from typing import Any
 from dcpconv.core.errors import DcpconvError
 from dcpconv.runs.carrying.state import Group, TrainingState, read_scalar
 
-Named = dict[str, object]
+Beside = dict[str, object]
 
 
-def rescaled(beside: Mapping[str, object], world_size: int | None) -> tuple[Named, tuple[str, ...]]:
+def rescaled(
+    beside: Mapping[str, object], world_size: int | None
+) -> tuple[Beside, tuple[str, ...]]:
     """MiniMind's ``step`` for another number of ranks, and what to say about it.
 
     A step is a batch per rank, so on twice the ranks half as many steps see the same samples.
@@ -47,7 +49,7 @@ def optimizer_step(state: TrainingState) -> int:
     return int(max(values, default=0))
 
 
-def trainer_state(state: TrainingState) -> Named:
+def trainer_state(state: TrainingState) -> Beside:
     """A ``trainer_state.json`` for a run that another trainer began.
 
     Source: transformers 5.23 ``trainer_callback.py``, ``TrainerState``.
@@ -77,7 +79,7 @@ def trainer_state(state: TrainingState) -> Named:
     }
 
 
-def scheduler(groups: Sequence[Group], step: int) -> Named:
+def scheduler(groups: Sequence[Group], step: int) -> Beside:
     """The state of a ``LambdaLR`` after ``step`` updates, for a run that had no scheduler.
 
     Source: torch 2.13 ``torch/optim/lr_scheduler.py``.
@@ -96,7 +98,7 @@ def scheduler(groups: Sequence[Group], step: int) -> Named:
     }
 
 
-def minimind_progress(state: TrainingState) -> tuple[Named, tuple[str, ...]]:
+def minimind_progress(state: TrainingState) -> tuple[Beside, tuple[str, ...]]:
     """MiniMind's ``epoch`` and 1-based ``step`` in it, from what the source counts."""
     if "epoch" in state.beside and "step" in state.beside:
         return {}, ()

@@ -22,16 +22,16 @@ class Weighed:
     weight: float = 1.0
 
 
-Named = str | os.PathLike[str]
+AdapterName = str | os.PathLike[str]
 
 
-def adapter_names(names: Named | Sequence[Named]) -> tuple[str, ...]:
+def adapter_names(names: AdapterName | Sequence[AdapterName]) -> tuple[str, ...]:
     """What the user named, one or several."""
     some = [names] if isinstance(names, str | os.PathLike) else names
     return tuple(os.fspath(name) for name in some)
 
 
-def read_adapters(names: Named | Sequence[Named]) -> tuple[Weighed, ...]:
+def read_adapters(names: AdapterName | Sequence[AdapterName]) -> tuple[Weighed, ...]:
     """The adapters that the user named, each ``DIR`` or ``DIR:WEIGHT``.
 
     Raises:

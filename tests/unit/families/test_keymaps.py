@@ -12,7 +12,7 @@ from dcpconv import convert
 from dcpconv.cli import main as command_line
 from dcpconv.core.errors import KeymapError
 from dcpconv.families.keymaps import index, keymaps, read_keymap, resolve_family
-from dcpconv.families.keymaps.index import INDEX, TABLES, Tables, index_text
+from dcpconv.families.keymaps.index import TABLE_INDEX, TABLES, Tables, index_text
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 from docs.families_page import families_page
 from support.checkpoints.families import (
@@ -228,7 +228,7 @@ def test_every_table_that_comes_along_keeps_the_rules(name: str) -> None:
 
 
 def test_the_index_says_what_the_tables_say() -> None:
-    assert INDEX.read_text(encoding="utf-8") == index_text(), "run `make docs`"
+    assert TABLE_INDEX.read_text(encoding="utf-8") == index_text(), "run `make docs`"
 
 
 def test_only_tables_that_know_some_of_the_keys_are_read() -> None:

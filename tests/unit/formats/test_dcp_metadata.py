@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcpconv.core.catalog import Extent
 from dcpconv.core.dtypes import BY_NAME
-from dcpconv.formats.dcp.metadata import Contents, StoredChunk, StoredTensor, read_metadata
+from dcpconv.formats.dcp.metadata import ListedTensor, MetadataContents, StoredChunk, read_metadata
 from dcpconv.formats.dcp.metadata_writer import WrittenObject, WrittenTensor, write_metadata
 
 
@@ -55,9 +55,9 @@ def sample() -> Any:
     return pickle.loads(pickle.dumps(metadata))
 
 
-EXPECTED = Contents(
+EXPECTED = MetadataContents(
     tensors={
-        "model.w": StoredTensor(
+        "model.w": ListedTensor(
             BY_NAME["bfloat16"],
             (3, 3),
             (

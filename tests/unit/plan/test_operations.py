@@ -19,7 +19,7 @@ from dcpconv.plan.composed import Composed
 from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.plan.operations import UntranslatableError, carry_out, target_keys
-from dcpconv.sources.live_models import Group, LiveModel
+from dcpconv.sources.live_models import ConversionGroup, LiveModel
 from dcpconv.stores.local import Sources
 
 INT64 = BY_LABEL["i64"]
@@ -110,7 +110,7 @@ class _Doubled(core.ConversionOps):  # type: ignore[misc]
         return {key: [2 * tensor for tensor in some] for key, some in input_dict.items()}
 
 
-def groups_of(case: Case) -> tuple[Group, dict[str, list[Tensor]]]:
+def groups_of(case: Case) -> tuple[ConversionGroup, dict[str, list[Tensor]]]:
     sources, targets, operations, shapes = case
     model = LiveModel("Some", "some", {}, SimpleNamespace(config=CONFIG))
     tensors: dict[str, list[Tensor]] = {}
@@ -121,7 +121,7 @@ def groups_of(case: Case) -> tuple[Group, dict[str, list[Tensor]]]:
             numel = torch.Size(shape).numel()
             tensors[pattern].append(torch.arange(start, start + numel).reshape(shape))
             start += numel
-    group = Group(
+    group = ConversionGroup(
         f"x.{targets[0]}.y",
         {pattern: tuple(f"{pattern}{i}" for i in range(len(s))) for pattern, s in shapes.items()},
         tuple(sources),
