@@ -198,6 +198,7 @@ def test_the_five_steps_of_the_page_add_a_model(
     said = next(block for block in _blocks("console") if "families check" in block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", said.splitlines()[0].removeprefix("$ ").split())
+    capsys.readouterr()  # what other packages print when a model is made
     with pytest.raises(SystemExit) as done:
         command_line()
     assert done.value.code == 0
