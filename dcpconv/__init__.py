@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from dcpconv.checking.check import check
     from dcpconv.conversion.convert import convert
     from dcpconv.conversion.drop_in import dcp_to_torch_save, torch_save_to_dcp
+    from dcpconv.conversion.saving.save_weights import save_weights
+    from dcpconv.conversion.saving.storage_writer import CheckpointWriter
     from dcpconv.core.errors import DcpconvError
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.loading.init_weights import LoadReport, load_init_weights
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointReader",
+    "CheckpointWriter",
     "Coverage",
     "DcpconvError",
     "LoadReport",
@@ -34,11 +37,13 @@ __all__ = [
     "load_init_weights",
     "open_checkpoint",
     "resolve_checkpoint",
+    "save_weights",
     "torch_save_to_dcp",
 ]
 
 _HOMES = {
     "CheckpointReader": "dcpconv.loading.storage_reader",
+    "CheckpointWriter": "dcpconv.conversion.saving.storage_writer",
     "Coverage": "dcpconv.plan.coverage",
     "DcpconvError": "dcpconv.core.errors",
     "LoadReport": "dcpconv.loading.init_weights",
@@ -50,6 +55,7 @@ _HOMES = {
     "load_init_weights": "dcpconv.loading.init_weights",
     "open_checkpoint": "dcpconv.formats.opening",
     "resolve_checkpoint": "dcpconv.runs",
+    "save_weights": "dcpconv.conversion.saving.save_weights",
     "torch_save_to_dcp": "dcpconv.conversion.drop_in",
 }
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request, Wanted, guarded
+from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
-from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.engine.execute import Moved, execute
 from dcpconv.engine.publish import check_space, staging
@@ -122,7 +121,7 @@ def convert(
         form=form,
         to=to,
         root=root,
-        dtype=_dtype(dtype),
+        dtype=float_dtype(dtype),
         cast_all=cast_all,
         chunks=chunks,
         model_parallel=model_parallel,
@@ -157,7 +156,7 @@ def convert(
         return replace(
             decided.report,
             moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
-            lossy=lossy_casts(moved, decided.tensors, decided.outline),
+            lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
@@ -261,13 +260,3 @@ def _write(
         beside = [(file.name, file.read()) for file in side.files]
         stage.publish([*beside, *outline.commit])
     return moved
-
-
-def _dtype(name: str | None) -> DType | None:
-    if name is None:
-        return None
-    dtype = dtype_named(name)
-    if dtype is None or not dtype.is_floating_point:
-        floats = ", ".join(d.label for d in BY_LABEL.values() if d.is_floating_point)
-        raise DcpconvError(f"cannot cast to {name!r}", [("expected", f"one of {floats}")])
-    return dtype

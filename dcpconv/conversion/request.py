@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Form
-from dcpconv.core.dtypes import DType
+from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
+from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
@@ -126,3 +127,18 @@ def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | N
         and (source / METADATA_FILE).is_file()
     )
     return None if is_beside else source
+
+
+def float_dtype(name: str | None) -> DType | None:
+    """The floating-point type that the user names.
+
+    Raises:
+        DcpconvError: It is none.
+    """
+    if name is None:
+        return None
+    dtype = dtype_named(name)
+    if dtype is None or not dtype.is_floating_point:
+        floats = ", ".join(d.label for d in BY_LABEL.values() if d.is_floating_point)
+        raise DcpconvError(f"cannot cast to {name!r}", [("expected", f"one of {floats}")])
+    return dtype

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dcpconv.conversion.job import Job
 from dcpconv.conversion.report import ConversionReport, Relabelled, Side
 from dcpconv.core.outline import Outline, OutTensor
-from dcpconv.engine.execute import LossyCast, Moved
+from dcpconv.engine.execute import CastLoss, LossyCast
 from dcpconv.families.side_files import SideFiles, disk_nbytes
 from dcpconv.plan.coverage import AS_STORED, Coverage
 
@@ -32,12 +32,12 @@ def labels(tensors: Iterable[OutTensor], outline: Outline) -> dict[tuple[str, in
 
 
 def lossy_casts(
-    moved: Moved, tensors: Iterable[OutTensor], outline: Outline
+    losses: Iterable[CastLoss], tensors: Iterable[OutTensor], outline: Outline
 ) -> tuple[LossyCast, ...]:
     """What casts changed by more than rounding, by tensor."""
     names = labels(tensors, outline)
     found: dict[str, LossyCast] = {}
-    for loss in moved.losses:
+    for loss in losses:
         key = names[loss.file, loss.offset]
         known = found.get(key, LossyCast(key, 0, 0))
         found[key] = LossyCast(

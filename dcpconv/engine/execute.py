@@ -142,7 +142,7 @@ def execute(
         if (file.name, offset) in found
     )
     if not allow_overflow:
-        _refuse_overflow(losses, labels or {})
+        refuse_overflow(losses, labels or {})
     return Moved(
         reflinked=total.reflinked,
         copied=total.copied,
@@ -196,7 +196,16 @@ def _label(loss: CastLoss, labels: Mapping[tuple[str, int], str]) -> str:
     return labels.get((loss.file, loss.offset), f"{loss.file} at byte {loss.offset}")
 
 
-def _refuse_overflow(losses: tuple[CastLoss, ...], labels: Mapping[tuple[str, int], str]) -> None:
+def refuse_overflow(losses: tuple[CastLoss, ...], labels: Mapping[tuple[str, int], str]) -> None:
+    """Raises where casts made finite values infinite.
+
+    Args:
+        losses: What casts lost.
+        labels: Key of the payload at ``(OutFile.name, offset)``.
+
+    Raises:
+        LossyCastError: Lists all of them.
+    """
     overflowed = [loss for loss in losses if loss.overflowed]
     if overflowed:
         raise LossyCastError(

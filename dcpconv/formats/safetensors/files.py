@@ -173,8 +173,8 @@ def outline(
 ) -> Outline:
     """Places tensors into shard files, split as huggingface_hub splits them.
 
-    The header is padded so that as many bytes as possible lie at the same offset modulo
-    ``modulus`` as in their source, where a file system can then share blocks.
+    Where more than half of a file's bytes can lie at the same offset modulo ``modulus`` as in
+    their source, the header is padded for it: a file system can then share blocks.
 
     Args:
         tensors: Whole tensors, one chunk each, with bare keys.
@@ -346,9 +346,11 @@ def one_file(
         position += fill.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     best = max(wishes, key=lambda wish: (wishes[wish], -wish), default=0)
-    step = modulus if wishes else 8
     start = 8 + len(text)
-    start += (best - start) % step
+    if 2 * wishes.get(best, 0) > position:
+        start += (best - start) % modulus
+    else:  # too little to gain: files of torch's own DCP line up in no two tensors
+        start += -start % 8
     head = struct.pack("<Q", start - 8) + text.ljust(start - 8)
     return OutFile(
         name,

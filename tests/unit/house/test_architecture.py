@@ -42,8 +42,8 @@ ROWS = (
 
 TORCH = frozenset(
     {
-        *("engine/cast.py", "engine/merging.py", "engine/rows.py"),
-        *("loading", "conversion/torch_engine.py"),
+        *("engine/cast.py", "engine/merging.py", "engine/rows.py", "engine/tensors.py"),
+        *("loading", "conversion/torch_engine.py", "conversion/saving"),
     }
 )
 """What works on tensors, and so may import torch when it is imported."""
@@ -62,7 +62,7 @@ def _room(file: Path) -> str:
 
 
 def _may_import_torch(file: Path) -> bool:
-    return _room(file) in TORCH or _id(file) in TORCH
+    return not TORCH.isdisjoint((_room(file), _id(file.parent), _id(file)))
 
 
 def _imports(file: Path) -> Iterator[str]:

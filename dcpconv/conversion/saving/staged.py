@@ -1,0 +1,144 @@
+"""What the coordinator does: plan the result, make its files, and publish it when all is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.distributed.checkpoint.planner import SavePlan
+
+from dcpconv.conversion.deciding import Decided, decide
+from dcpconv.conversion.report import ConversionReport
+from dcpconv.conversion.request import Request
+from dcpconv.conversion.saving.held import Held, Tie, held_by
+from dcpconv.conversion.saving.shares import Share, literals_of, share_out
+from dcpconv.conversion.summary import labels, lossy_casts
+from dcpconv.core.errors import FormatError, LossyCastError
+from dcpconv.core.outline import Outline
+from dcpconv.engine.copying import write, write_error
+from dcpconv.engine.execute import CastLoss, refuse_overflow
+from dcpconv.engine.publish import Staging, check_space, staging
+from dcpconv.families.side_files import disk_nbytes
+from dcpconv.sources.understanding import understand
+
+
+@dataclass
+class Stage:
+    """A result on its way.
+
+    Attributes:
+        decided: What it is.
+        ties: Items that have to be equal for it to be right.
+        staging: Where it is before it is published.
+        stack: Holds the staging directory; closing it removes what was not published.
+    """
+
+    decided: Decided
+    ties: tuple[Tie, ...]
+    staging: Staging
+    stack: ExitStack
+
+    def shares(self, ranks: int) -> list[Share]:
+        """What every rank writes."""
+        return share_out(
+            self.decided.outline,
+            self.ties,
+            ranks=ranks,
+            directory=self.staging.path,
+            report=self.decided.report,
+        )
+
+    def publish(self, losses: tuple[CastLoss, ...], *, seconds: float) -> ConversionReport:
+        """Make the result visible, if no cast overflowed.
+
+        Raises:
+            LossyCastError: One did, and the user did not allow that.
+        """
+        decided = self.decided
+        if "overflow" not in decided.job.aim.source.said.allow:
+            try:
+                refuse_overflow(losses, labels(decided.planned, decided.outline))
+            except LossyCastError as error:
+                raise LossyCastError(
+                    "values are too large for the target type; nothing was saved",
+                    error.facts,
+                    hint='choose bf16 or fp32; allow=["overflow"] writes infinities instead',
+                ) from error
+        beside = [(file.name, file.read()) for file in decided.side.files]
+        self.staging.publish([*beside, *decided.outline.commit])
+        return replace(
+            decided.report,
+            lossy=lossy_casts(losses, decided.tensors, decided.outline),
+            seconds=seconds,
+            is_dry_run=False,
+        )
+
+
+def stage(plans: Sequence[SavePlan], request: Request) -> Stage:
+    """Plan a result from what the ranks hold, and make its files.
+
+    Args:
+        plans: By rank.
+        request: What the user asked for.
+
+    Raises:
+        CoverageError: Keys are missing, unknown or misshapen; all are listed.
+        NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
+        TargetExistsError: The target exists, or is being written.
+        NoSpaceError: The disk cannot hold the result.
+    """
+    held, ties = _tied(held_by(plans), request)
+    decided = decide(held.catalog, request)
+    if decided.job.keeps_nesting and held.catalog.objects:
+        raise FormatError(
+            "values that are no tensors are not written from ranks",
+            [("key", key) for key in list(held.catalog.objects)[:8]],
+            hint='only="model" leaves them out; torch saves them in a DCP of its own',
+        )
+    with ExitStack() as stack:
+        place = stack.enter_context(
+            staging(
+                request.wanted.path,
+                overwrite=request.wanted.overwrite,
+                is_file=decided.job.is_one_file,
+            )
+        )
+        check_space(request.wanted.path, disk_nbytes(decided.outline, decided.side))
+        _make_files(place.path, decided.outline)
+        return Stage(decided, ties, place, stack.pop_all())
+
+
+def _tied(held: Held, request: Request) -> tuple[Held, tuple[Tie, ...]]:
+    """What the config says is one tensor under two names; the ranks look whether it is."""
+    source = understand(request.source, request.said, only=request.only, catalog=held.catalog)
+    if source.spec is None or not source.spec.tied or source.keymap is None:
+        return held, ()
+    entries = source.weights.entries
+    return held.with_ties(
+        (entries[second].key, entries[owner].key)
+        for second, owner in source.keymap.tie_pairs().items()
+        if second in entries and owner in entries
+    )
+
+
+def _make_files(directory: Path, outline: Outline) -> None:
+    """Every file, as long as it will be, with what no rank holds."""
+    fds: dict[str, int] = {}
+    name = ""
+    try:
+        for file in outline.files:
+            name = file.name
+            path = directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fds[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            os.ftruncate(fds[name], file.nbytes)
+        for name, offset, data in literals_of(outline):
+            write(fds[name], data, offset)
+    except OSError as error:
+        raise write_error(error, directory / name) from error
+    finally:
+        for fd in fds.values():
+            os.close(fd)
