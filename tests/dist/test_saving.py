@@ -123,8 +123,10 @@ def test_a_model_of_transformers_brings_its_config(worlds: Worlds, sources: Path
     config = json.loads((target / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     model = AutoModelForCausalLM.from_pretrained(target)
-    right = torch.load(sources / "live.pt")
-    assert float((model(torch.arange(12)[None]).logits - right).abs().max()) < RIGHT
+    right = torch.load(sources / "live.pt").detach()
+    with torch.no_grad():
+        found = model(torch.arange(12)[None]).logits
+    assert float((found - right).abs().max()) < RIGHT
 
 
 def test_one_writer_saves_step_after_step(worlds: Worlds, sources: Path) -> None:
@@ -153,7 +155,7 @@ def test_a_target_is_replaced_only_when_asked(worlds: Worlds, sources: Path) -> 
 
 def test_without_a_config_nothing_is_written(worlds: Worlds, sources: Path) -> None:
     found = failure(worlds, "without-config")
-    assert found.error == "SpecError", found.text
+    assert "--spec heads=N,kv_heads=M says it" in found.text
     assert is_absent(sources / "nothing-2/hf")
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "hf": {"to": "hf"},
     "hf-small-files": {"to": "hf", "max_file_size": 60_000},
     "hf-bf16": {"to": "hf", "dtype": "bf16"},
-    "lingua-dcp": {"form": "dcp", "root": "model"},
+    "lingua-dcp": {"form": "dcp", "to": "lingua", "root": "model"},
     "meta.pth": {"form": "torch", "to": "meta"},
 }
 """By name of the result: what ``save_weights`` and ``convert`` are asked for."""
@@ -215,8 +216,8 @@ def _half_of_the_ranks(directory: Path) -> Any:
     """Two of four save by themselves."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = dist.get_rank() // 2
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2))
-    model = fsdp2(mesh[1] if mesh.ndim == 2 else mesh)(expected(directory))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("half", "shard"))
+    model = fsdp2(mesh["shard"])(expected(directory))
     target = place(directory, "halves", "x").parent / f"hf-{mine}"
     report = save_weights(
         model, target, to="hf", assets=directory / "hf-untied", process_group=groups[mine]
