@@ -61,3 +61,25 @@ def block_size(target: Path) -> int:
         return 4096
     block = os.statvfs(directory).f_frsize
     return block if 4096 < block <= 65536 and block & (block - 1) == 0 else 4096
+
+
+def writes_anywhere(directory: Path, *, system: System = SYSTEM) -> bool:
+    """Whether two handles of one file can be written at any place, in any order.
+
+    Object stores mounted as file systems take bytes only from the first to the last.
+    """
+    probe = directory / ".probe"
+    block = 4096
+    try:
+        fds = [os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for _ in range(2)]
+        try:
+            os.ftruncate(fds[0], 2 * block)
+            for at, fd in ((block, fds[1]), (0, fds[0])):
+                system.pwrite(fd, memoryview(bytes([at // block + 1]) * block), at)
+            return os.pread(fds[1], 2 * block, 0) == bytes([1]) * block + bytes([2]) * block
+        finally:
+            for fd in fds:
+                os.close(fd)
+            probe.unlink()
+    except OSError:
+        return False

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dcpconv import open_checkpoint
+from dcpconv import open_checkpoint, save_weights
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
-from support.worlds import load_scenes, saving_scenes
+from support.worlds import load_scenes, lost_savers, saving_scenes
 from support.worlds.dist_worlds import Outcome, launch
+from support.worlds.ranks import run_ranks
 from support.worlds.saving_scenes import SCENES
 from support.worlds.sharded_models import expected
 
@@ -76,7 +77,9 @@ def contents(directory: Path, *, pads: bool = False) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("ranks", "name"), SAVES)
-def test_hf_files_are_those_of_convert(worlds: Worlds, sources: Path, ranks: int, name: str) -> None:
+def test_hf_files_are_those_of_convert(
+    worlds: Worlds, sources: Path, ranks: int, name: str
+) -> None:
     for heard in values(worlds, f"saves/{name}", ranks):
         assert heard["hf"] == {"tensors": 29 if "tied" in name else 30, "written": True}
     for form in ("hf", "hf-small-files", "hf-bf16"):
@@ -208,5 +211,47 @@ def test_a_group_saves_by_itself(worlds: Worlds, sources: Path) -> None:
 
 def test_every_byte_is_written_once(worlds: Worlds, sources: Path) -> None:
     counted = values(worlds, "bytes", 4)
-    assert sum(one["written"] for one in counted) == open_checkpoint(sources / "counted-4/hf").nbytes
+    assert (
+        sum(one["written"] for one in counted) == open_checkpoint(sources / "counted-4/hf").nbytes
+    )
     assert sum(one["held"] for one in counted) > 1.9 * sum(one["written"] for one in counted)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_files_written_by_one_rank_each_are_the_same(
+    worlds: Worlds, sources: Path, ranks: int
+) -> None:
+    heard = values(worlds, "whole-files", ranks)
+    for form in heard[0]:
+        kinds = [sources / f"{kind}-{form}-{ranks}" for kind in ("whole", "saved")]
+        whole, saved = (kind / f"fsdp2{Path(form).suffix}" for kind in kinds)
+        if whole.is_file():
+            assert whole.read_bytes() == saved.read_bytes()
+        else:
+            names = {"params.json"}  # it names the directory
+            assert {k: v for k, v in contents(whole).items() if k not in names} == {
+                k: v for k, v in contents(saved).items() if k not in names
+            }
+        # An element on the border of two windows is sent for both.
+        assert sum(one[form] for one in heard) >= open_checkpoint(whole).nbytes
+
+
+def test_a_file_system_that_wants_whole_files_gets_them(worlds: Worlds, sources: Path) -> None:
+    for notes in values(worlds, "wants-whole-files"):
+        assert any("every file was written by one rank" in note for note in notes)
+    assert contents(sources / "ordered-2/hf") == contents(sources / "saved-hf-2/fsdp2")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path, victim: int) -> None:
+    (tmp_path / "victim").write_text(str(victim))
+    run_ranks(lost_savers.__file__, 2, tmp_path, timeout_s=120)
+
+    heard = json.loads((tmp_path / "heard.json").read_text())
+    assert heard["error"] == "DcpconvError", heard
+    assert "a rank was lost while saving; nothing was saved" in heard["text"]
+    assert not (tmp_path / "out/hf").exists()
+    model = torch.nn.Sequential(torch.nn.Linear(300, 7), torch.nn.Linear(7, 300))
+    save_weights(model, tmp_path / "out/hf")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["hf"]
+    assert_same_bits(load_file(tmp_path / "out/hf/model.safetensors"), model.state_dict())

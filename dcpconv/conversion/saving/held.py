@@ -140,3 +140,12 @@ def held_by(plans: Sequence[SavePlan]) -> Held:
             "the ranks do not hold every element once", [("problem", text) for text in problems]
         )
     return Held(Catalog("dcp", Path(), SOURCE, sizes, entries, objects, paths), items)
+
+
+def unequal(pairs: Iterable[tuple[str, str]]) -> FormatError:
+    """The error for names of one tensor that hold different values, each with its owner."""
+    return FormatError(
+        "two names of one tensor hold different values",
+        [("key", f"{key} is tied to {owner}") for key, owner in dict.fromkeys(pairs)],
+        hint='spec="tied=false" saves them as two tensors, and says so in the config',
+    )

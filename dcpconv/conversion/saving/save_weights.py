@@ -42,6 +42,7 @@ class SaveOptions(TypedDict, total=False):
     allow: Sequence[str]
     max_file_size: int | None
     overwrite: bool
+    whole_files: bool | None
     jobs: int | None
     progress: Callable[[int], None] | None
 
@@ -79,7 +80,9 @@ def save_weights(
         DcpconvError: A rank failed otherwise; every rank raises the same error.
     """
     with _described(model, assets) as described:
-        writer = CheckpointWriter(target, to=to, assets=described, **options)
+        writer = CheckpointWriter(
+            target, to=to, assets=described, process_group=process_group, **options
+        )
         try:
             save(
                 get_model_state_dict(model),

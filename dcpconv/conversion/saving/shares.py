@@ -50,20 +50,41 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class Owned:
+    """A file that one rank writes from its first byte to its last.
+
+    Attributes:
+        name: ``OutFile.name``.
+        nbytes: Its length.
+        owner: The rank.
+        literals: ``(offset, bytes)`` of what no rank holds; the owner's share alone has them.
+    """
+
+    name: str
+    nbytes: int
+    owner: int
+    literals: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """What one rank writes.
 
     Attributes:
-        directory: Where the files are; the coordinator has made them, as long as they will be.
-        writes: In the order of the files.
+        directory: Where the files are.
+        writes: What this rank holds, in the order of the files.
         ties: Pairs of items that must be equal, of which this rank holds the first.
         report: Of the whole result.
+        whole: Every file and who writes it, where files have to be written from the first byte to
+            the last; empty where the coordinator has made them, as long as they will be, and ranks
+            write where they please.
     """
 
     directory: Path
     writes: tuple[Write, ...]
     ties: tuple[Tie, ...]
     report: ConversionReport
+    whole: tuple[Owned, ...] = ()
 
 
 def share_out(
@@ -73,8 +94,9 @@ def share_out(
     ranks: int,
     directory: Path,
     report: ConversionReport,
+    by_file: bool = False,
 ) -> list[Share]:
-    """Every rank's share, by rank; nobody writes what another one holds.
+    """Every rank's share, by rank.
 
     Args:
         outline: Planned from what the ranks hold.
@@ -82,6 +104,7 @@ def share_out(
         ranks: How many there are.
         directory: Where the files are.
         report: Of the whole result.
+        by_file: Whether every file is written by one rank, from its first byte to its last.
     """
     writes: list[list[Write]] = [[] for _ in range(ranks)]
     for file in outline.files:
@@ -96,10 +119,33 @@ def share_out(
                     tuple(parts),
                 )
                 writes[rank_of(place)].append(write)
+    whole = _owned(outline, ranks) if by_file else ()
     return [
-        Share(directory, tuple(mine), tuple(tie for tie in ties if tie.rank == rank), report)
+        Share(
+            directory,
+            tuple(mine),
+            tuple(tie for tie in ties if tie.rank == rank),
+            report,
+            tuple(file if file.owner == rank else replace(file, literals=()) for file in whole),
+        )
         for rank, mine in enumerate(writes)
     ]
+
+
+def _owned(outline: Outline, ranks: int) -> tuple[Owned, ...]:
+    """Who writes which file: the largest first, each to the rank with the least so far."""
+    literals: dict[str, list[tuple[int, bytes]]] = defaultdict(list)
+    for name, offset, data in literals_of(outline):
+        literals[name].append((offset, data))
+    loads = [0] * ranks
+    owners: dict[str, int] = {}
+    for file in sorted(outline.files, key=lambda file: -file.nbytes):
+        owners[file.name] = loads.index(min(loads))
+        loads[owners[file.name]] += file.nbytes
+    return tuple(
+        Owned(file.name, file.nbytes, owners[file.name], tuple(literals[file.name]))
+        for file in outline.files
+    )
 
 
 def _by_place(fill: Fill) -> dict[str, list[Part]]:

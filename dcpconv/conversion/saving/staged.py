@@ -1,4 +1,4 @@
-"""What the coordinator does: plan the result, make its files, and publish it when all is written."""
+"""The coordinator's part: plan the result, make its files, and publish it once all is written."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import write, write_error
 from dcpconv.engine.execute import CastLoss, refuse_overflow
 from dcpconv.engine.publish import Staging, check_space, staging
+from dcpconv.engine.space import writes_anywhere
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.sources.understanding import understand
 
@@ -34,12 +35,14 @@ class Stage:
         ties: Items that have to be equal for it to be right.
         staging: Where it is before it is published.
         stack: Holds the staging directory; closing it removes what was not published.
+        by_file: Whether every file is written by one rank, from its first byte to its last.
     """
 
     decided: Decided
     ties: tuple[Tie, ...]
     staging: Staging
     stack: ExitStack
+    by_file: bool
 
     def shares(self, ranks: int) -> list[Share]:
         """What every rank writes."""
@@ -49,6 +52,7 @@ class Stage:
             ranks=ranks,
             directory=self.staging.path,
             report=self.decided.report,
+            by_file=self.by_file,
         )
 
     def publish(self, losses: tuple[CastLoss, ...], *, seconds: float) -> ConversionReport:
@@ -77,12 +81,13 @@ class Stage:
         )
 
 
-def stage(plans: Sequence[SavePlan], request: Request) -> Stage:
-    """Plan a result from what the ranks hold, and make its files.
+def stage(plans: Sequence[SavePlan], request: Request, *, whole_files: bool | None = None) -> Stage:
+    """Plan a result from what the ranks hold, and make its files, unless ranks write whole ones.
 
     Args:
         plans: By rank.
         request: What the user asked for.
+        whole_files: Whether they do; by default only where the file system wants it.
 
     Raises:
         CoverageError: Keys are missing, unknown or misshapen; all are listed.
@@ -107,8 +112,15 @@ def stage(plans: Sequence[SavePlan], request: Request) -> Stage:
             )
         )
         check_space(request.wanted.path, disk_nbytes(decided.outline, decided.side))
-        _make_files(place.path, decided.outline)
-        return Stage(decided, ties, place, stack.pop_all())
+        by_file = whole_files
+        if by_file is None and not writes_anywhere(place.path):
+            by_file = True
+            note = "the file system takes no bytes in any order: every file was written by one rank"
+            report = replace(decided.report, notes=(*decided.report.notes, note))
+            decided = replace(decided, report=report)
+        if not by_file:
+            _make_files(place.path, decided.outline)
+        return Stage(decided, ties, place, stack.pop_all(), bool(by_file))
 
 
 def _tied(held: Held, request: Request) -> tuple[Held, tuple[Tie, ...]]:

@@ -18,17 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request, Wanted, float_dtype
-from dcpconv.conversion.saving.held import SOURCE
+from dcpconv.conversion.saving.gathering import gather_files, sending_group
+from dcpconv.conversion.saving.held import SOURCE, unequal
+from dcpconv.conversion.saving.runs import are_equal
 from dcpconv.conversion.saving.shares import Share
 from dcpconv.conversion.saving.staged import Stage, stage
-from dcpconv.conversion.saving.writing import are_equal, unequal, write_share
+from dcpconv.conversion.saving.writing import write_share
 from dcpconv.core.catalog import Form
 from dcpconv.engine.execute import CastLoss
 from dcpconv.sources.said import Said
@@ -58,6 +62,10 @@ class CheckpointWriter(StorageWriter):
             ``overflow`` allows a cast to produce infinities.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         overwrite: Replace an existing target, in one step once the result is complete.
+        whole_files: Have every file written by one rank, from its first byte to its last, which
+            the other ranks send what they hold of it; by default only on file systems that take
+            no bytes in any order.
+        process_group: The ranks that save together, the one that ``dcp.save`` is given.
         jobs: Threads per rank.
         progress: Called with the bytes that this rank has written since its last call, from worker
             threads.
@@ -84,6 +92,8 @@ class CheckpointWriter(StorageWriter):
         allow: Sequence[str] = (),
         max_file_size: int | None = None,
         overwrite: bool = False,
+        whole_files: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
         jobs: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -103,6 +113,8 @@ class CheckpointWriter(StorageWriter):
         )
         self._target = target
         self._request = Request(SOURCE, said, only, wanted, trust=False)
+        self._whole_files = whole_files
+        self._group = process_group
         self._jobs = jobs
         self._progress = progress
         self._stage: Stage | None = None
@@ -135,7 +147,9 @@ class CheckpointWriter(StorageWriter):
         """Nothing is opened before all ranks have said what they hold."""
         del is_coordinator, args
         if not kwargs.get("use_collectives", True):
-            raise ValueError("CheckpointWriter needs use_collectives=True: ranks write common files")
+            raise ValueError(
+                "CheckpointWriter needs use_collectives=True: ranks write common files"
+            )
         self._started = time.perf_counter()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -145,7 +159,7 @@ class CheckpointWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Rank 0 plans the result, or raises the verdict that every rank hears."""
         self.abandon()
-        self._stage = stage(plans, self._request)
+        self._stage = stage(plans, self._request, whole_files=self._whole_files)
         # Whatever ends the save otherwise, the staging directory goes with this object.
         weakref.finalize(self, self._stage.stack.close)
         shares = self._stage.shares(len(plans))
@@ -161,16 +175,20 @@ class CheckpointWriter(StorageWriter):
         differing = [
             (tie.second.index.fqn, tie.owner.index.fqn)
             for tie in share.ties
-            if not are_equal(planner.resolve_data(tie.second), planner.resolve_data(tie.owner))
+            if not are_equal(_held(tie.second, planner), _held(tie.owner, planner))
         ]
         if differing:
-            raise unequal(list(dict.fromkeys(differing)), SOURCE)
-        losses = write_share(
-            share,
-            item=lambda number: planner.resolve_data(plan.items[number]),
-            jobs=self._jobs,
-            progress=self._progress,
-        )
+            raise unequal(differing)
+        progress = self._progress or (lambda _: None)
+
+        def item(number: int) -> Tensor:
+            return _held(plan.items[number], planner)
+
+        if share.whole:
+            group = sending_group(self._group)
+            losses = gather_files(share, item=item, group=group, progress=progress)
+        else:
+            losses = write_share(share, item=item, jobs=self._jobs, progress=progress)
         seconds = time.perf_counter() - self._started
         self.report = replace(share.report, is_dry_run=False, seconds=seconds)
         written = Counter[int]()
@@ -209,3 +227,10 @@ class CheckpointWriter(StorageWriter):
         if self._stage is not None:
             self._stage.stack.close()
             self._stage = None
+
+
+def _held(item: WriteItem, planner: SavePlanner) -> Tensor:
+    held = planner.resolve_data(item)
+    if not isinstance(held, Tensor):
+        raise TypeError(f"{item.index.fqn} was planned as a tensor and is a {type(held).__name__}")
+    return held

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dcpconv import CheckpointWriter, convert, save_weights
-from dcpconv.conversion.saving import storage_writer
+from dcpconv.conversion.saving import gathering
+from dcpconv.conversion.saving.writing import write_share
 from support.models.hf_models import tiny
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_scenes import WRAPS
@@ -114,7 +116,7 @@ def _async(directory: Path) -> Any:
         for parameter in model.parameters():
             parameter.fill_(7.0)
     assert not hasattr(future, "upload_completion")
-    future.result()  # type: ignore[union-attr]
+    future.result()
     return True
 
 
@@ -144,7 +146,7 @@ def _misfit(directory: Path) -> Any:
 def _overflows(directory: Path) -> Any:
     model = expected(directory)
     with torch.no_grad():
-        model.layers[1].attention.wo.weight[-1, -1] = 1e6
+        model.get_parameter("layers.1.attention.wo.weight")[-1, -1] = 1e6
     options: dict[str, Any] = {"to": "hf", "assets": directory / "hf-untied", "dtype": "fp16"}
     save_weights(fsdp2()(model), place(directory, "overflow", "hf"), **options)
 
@@ -170,18 +172,16 @@ def _fails(directory: Path) -> Any:
     """The last rank fails after it has written half of its part."""
     model = fsdp2()(expected(directory))
     target = place(directory, "fails", "hf")
-    whole = storage_writer.write_share
+    is_last = dist.get_rank() == dist.get_world_size() - 1
 
     def half(share: Any, **options: Any) -> Any:
-        whole(share, **options)
-        raise OSError(5, "Input/output error", "a disk")
+        write_share(share, **options)
+        if is_last:
+            raise OSError(5, "Input/output error", "a disk")
+        return ()
 
-    if dist.get_rank() == dist.get_world_size() - 1:
-        storage_writer.write_share = half
-    try:
+    with patch("dcpconv.conversion.saving.storage_writer.write_share", half):
         save_weights(model, target, to="hf", assets=directory / "hf-untied")
-    finally:
-        storage_writer.write_share = whole
 
 
 def _objects(directory: Path) -> Any:
@@ -238,6 +238,38 @@ def _bytes_written(directory: Path) -> Any:
     return {"written": sum(written), "held": held}
 
 
+def _whole_files(directory: Path) -> Any:
+    """One writer per file, in windows that cut tensors, elements and headers."""
+    with patch.object(gathering, "WINDOW", 1000):
+        return _in_windows(directory)
+
+
+def _in_windows(directory: Path) -> Any:
+    model = WRAPS[dist.get_world_size()]["fsdp2"][0](expected(directory))
+    heard = {}
+    for form, options in FORMS.items():
+        target = place(directory, f"whole-{form}", "fsdp2" + Path(form).suffix)
+        written: list[int] = []
+        save_weights(
+            model,
+            target,
+            assets=directory / "hf-untied",
+            whole_files=True,
+            progress=written.append,
+            **options,
+        )
+        heard[form] = sum(written)
+    return heard
+
+
+def _wants_whole_files(directory: Path) -> Any:
+    """A file system that takes bytes only in order, as far as the probe can tell."""
+    model = fsdp2()(expected(directory))
+    target, config = place(directory, "ordered", "hf"), directory / "hf-untied"
+    with patch("dcpconv.conversion.saving.staged.writes_anywhere", return_value=False):
+        return save_weights(model, target, to="hf", assets=config).notes
+
+
 SCENES: dict[int, dict[str, Scene]] = {
     ranks: {f"saves/{name}": _saves(name, wrap) for name, (wrap, _) in wraps.items()}
     for ranks, wraps in WRAPS.items()
@@ -256,8 +288,10 @@ SCENES[2] |= {
     "fails": _fails,
     "objects": _objects,
     "cached": _cached,
+    "whole-files": _whole_files,
+    "wants-whole-files": _wants_whole_files,
 }
-SCENES[4] |= {"halves": _half_of_the_ranks, "bytes": _bytes_written}
+SCENES[4] |= {"whole-files": _whole_files, "halves": _half_of_the_ranks, "bytes": _bytes_written}
 
 if __name__ == "__main__":
     take_part(SCENES)
