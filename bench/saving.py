@@ -86,10 +86,8 @@ def rows(work: Path, *, gb: float = 2.5, rounds: int = 5) -> list[Saved]:
 
 def table(results: Sequence[Saved]) -> str:
     """Aligned rows."""
-    lines = [
-        f"{'case':<46} {'s':>6}  {'to cp + fsync':>18} {'target':>6} {'to torch':>8} {'target':>6}"
-        f" {'MiB':>6}"
-    ]
+    head = f"{'case':<46} {'s':>6}  {'to cp + fsync':>18} {'target':>6} {'to torch':>8}"
+    lines = [f"{head} {'target':>6} {'MiB':>6}"]
     for row in results:
         low, median, high = row.to_floor
         is_ours = row.name.startswith("save_weights")

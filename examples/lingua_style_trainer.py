@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
-from dcpconv import load_init_weights
+from dcpconv import load_init_weights, save_weights
 from lingua_model import LinguaModel
 
 ALPHABET = 61
@@ -65,7 +65,10 @@ def build(params_file: Path, *, seq_len: int) -> LinguaModel:
 
 
 def train(model: LinguaModel, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
-    """Take ``args.steps`` steps; rank 0 prints the mean loss of every one."""
+    """Take ``args.steps`` steps; rank 0 prints the mean loss of every one.
+
+    Every ``args.hf_every`` steps all ranks together write the model as Hugging Face has it.
+    """
     device = next(model.parameters()).device
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(1, args.steps + 1):
@@ -84,6 +87,8 @@ def train(model: LinguaModel, optimizer: torch.optim.Optimizer, args: argparse.N
         dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step:4d}  loss {mean.item() / world:.4f}", flush=True)
+        if args.save_hf and step % args.hf_every == 0:
+            save_weights(model, args.save_hf / f"step-{step}", to="hf", assets=args.params)
 
 
 def save(model: LinguaModel, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
@@ -105,6 +110,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--logits", type=Path, help="write the fixed batch's logits, fp32, here")
     parser.add_argument("--save", type=Path, help="write model and optimizer into this directory")
+    parser.add_argument("--save-hf", type=Path, help="write Hugging Face directories in here")
+    parser.add_argument("--hf-every", type=int, default=10, help="after so many steps each")
     args = parser.parse_args()
     args.params = args.params or Path(args.source) / "params.json"
 

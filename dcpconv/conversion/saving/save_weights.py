@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -20,12 +20,8 @@ from typing_extensions import TypedDict, Unpack
 
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.saving.storage_writer import CheckpointWriter
+from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from dcpconv.core.catalog import Form
 
 
 class SaveOptions(TypedDict, total=False):
@@ -48,7 +44,7 @@ class SaveOptions(TypedDict, total=False):
 
 
 def save_weights(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     target: str | os.PathLike[str],
     *,
     to: str | None = None,
@@ -64,7 +60,8 @@ def save_weights(
         save_weights(model, "out/hf", to="hf", assets="out/lingua")
 
     Args:
-        model: Sharded in any way that ``get_model_state_dict`` knows, on any device.
+        model: Sharded in any way that ``get_model_state_dict`` knows, on any device; or the parts
+            of one that this rank holds, as pipelines have them.
         target: Where the result goes; every rank has to see it.
         to: Naming of the result; by default ``hf`` for the hf form, else the model's own.
         assets: Directory with the model's config and tokenizer, or its parameter file; a model of
@@ -79,13 +76,14 @@ def save_weights(
         NoSpaceError: The disk cannot hold the result.
         DcpconvError: A rank failed otherwise; every rank raises the same error.
     """
-    with _described(model, assets) as described:
+    parts = [model] if isinstance(model, nn.Module) else list(model)
+    with _described(parts, assets) as described:
         writer = CheckpointWriter(
             target, to=to, assets=described, process_group=process_group, **options
         )
         try:
             save(
-                get_model_state_dict(model),
+                {key: held for part in parts for key, held in get_model_state_dict(part).items()},
                 storage_writer=writer,
                 process_group=process_group,
                 no_dist=not dist.is_initialized(),
@@ -116,12 +114,12 @@ def _first(error: CheckpointException) -> Exception:
 
 @contextmanager
 def _described(
-    model: nn.Module, assets: str | os.PathLike[str] | None
+    parts: Sequence[nn.Module], assets: str | os.PathLike[str] | None
 ) -> Iterator[str | os.PathLike[str] | None]:
     """Where the model's config is: what the user says, or the model's own, written for a while."""
-    bare = _bare(model)
+    bare = _bare(parts[0]) if len(parts) == 1 else None
     config = getattr(bare, "config", None)
-    if assets is not None or not hasattr(config, "save_pretrained"):
+    if bare is None or assets is not None or not hasattr(config, "save_pretrained"):
         yield assets
         return
     with TemporaryDirectory(prefix="dcpconv-config-") as directory:
