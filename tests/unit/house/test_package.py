@@ -1,4 +1,4 @@
-"""What is built is whole: the wheel of the sdist, in an environment that has nothing else of ours."""
+"""The wheel of the sdist is whole, in an environment that has nothing else of ours."""
 
 from __future__ import annotations
 
