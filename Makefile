@@ -15,7 +15,7 @@ SWEEP_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fmt lint type bench sweep docs check interop install clean
+.PHONY: help demo test fmt lint type bench sweep docs site check interop install clean
 
 help:  ## show this table
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -45,6 +45,9 @@ sweep: $(VENV)/.installed  ## carry every architecture of transformers everywher
 
 docs: $(VENV)/.installed  ## write the generated pages of docs/ and the index of the tables anew
 	@$(PY) docs/generate.py
+
+site: $(VENV)/.docs  ## build the documentation site into out/site/html, strictly
+	@$(PY) docs/site.py
 
 check:  ## everything CI runs: lint, type, test
 	@.ci/run
@@ -80,6 +83,10 @@ $(VENV)/.interop: $(VENV)/.installed
 
 $(VENV)/.lint: $(VENV)/.installed
 	@$(PIP) --editable '.[test,lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@$(PIP) --editable '.[test,docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

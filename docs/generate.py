@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cli_page import cli_page
 from families_page import families_page
+from rope_picture import rope_picture
 
 from dcpconv.families.keymaps.index import TABLE_INDEX, index_text
 
@@ -15,6 +16,7 @@ HERE = Path(__file__).parent
 PAGES: Mapping[Path, Callable[[], str]] = {
     HERE / "families.md": families_page,
     HERE / "cli.md": cli_page,
+    HERE / "rope.svg": rope_picture,
     TABLE_INDEX: index_text,
 }
 """File -> what it should hold."""

@@ -1,6 +1,6 @@
 """Python in Markdown: the blocks of a page, run in order with what the page takes for granted.
 
-All blocks of a page share one namespace, in one directory that ``prepare`` of ``transcripts`` fills.
+All blocks of a page share one namespace and a directory that ``prepare`` of ``transcripts`` fills.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_page(text: str, names: Names) -> Names:
         names: What the blocks take for granted.
     """
     for number, found in enumerate(BLOCK.finditer(text)):
-        exec(compile(found.group(1), f"block {number}", "exec"), names)  # noqa: S102
+        exec(compile(found.group(1), f"block {number}", "exec"), names)
     return names
 
 
