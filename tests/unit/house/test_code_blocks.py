@@ -55,7 +55,8 @@ def test_every_block_runs(
     here = tmp_path / "here"
     shutil.copytree(prepared, here)
     monkeypatch.chdir(here)
-    names = GIVEN.get(_named(page), lambda _: {})(here)
+    given = GIVEN.get(_named(page))
+    names = {} if given is None else given(here)
     with alone(tmp_path):
         run_page(page.read_text(), names)
 
