@@ -6,6 +6,7 @@ that are filled are those of ``get_model_state_dict``, which hooks may have made
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,9 @@ def load_by_state_dict(
 def _load(wanted: dict[str, Tensor], reader: CheckpointReader, world: World) -> Exception | None:
     """What went wrong on any rank; ``None`` where all is well."""
     try:
-        dcp_load(wanted, storage_reader=reader, process_group=world.group, no_dist=world.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+            dcp_load(wanted, storage_reader=reader, process_group=world.group)
     except CheckpointException as error:
         # It is of no use as it is: torch's text does not say what happened.
         failed = next(iter(error.failures.values()))[0]

@@ -97,7 +97,7 @@ def held_by(plans: Sequence[SavePlan]) -> Held:
         FormatError: Boxes leave a gap or overlap, an element type is unknown, or torch has left
             the items out because they are those of the save before.
     """
-    if not all(plan.usable for plan in plans):
+    if not all(getattr(plan, "usable", True) for plan in plans):  # torch 2.6 has no such field
         raise FormatError(
             "a cached save plan lists no tensors",
             [("found", "a planner with enable_plan_caching=True")],

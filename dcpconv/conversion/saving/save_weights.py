@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -81,13 +82,11 @@ def save_weights(
         writer = CheckpointWriter(
             target, to=to, assets=described, process_group=process_group, **options
         )
+        state = {key: held for part in parts for key, held in get_model_state_dict(part).items()}
         try:
-            save(
-                {key: held for part in parts for key, held in get_model_state_dict(part).items()},
-                storage_writer=writer,
-                process_group=process_group,
-                no_dist=not dist.is_initialized(),
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+                save(state, storage_writer=writer, process_group=process_group)
         except CheckpointException as error:
             raise _first(error) from error
         except RuntimeError as error:  # from a collective: all else comes as a CheckpointException

@@ -15,7 +15,7 @@ from dcpconv.core.outline import Fill, OutChunk, OutFile, OutTensor, Part
 from dcpconv.formats.torchfile.archive import Archive, read_archive
 from dcpconv.formats.torchfile.unpickling import dumps
 
-DTYPES = {name: getattr(torch, name) for name in BY_NAME}
+DTYPES = {name: getattr(torch, name) for name in BY_NAME if hasattr(torch, name)}
 
 
 def make_tensor(dtype: torch.dtype, shape: tuple[int, ...], *, seed: int = 0) -> torch.Tensor:
