@@ -122,7 +122,7 @@ def _losses_after(carried: Path) -> list[float]:
     model = Model()
     optimizer = torch.optim.AdamW(groups(model), lr=0.5)
     state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
-    load(state, checkpoint_id=carried, no_dist=True)
+    load(state, checkpoint_id=carried)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optim"])
     seen = zip(*(batches(rank)[STEPS:] for rank in range(RANKS)), strict=True)

@@ -139,5 +139,5 @@ def test_stock_load_reads_rank_files(tmp_path: Path) -> None:
     }
     save_verl(tmp_path / "actor", distributed(expected, [Shard(0)]), shape=(3,))
     state = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
-    load(state, storage_reader=CheckpointReader(tmp_path / "actor"), no_dist=True)
+    load(state, storage_reader=CheckpointReader(tmp_path / "actor"))
     assert_same_bits(state, expected)

@@ -94,7 +94,7 @@ def test_a_relabelled_run_goes_on_alike_in_another_model(tmp_path: Path) -> None
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optim": moments, "step": 0}
-    load(state, checkpoint_id=tmp_path / "0", no_dist=True)
+    load(state, checkpoint_id=tmp_path / "0")
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
     )

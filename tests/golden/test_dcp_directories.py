@@ -67,7 +67,7 @@ VALUES: dict[str, torch.Tensor] = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "dcp"
-    save(dict(VALUES), checkpoint_id=path, no_dist=True)
+    save(dict(VALUES), checkpoint_id=path)
     return path
 
 
@@ -80,7 +80,7 @@ def test_every_kind_of_tensor_is_found(saved: Path, key: str) -> None:
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_element_type_is_found(tmp_path: Path, name: str) -> None:
     state = {"x": filled((3, 5), getattr(torch, name)), "y": filled((), getattr(torch, name))}
-    save(dict(state), checkpoint_id=tmp_path, no_dist=True)
+    save(dict(state), checkpoint_id=tmp_path)
     catalog = read_catalog(tmp_path)
     assert {key: entry.dtype.name for key, entry in catalog.tensors.items()} == {
         "x": name,
@@ -105,7 +105,7 @@ def test_objects_and_nesting(tmp_path: Path) -> None:
         "dtype": torch.bfloat16,
         "size": torch.Size([2, 3]),
     }
-    save(state, checkpoint_id=tmp_path, no_dist=True)
+    save(state, checkpoint_id=tmp_path)
     catalog = read_catalog(tmp_path)
     assert catalog.objects == {
         "optim.param_groups.0.lr": 0.1,
@@ -121,8 +121,8 @@ def test_objects_and_nesting(tmp_path: Path) -> None:
 
 
 def test_flat_and_nested_share_a_key_but_not_a_path(tmp_path: Path) -> None:
-    save({"model.w": torch.ones(2)}, checkpoint_id=tmp_path / "flat", no_dist=True)
-    save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "nested", no_dist=True)
+    save({"model.w": torch.ones(2)}, checkpoint_id=tmp_path / "flat")
+    save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "nested")
     flat, nested = read_catalog(tmp_path / "flat"), read_catalog(tmp_path / "nested")
     assert list(flat.tensors) == list(nested.tensors) == ["model.w"]
     assert (flat.path_of("model.w"), nested.path_of("model.w")) == (("model.w",), ("model", "w"))
@@ -131,7 +131,7 @@ def test_flat_and_nested_share_a_key_but_not_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("threads", "together"), [(3, True), (1, False)])
 def test_many_files_per_rank(tmp_path: Path, threads: int, together: bool) -> None:  # noqa: FBT001
     writer = FileSystemWriter(tmp_path, single_file_per_rank=together, thread_count=threads)
-    save(dict(VALUES), storage_writer=writer, no_dist=True)
+    save(dict(VALUES), storage_writer=writer)
     catalog = read_catalog(tmp_path)
     assert len(catalog.files) > 1
     assert all(same(read_tensor(catalog, key), tensor) for key, tensor in VALUES.items())
@@ -155,7 +155,7 @@ def test_items_of_one_kind_are_told_apart_from_look_alikes(tmp_path: Path) -> No
         "c": filled((6, 6)) + 1,
         "d": (filled((6, 6)) + 1).t(),
     }
-    save(dict(state), checkpoint_id=tmp_path, no_dist=True)
+    save(dict(state), checkpoint_id=tmp_path)
     catalog = read_catalog(tmp_path)
     assert all(same(read_tensor(catalog, key), tensor) for key, tensor in state.items())
 
@@ -165,7 +165,7 @@ def test_items_of_one_kind_are_told_apart_from_look_alikes(tmp_path: Path) -> No
 
 def as_loaded(path: Path, tensors: State) -> dict[str, torch.Tensor]:
     into = {".".join(map(str, key)): torch.zeros_like(tensor) for key, tensor in tensors.items()}
-    load(into, checkpoint_id=path, no_dist=True)
+    load(into, checkpoint_id=path)
     return into
 
 
@@ -236,7 +236,7 @@ STATES = [
 
 @pytest.mark.parametrize("state", STATES)
 def test_metadata_equals_what_torch_writes(tmp_path: Path, state: dict[str, object]) -> None:
-    save(dict(state), checkpoint_id=tmp_path / "theirs", no_dist=True)
+    save(dict(state), checkpoint_id=tmp_path / "theirs")
     catalog = read_catalog(tmp_path / "theirs")
     write(
         tmp_path / "ours",

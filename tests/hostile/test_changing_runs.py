@@ -208,7 +208,7 @@ def test_an_object_whose_file_vanishes_is_our_error(tmp_path: Path, *, trust: bo
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    save({"a": torch.ones(3), "size": {1, 2}}, checkpoint_id=tmp_path / "in", no_dist=True)
+    save({"a": torch.ones(3), "size": {1, 2}}, checkpoint_id=tmp_path / "in")
 
     class Late(CheckpointReader):
         def prepare_local_plan(self, plan: Any) -> Any:
@@ -217,4 +217,4 @@ def test_an_object_whose_file_vanishes_is_our_error(tmp_path: Path, *, trust: bo
 
     state: dict[str, Any] = {"size": None}
     with pytest.raises((FormatError, CheckpointException), match="cannot be"):
-        load(state, storage_reader=Late(tmp_path / "in", trust=trust), no_dist=True)
+        load(state, storage_reader=Late(tmp_path / "in", trust=trust))

@@ -36,7 +36,7 @@ def write_torch(path: Path, value: float) -> None:
 
 
 def write_dcp(path: Path, value: float) -> None:
-    save(dict(tensors(value)), checkpoint_id=path, no_dist=True)
+    save(dict(tensors(value)), checkpoint_id=path)
 
 
 FORMS: dict[str, tuple[Callable[[Path, float], None], str]] = {
@@ -204,7 +204,7 @@ def test_a_reader_that_was_opened_before_says_so(
 
     state = tensors(0.0)
     with pytest.raises((DcpconvError, CheckpointException)) as caught:
-        load(dict(state), storage_reader=Late(source), no_dist=True)
+        load(dict(state), storage_reader=Late(source))
     assert str(old) in str(caught.value)
 
 

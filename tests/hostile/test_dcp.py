@@ -105,7 +105,7 @@ def test_code_in_metadata_does_not_run(checkpoint: Path, put: Callable[..., obje
 def test_code_in_an_object_does_not_run_and_hides_no_other_key(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     state = {"w": torch.ones(3), "bad": Bomb(os.system, f"touch {witness}"), "step": 3}
-    save(dict(state), checkpoint_id=tmp_path, no_dist=True)
+    save(dict(state), checkpoint_id=tmp_path)
     catalog = read_catalog(tmp_path)
     bad = catalog.objects["bad"]
     assert isinstance(bad, OpaqueObject)
@@ -116,7 +116,7 @@ def test_code_in_an_object_does_not_run_and_hides_no_other_key(tmp_path: Path) -
 
 
 def test_an_object_of_a_class_we_do_not_know_is_opaque(tmp_path: Path) -> None:
-    save({"x": Fraction(1, 2), "step": 3}, checkpoint_id=tmp_path, no_dist=True)
+    save({"x": Fraction(1, 2), "step": 3}, checkpoint_id=tmp_path)
     found = read_catalog(tmp_path).objects
     assert isinstance(found["x"], OpaqueObject)
     assert "fractions.Fraction" in found["x"].reason

@@ -66,7 +66,7 @@ def _torch(directory: Path) -> None:
 
 
 def _dcp(directory: Path) -> None:
-    save(_state(), checkpoint_id=directory, no_dist=True)
+    save(_state(), checkpoint_id=directory)
 
 
 def _keymap(directory: Path) -> None:

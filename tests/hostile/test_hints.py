@@ -69,7 +69,7 @@ def zero_with_a_stale_latest(path: Path) -> Path:
 
 
 def run_of_megatron(path: Path) -> Path:
-    save({"w": torch.ones(2)}, checkpoint_id=path / "iter_0000010", no_dist=True)
+    save({"w": torch.ones(2)}, checkpoint_id=path / "iter_0000010")
     return path
 
 
@@ -242,7 +242,7 @@ def states(path: Path) -> Path:
 
 
 def without_metadata(path: Path) -> Path:
-    save({"w": torch.ones(2)}, checkpoint_id=path, no_dist=True)
+    save({"w": torch.ones(2)}, checkpoint_id=path)
     (path / ".metadata").unlink()
     return path
 

@@ -50,7 +50,7 @@ def objects(path: Path) -> None:
 
 
 def objects_in_a_dcp(path: Path) -> None:
-    save({"step": 3, "args": {"lr": 0.1}}, checkpoint_id=path, no_dist=True)
+    save({"step": 3, "args": {"lr": 0.1}}, checkpoint_id=path)
 
 
 def nothing(path: Path) -> None:
@@ -135,7 +135,7 @@ def run_of_hf_steps(path: Path) -> Path:
 
 
 def run_of_megatron(path: Path) -> Path:
-    save({"w": torch.ones(2)}, checkpoint_id=path / "run/iter_0000010", no_dist=True)
+    save({"w": torch.ones(2)}, checkpoint_id=path / "run/iter_0000010")
     (path / "run/latest_checkpointed_iteration.txt").write_text("10")
     return path / "run"
 
@@ -152,7 +152,7 @@ def test_the_directory_a_hint_names_can_be_opened(
 
 
 def test_torchs_own_drop_in_may_write_beside_its_source(tmp_path: Path) -> None:
-    save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "dcp")
     before = {path.name: path.read_bytes() for path in (tmp_path / "dcp").iterdir()}
     for _ in range(2):  # torch replaces what is there, and so do we
         dcp_to_torch_save(tmp_path / "dcp", tmp_path / "dcp/model.pt")

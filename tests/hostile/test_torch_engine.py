@@ -45,12 +45,12 @@ def objects(path: Path) -> None:
 
 
 def objects_in_a_dcp(path: Path) -> None:
-    save({"step": 3, "args": {"lr": 0.1}}, checkpoint_id=path, no_dist=True)
+    save({"step": 3, "args": {"lr": 0.1}}, checkpoint_id=path)
 
 
 def optimizer_in_a_dcp(path: Path) -> None:
     state = {"state": {"a": {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
-    save(state, checkpoint_id=path, no_dist=True)
+    save(state, checkpoint_id=path)
 
 
 def empty(path: Path) -> None:

@@ -128,7 +128,7 @@ def test_tiles_shards_and_threads_leave_no_trace(base: Path, tmp_path: Path) -> 
     state = {"lm_head.weight": torch.zeros_like(whole["lm_head.weight"])} | {
         key: torch.zeros_like(value) for key, value in whole.items()
     }
-    dcp_load(state, storage_reader=CheckpointReader(base, adapter=adapter), no_dist=True)
+    dcp_load(state, storage_reader=CheckpointReader(base, adapter=adapter))
     assert_same(state, whole)
 
 
@@ -179,7 +179,7 @@ def test_an_adapter_inside_a_checkpoint(base: Path, tmp_path: Path) -> None:
     step = tmp_path / "checkpoint-4"
     inner = step / "pytorch_model_fsdp_0"
     state: dict[str, Any] = {"model": peft_tensors(pairs, "default")}
-    dcp_save(state, checkpoint_id=str(inner), no_dist=True)
+    dcp_save(state, checkpoint_id=str(inner))
     with pytest.raises(NotACheckpointError, match="says what to multiply it by"):
         convert(base, tmp_path / "out", form="hf", adapter=inner)
     (step / "adapter_config.json").write_text(json.dumps(config()))

@@ -136,7 +136,7 @@ def test_a_dense_model_of_the_first_three_generations_is_a_lingua_model(
     convert(source, tmp_path / "lingua", to="lingua")
     lingua = LinguaModel.from_params(json.loads((tmp_path / "lingua" / "params.json").read_text()))
     state = lingua.state_dict()
-    load({"model": state}, checkpoint_id=tmp_path / "lingua", no_dist=True)
+    load({"model": state}, checkpoint_id=tmp_path / "lingua")
     lingua.load_state_dict(state)
     assert difference(lingua.eval(), model) < RIGHT
 

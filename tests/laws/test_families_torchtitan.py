@@ -136,7 +136,7 @@ def test_a_model_trained_in_torchtitan_becomes_an_hf_model_with_its_logits(
     twin = tiny(model_type)
     assets = save_hf(twin, tmp_path / "assets")
     model = randomise(titan(twin, release, balances=False), seed=5)
-    state_dict_saver.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    state_dict_saver.save(model.state_dict(), checkpoint_id=tmp_path / "dcp")
     source = family(model_type, release)
     convert(tmp_path / "dcp", tmp_path / "hf", to="hf", from_=source, assets=assets)
     assert difference(load_hf(tmp_path / "hf"), model) < RIGHT
@@ -164,7 +164,7 @@ def test_a_training_checkpoint_has_its_weights_beside_the_other_containers(
         "train_state": {"step": torch.tensor(5)},
         "dataloader": {"dp_rank_0": b"abc"},
     }
-    state_dict_saver.save(step, checkpoint_id=tmp_path / "step-5", no_dist=True)
+    state_dict_saver.save(step, checkpoint_id=tmp_path / "step-5")
     source = family(model_type, release)
     report = convert(tmp_path / "step-5", tmp_path / "hf", to="hf", from_=source, assets=assets)
     assert difference(load_hf(tmp_path / "hf"), model) < RIGHT
@@ -185,7 +185,7 @@ def test_stock_dcp_load_finds_every_key_that_torchtitan_asks_for(
     model = randomise(titan(hf, release), seed=7)
     state = model.state_dict()
     assert sum("expert_bias" in key for key in state) == 3
-    state_dict_loader.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    state_dict_loader.load(state, checkpoint_id=tmp_path / "dcp")
     model.load_state_dict(state)
     assert difference(model, hf) < RIGHT
 

@@ -40,7 +40,7 @@ def through_dcp(directory: Path) -> LinguaModel:
     """A Lingua model loaded as Lingua does: params.json, then stock ``dcp.load`` in place."""
     model = LinguaModel.from_params(json.loads((directory / "params.json").read_text()))
     state = model.state_dict()
-    load({"model": state}, checkpoint_id=directory, no_dist=True)
+    load({"model": state}, checkpoint_id=directory)
     model.load_state_dict(state)
     return model.eval()
 

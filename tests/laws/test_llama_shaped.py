@@ -120,7 +120,7 @@ def test_lingua_computes_the_same_and_the_way_back_is_exact(
     params = json.loads((tmp_path / "lingua/params.json").read_text())
     model = LinguaModel.from_params(params)
     state = model.state_dict()
-    load({"model": state}, checkpoint_id=tmp_path / "lingua", no_dist=True)
+    load({"model": state}, checkpoint_id=tmp_path / "lingua")
     model.load_state_dict(state)
     assert difference(model.eval(), hf) < RIGHT
 

@@ -155,7 +155,7 @@ def test_a_torch_file_becomes_the_same_dcp(tmp_path: Path, case: Callable[[], St
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_dcp_becomes_the_same_torch_file(tmp_path: Path, case: Callable[[], State]) -> None:
-    save(case(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(case(), checkpoint_id=tmp_path / "dcp")
 
     format_utils.dcp_to_torch_save(tmp_path / "dcp", tmp_path / "torch.pth")
     dcp_to_torch_save(tmp_path / "dcp", tmp_path / "drop-in.pth")
@@ -170,7 +170,7 @@ def test_a_dcp_becomes_the_same_torch_file(tmp_path: Path, case: Callable[[], St
 def test_a_flat_dcp_stays_flat(tmp_path: Path) -> None:
     state = {"model.a.weight": _random(3, 2), "model.b": _random(2)}
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    save(state, checkpoint_id=tmp_path / "dcp", planner=planner, no_dist=True)
+    save(state, checkpoint_id=tmp_path / "dcp", planner=planner)
 
     for engine in ENGINES:
         convert(tmp_path / "dcp", tmp_path / f"{engine}.pth", engine=engine)
@@ -262,7 +262,7 @@ def test_transformed_items_go_through_torch_where_they_cannot_be_undone(
 ) -> None:
     state = {"model": {"a": _random(5, 3)}, "step": 7}
     writer = FileSystemWriter(tmp_path / "dcp", _extensions=[_Reversing()])
-    save(state, storage_writer=writer, no_dist=True)
+    save(state, storage_writer=writer)
 
     with monkeypatch.context() as without:
         without.setattr(importlib.util, "find_spec", lambda _name: None)
@@ -297,7 +297,6 @@ def test_code_in_a_pickle_runs_only_with_trust(tmp_path: Path, form: str) -> Non
         save(
             state if form == "dcp" else {"model": state["model"]},
             checkpoint_id=source,
-            no_dist=True,
         )
         target = tmp_path / "out.pth"
     if form == ".metadata":
@@ -362,7 +361,7 @@ def test_drop_ins_replace_what_is_there_and_make_directories(tmp_path: Path) -> 
     (step / "old").mkdir()
     (step / "old/notes.txt").write_text("mine")
     (step / "link").symlink_to("params.json")
-    save({"stale": _random(4)}, checkpoint_id=step, no_dist=True)
+    save({"stale": _random(4)}, checkpoint_id=step)
     (step / "__1_0.distcp").write_bytes(b"of a rank that is gone")
 
     torch_save_to_dcp(tmp_path / "x.pth", str(step))

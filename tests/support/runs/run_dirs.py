@@ -38,7 +38,7 @@ def dcp_files() -> Mapping[str, bytes]:
     }
     with tempfile.TemporaryDirectory() as name:
         writer = FileSystemWriter(name, thread_count=2, sync_files=False)
-        save_dcp(state, storage_writer=writer, no_dist=True)
+        save_dcp(state, storage_writer=writer)
         files = {path.name: path.read_bytes() for path in Path(name).iterdir()}
     renamed = {"__0_1.distcp": "__1_0.distcp"}
     metadata = files[".metadata"].replace(b"__0_1.distcp", b"__1_0.distcp")

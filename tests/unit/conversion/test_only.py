@@ -35,7 +35,7 @@ def written(directory: Path, form: str) -> Path:
     if form == "torch":
         torch.save(training(), directory / "source.pth")
         return directory / "source.pth"
-    save(training(), checkpoint_id=directory / "source", no_dist=True)
+    save(training(), checkpoint_id=directory / "source")
     return directory / "source"
 
 

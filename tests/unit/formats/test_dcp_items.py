@@ -34,7 +34,7 @@ def same(one: Any, other: Any) -> bool:
 
 def save_whole(path: Path, state: dict[str, Any]) -> Path:
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    save(state, checkpoint_id=path, planner=planner, no_dist=True)
+    save(state, checkpoint_id=path, planner=planner)
     return path
 
 
@@ -65,7 +65,7 @@ def test_safetensors_items_are_read(tmp_path: Path) -> None:
         pytest.skip("this torch writes no safetensors items")
     kind = filesystem.SerializationFormat.SAFETENSORS
     writer = FileSystemWriter(tmp_path / "dcp", serialization_format=kind)
-    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer)
     convert(tmp_path / "dcp", tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth")
     assert all(same(found["model"][key], value) for key, value in WEIGHTS.items())
@@ -101,7 +101,7 @@ def test_damaged_safetensors_items_are_told(change: Any, problem: str, tmp_path:
         pytest.skip("this torch writes no safetensors items")
     kind = filesystem.SerializationFormat.SAFETENSORS
     writer = FileSystemWriter(tmp_path, serialization_format=kind)
-    save({"model": dict(WEIGHTS)}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS)}, storage_writer=writer)
     assert problem in "\n".join(_break_blob(tmp_path, change))
 
 
@@ -109,7 +109,7 @@ def _zstd(path: Path) -> Path:
     pytest.importorskip("zstandard", reason="needs .[interop]")
     extension = pytest.importorskip("torch.distributed.checkpoint._extension")
     writer = FileSystemWriter(path, _extensions=[extension.ZStandard()])
-    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer, no_dist=True)
+    save({"model": dict(WEIGHTS), "step": 3}, storage_writer=writer)
     return path
 
 
@@ -125,7 +125,7 @@ def test_zstd_items_are_read(tmp_path: Path) -> None:
         "model": {k: torch.zeros_like(v) for k, v in WEIGHTS.items()},
         "step": 0,
     }
-    load(state, storage_reader=CheckpointReader(source), no_dist=True)
+    load(state, storage_reader=CheckpointReader(source))
     assert all(same(state["model"][key], value) for key, value in WEIGHTS.items())
     assert state["step"] == 3
     assert read_catalog(source).source == source

@@ -322,7 +322,7 @@ def test_live_models_and_stock_dcp_load_take_the_rank_files(tmp_path: Path) -> N
     model = nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
     load_init_weights(model, tmp_path)
     state = {key: torch.zeros_like(value) for key, value in weights.items()}
-    load(state, storage_reader=CheckpointReader(tmp_path), no_dist=True)
+    load(state, storage_reader=CheckpointReader(tmp_path))
 
     for key, value in weights.items():
         assert torch.equal(model.state_dict()[key], value), key

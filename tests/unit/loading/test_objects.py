@@ -112,13 +112,13 @@ class Runs:
 
 
 def written(directory: pathlib.Path, value: object) -> pathlib.Path:
-    save({"w": torch.ones(2), "x": value}, checkpoint_id=directory, no_dist=True)
+    save({"w": torch.ones(2), "x": value}, checkpoint_id=directory)
     return directory
 
 
 def read(reader: Any) -> object:
     state: dict[str, Any] = {"x": None}
-    load(state, storage_reader=reader, no_dist=True)
+    load(state, storage_reader=reader)
     return state["x"]
 
 
@@ -190,7 +190,7 @@ def test_nothing_is_run(tmp_path: pathlib.Path) -> None:
 def test_other_keys_are_read_although_one_object_is_refused(tmp_path: pathlib.Path) -> None:
     directory = written(tmp_path / "in", (Settings(3),))
     state = {"w": torch.zeros(2)}
-    load(state, storage_reader=CheckpointReader(directory), no_dist=True)
+    load(state, storage_reader=CheckpointReader(directory))
     assert state["w"].eq(1).all()
 
 
@@ -272,7 +272,7 @@ def test_a_torch_file_gives_its_values_as_they_were_saved(tmp_path: pathlib.Path
     }
     torch.save({"w": torch.ones(2), **values}, tmp_path / "all.pth")
     state: dict[str, Any] = {"w": torch.zeros(2), **dict.fromkeys(values)}
-    load(state, storage_reader=CheckpointReader(tmp_path / "all.pth"), no_dist=True)
+    load(state, storage_reader=CheckpointReader(tmp_path / "all.pth"))
     assert state.pop("w").eq(1).all()
     assert pickle.dumps(state) == pickle.dumps(values)
 

@@ -185,7 +185,7 @@ def test_our_dcp_is_what_torch_writes(tmp_path: Path) -> None:
     scaler, schedule = run.scaler.state_dict(), run.scheduler.state_dict()
     counted = {"epoch": 0, "step": 7, "world_size": 1, "wandb_id": None}
     state = {"model": weights, "optim": moments, **counted, "scaler": scaler, "scheduler": schedule}
-    save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
+    save(state, checkpoint_id=tmp_path / "stock")
 
     convert_run(tmp_path / "a_resume.pth", tmp_path / "ours", to="dcp")
 
@@ -209,7 +209,7 @@ def test_torch_sets_the_optimizer_from_it(tmp_path: Path) -> None:
     fresh = MiniMindRun.begin("gen4")
     weights, moments = get_state_dict(fresh.model, fresh.optimizer)
     state: dict[str, Any] = {"model": weights, "optim": moments}
-    load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    load(state, checkpoint_id=tmp_path / "dcp")
     set_state_dict(
         fresh.model,
         fresh.optimizer,
@@ -317,8 +317,8 @@ def test_shards_of_fsdp_and_flat_files_of_fsdp_are_read_too(tmp_path: Path) -> N
         step.mkdir()
         for name in ("trainer_state.json", "scheduler.pt", "config.json"):
             (step / name).write_bytes((tmp_path / "checkpoint-7" / name).read_bytes())
-    save({"model": weights}, checkpoint_id=sharded / "pytorch_model_fsdp_0", no_dist=True)
-    save({"optimizer": moments}, checkpoint_id=sharded / "optimizer_0", no_dist=True)
+    save({"model": weights}, checkpoint_id=sharded / "pytorch_model_fsdp_0")
+    save({"optimizer": moments}, checkpoint_id=sharded / "optimizer_0")
     save_hf(model, flat_)
     torch.save(moments, flat_ / "optimizer.bin")
 
@@ -379,7 +379,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
 
 def test_what_is_no_training_checkpoint_is_told(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3)}, tmp_path / "weights.pth")
-    save({"model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save({"model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path / "dcp")
     hf_trainer(tmp_path / "checkpoint-7", "llama")
     (tmp_path / "checkpoint-7" / "optimizer.pt").unlink()
 

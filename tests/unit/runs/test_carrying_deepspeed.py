@@ -311,7 +311,7 @@ def test_torchtitan_reads_what_is_carried_to_it(tmp_path: Path) -> None:
         "lr_scheduler": {"last_epoch": 0},
     }
 
-    load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    load(state, checkpoint_id=tmp_path / "out")
     utils.load_flat_optim_state_dict(optimizer, state["optimizer"])
 
     assert state["train_state"] == {"step": 4, "ntokens_seen": 0}

@@ -90,7 +90,7 @@ def test_composers_sharded_directory(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     source, weights = llama(tmp_path)
-    save(composer(weights), checkpoint_id=tmp_path / "ep1-ba1", no_dist=True)
+    save(composer(weights), checkpoint_id=tmp_path / "ep1-ba1")
     convert(tmp_path / "ep1-ba1", tmp_path / "out", form="hf", assets=source)
     assert_same_bits(stock_load(tmp_path / "out", "hf"), weights)
 
