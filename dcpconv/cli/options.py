@@ -31,3 +31,10 @@ Output = Annotated[
     str | None,
     typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
 ]
+Only = Annotated[
+    str | None,
+    typer.Option(help="Take only keys under this one, or that match.", metavar="KEY"),
+]
+Jobs = Annotated[
+    int | None, typer.Option("-j", "--jobs", help="Threads.", min=1, show_default=False)
+]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.core.catalog import Catalog, Identity
 from dcpconv.core.errors import FormatError, SourceChangedError
@@ -92,18 +92,21 @@ def read_regular(path: Path, *, most: int) -> bytes:
     return data
 
 
-def read_json(path: Path, *, most: int = 1 << 26) -> object:
+def read_json(
+    path: Path, *, most: int = 1 << 26, hook: Callable[[dict[str, Any]], object] | None = None
+) -> object:
     """What a regular file of JSON holds.
 
     Args:
         path: The file.
         most: Bytes that it may have.
+        hook: What to make of an object as soon as it is read, where many would take memory.
 
     Raises:
         FormatError: It cannot be read, is no JSON, or is larger.
     """
     try:
-        value: object = json.loads(read_regular(path, most=most))
+        value: object = json.loads(read_regular(path, most=most), object_hook=hook)
     except FormatError:
         raise
     except (OSError, ValueError, RecursionError) as error:

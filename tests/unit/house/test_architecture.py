@@ -30,11 +30,11 @@ ROWS = (
     Row(("stores",), frozenset({"huggingface_hub"})),
     Row(
         ("formats", "families", "engine"),
-        frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),
+        frozenset({"blake3", "huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),
     ),
     Row(("sources",), frozenset({"transformers"})),
     Row(("plan",)),
-    Row(("conversion", "checking", "loading", "runs")),
+    Row(("comparing", "conversion", "checking", "loading", "runs")),
     Row(("cli", "testing"), frozenset({"rich", "typer", "click", "pytest"})),
     Row(("__main__",)),
 )
