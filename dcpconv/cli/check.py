@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, say
+from dcpconv.cli.answers import answers, judges, say
 from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 
 if TYPE_CHECKING:
     from dcpconv.plan.coverage import Coverage
-
-P = ParamSpec("P")
-
-_COULD_NOT_TELL = 2
-
-
-def judges(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose exit code is an answer: 0 yes, 1 no, and 2 whatever else may happen."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except typer.Exit as end:
-            raise typer.Exit(min(end.exit_code, _COULD_NOT_TELL)) from None
-
-    return run
 
 
 @judges

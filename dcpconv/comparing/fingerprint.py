@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from dcpconv.comparing.opening import opened, require_weights
 from dcpconv.plan.canonical import canonical
 from dcpconv.plan.fingerprints import Fingerprint, fingerprint_of
 from dcpconv.sources.said import Said
+from dcpconv.sources.selection import require_tensors
+from dcpconv.sources.with_weights import with_weights
 
 
 def fingerprint(
@@ -46,7 +47,7 @@ def fingerprint(
         LayoutError: Elements change places, and neither config nor shapes say where to.
     """
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec)
-    found = opened(source, said, only)
+    found = with_weights(source, said, only)
     known = canonical(found, as_it_is_stored=stored)
-    require_weights(found, known)
+    require_tensors(found.catalog, known.targets)
     return fingerprint_of(found, known, jobs=jobs, progress=progress)

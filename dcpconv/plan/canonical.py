@@ -14,7 +14,7 @@ from types import MappingProxyType
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.errors import LayoutError
 from dcpconv.core.layout import Axis, Fused, Layout, Node, Summed
-from dcpconv.families.keymaps import Keymap, Pattern, Row
+from dcpconv.families.keymaps import Keymap, Pattern, Row, split_key
 from dcpconv.plan.account import Aim
 from dcpconv.plan.coverage import Target, as_stored
 from dcpconv.sources.recognition import Weights
@@ -173,6 +173,20 @@ def name_of(slot: str, indices: Sequence[str]) -> str:
             left.remove(index)
             parts.append(f"{{{index}}}")
     return ".".join((*parts, *(f"{{{index}}}" for index in left)))
+
+
+def layer_of(target: Target) -> int | None:
+    """The layer of a canonical tensor, or of a key as it is stored, whose first number it is;
+    ``None`` beside the layers."""
+    if target.slots:
+        is_inside = target.slots[0].startswith("layer.")
+        return target.indices[0] if is_inside and target.indices else None
+    return next(iter(split_key(target.key)[1]), None)
+
+
+def slot_of(target: Target) -> str:
+    """The slot of a canonical tensor, or a key as it is stored with ``N`` for its numbers."""
+    return target.slots[0] if target.slots else split_key(target.key)[0].replace("{}", "N")
 
 
 def layout_of(slot: str, row: Row, term: int) -> tuple[tuple[str, ...], Layout]:

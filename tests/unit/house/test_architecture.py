@@ -42,7 +42,8 @@ ROWS = (
 
 TORCH = frozenset(
     {
-        *("engine/cast.py", "engine/merging.py", "engine/rows.py", "engine/tensors.py"),
+        *("engine/cast.py", "engine/measuring.py", "engine/merging.py", "engine/rows.py"),
+        "engine/tensors.py",
         *("loading", "conversion/torch_engine.py", "conversion/saving"),
     }
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 
 from dcpconv.core.errors import FormatError
-from dcpconv.plan.canonical import Canonical
 from dcpconv.sources.said import Said
-from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.understanding import Source, understand
 from dcpconv.stores.hub import locate
 
 
-def opened(what: str | os.PathLike[str], said: Said, only: str | None = None) -> Source:
+def with_weights(what: str | os.PathLike[str], said: Said, only: str | None = None) -> Source:
     """A checkpoint of this machine, or one of the Hub, downloaded into its cache.
 
     Raises:
@@ -27,12 +25,3 @@ def opened(what: str | os.PathLike[str], said: Said, only: str | None = None) ->
             hint="`dcpconv check SRC --against KEYS` compares keys and shapes",
         )
     return source
-
-
-def require_weights(source: Source, known: Canonical) -> None:
-    """Raises where nothing in a source is a weight.
-
-    Raises:
-        FormatError: Says what there is instead.
-    """
-    require_tensors(source.catalog, known.targets)
