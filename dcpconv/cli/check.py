@@ -38,7 +38,8 @@ def check(
         str | None,
         typer.Option(
             help="Check whether SRC has the keys and shapes of TARGET: a checkpoint of any form and"
-            " family, a hub id, a config.json or params.json, or a key list of `dcpconv keys`.",
+            " family, a hub id, a config.json or params.json, a key list of `dcpconv keys`, or a"
+            " manifest of `dcpconv fingerprint`.",
             metavar="TARGET",
         ),
     ] = None,
@@ -57,6 +58,14 @@ def check(
         bool,
         typer.Option(
             "--dtypes", help="Compare element types too; without it, differences are notes."
+        ),
+    ] = False,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data",
+            help="Read every tensor, and compare what it holds with --against the manifest of"
+            " `dcpconv fingerprint`.",
         ),
     ] = False,
     report: Annotated[
@@ -79,6 +88,7 @@ def check(
 ) -> None:
     """Report whether a checkpoint fits, with every reason, from headers alone.
 
+    Tensors are read only with --data.
     Without --to and --against, it checks that the files are whole and that SRC has every key of its
     own naming.
     Exit codes: 0 it fits, 1 it does not, 2 dcpconv cannot tell.
@@ -106,6 +116,7 @@ def check(
         spec=spec or (),
         allow=allow or (),
         dtypes=dtypes,
+        data=data,
     )
     _deliver(coverage, report, output)
     if not coverage:

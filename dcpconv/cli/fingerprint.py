@@ -49,6 +49,8 @@ def fingerprint(
     as they are stored, and says so: dcpconv1-stored.  docs/fingerprints.md defines it.
 
     dcpconv fingerprint weights/Llama-3-8B -o llama.json
+
+    dcpconv check out/checkpoint --against llama.json --data
     """
     from dcpconv.comparing.fingerprint import fingerprint as run
 

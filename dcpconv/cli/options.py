@@ -36,5 +36,13 @@ Only = Annotated[
     typer.Option(help="Take only keys under this one, or that match.", metavar="KEY"),
 ]
 Jobs = Annotated[
-    int | None, typer.Option("-j", "--jobs", help="Threads.", min=1, show_default=False)
+    int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
+]
+Deep = Annotated[
+    bool,
+    typer.Option(
+        "--deep",
+        help="Read the weights, too, and compare them with the dcpconv_fingerprint.json that was"
+        " written when they were saved.",
+    ),
 ]

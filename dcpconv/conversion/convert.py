@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
@@ -64,6 +64,7 @@ def convert(
     jobs: int | None = None,
     engine: Engine = "stream",
     trust: bool = False,
+    fingerprint: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -101,6 +102,9 @@ def convert(
             for files that ours declines, and for comparison.
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
+        fingerprint: Read the result once it is written and report its fingerprint; a directory
+            gets its manifest.  No way of copying has all bytes pass by: most are shared with the
+            source, or copied by the kernel.
         overwrite: Replace an existing target, in one step once the result is complete.
         dry_run: Do everything but write.
         progress: Called with the bytes done, from worker threads.
@@ -130,6 +134,11 @@ def convert(
     )
     request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
+    if fingerprint and is_by_torch:
+        raise DcpconvError(
+            "torch's engine takes no fingerprint",
+            hint="`dcpconv fingerprint DST` takes one of the result",
+        )
     if not dry_run:
         request.check_target()
         if is_by_torch and (form := request.plain_form()) is not None:
@@ -153,8 +162,14 @@ def convert(
         if dry_run:
             return decided.report
         moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
+        printed: dict[str, Any] = {}
+        if fingerprint:
+            from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
+
+            printed = printed_result(decided.job, jobs=jobs)
         return replace(
             decided.report,
+            **printed,
             moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,

@@ -24,7 +24,7 @@ from dcpconv.stores.local import Sources, read_json
 SCHEME = "dcpconv1"
 """Version of the definition; a digest of another version says nothing about one of this."""
 
-MANIFEST = "fingerprint.json"
+MANIFEST = "dcpconv_fingerprint.json"
 """What a manifest beside the weights is called."""
 
 _LARGEST = 1 << 28

@@ -10,6 +10,7 @@ from dcpconv.plan.matrix import Mark, draw, make_grid
 GLYPHS: Mapping[str, str] = {
     "X": "missing",
     "!": "misshapen",
+    "*": "changed",
     "?": "unknown",
     "~": "derived",
     "=": "tied",
@@ -35,6 +36,7 @@ def marks(coverage: Coverage) -> Iterator[Mark]:
     for glyph, faults in (
         ("X", coverage.missing),
         ("!", coverage.misshapen),
+        ("*", coverage.changed),
         ("?", coverage.unknown),
         ("-", coverage.ignored),
     ):

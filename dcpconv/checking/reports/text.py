@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dcpconv.checking.reports.folding import fold
 from dcpconv.checking.reports.matrix import picture
 from dcpconv.core.printing import printable
-from dcpconv.plan.coverage import Coverage
+from dcpconv.plan.coverage import FAULTS, Coverage
 from dcpconv.sources.opening import End
 
 _LISTED = 200
@@ -31,7 +31,7 @@ def lines(coverage: Coverage) -> Iterator[str]:
         yield from drawn
     yield ""
     yield from _listed("problem", coverage.problems)
-    for label in ("refused", "missing", "unknown", "misshapen", "ignored"):
+    for label in (*FAULTS, "ignored"):
         yield from _listed(label, map(str, fold(getattr(coverage, label))))
     yield from _listed("tied", (f"{key} = {owner}" for key, owner in coverage.tied))
     if coverage.left:
