@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dcpconv.cli.answers import answers, judges, say
-from dcpconv.cli.options import Assets, From, KeymapFile, Spec
+from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
 
 if TYPE_CHECKING:
     from dcpconv.plan.coverage import Coverage
@@ -68,6 +68,7 @@ def check(
             " `dcpconv fingerprint`.",
         ),
     ] = False,
+    html: Html = None,
     report: Annotated[
         str,
         typer.Option(
@@ -118,6 +119,11 @@ def check(
         dtypes=dtypes,
         data=data,
     )
+    if html is not None:
+        from dcpconv.cli.pictures.page import write
+        from dcpconv.cli.pictures.pages import coverage_page
+
+        write(html, coverage_page(coverage))
     _deliver(coverage, report, output)
     if not coverage:
         raise typer.Exit(1)

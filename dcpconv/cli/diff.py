@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dcpconv.cli.answers import answers, judges, say, say_json
-from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Only, Spec
+from dcpconv.cli.options import Assets, From, Html, Jobs, KeymapFile, Only, Spec
 
 _COULD_NOT_TELL = 2
 
@@ -27,6 +27,7 @@ def diff(
         typer.Option(help="Put tensors together: layer or slot.", metavar="KIND"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    html: Html = None,
     stored: Annotated[
         bool,
         typer.Option(
@@ -69,6 +70,11 @@ def diff(
         spec=spec or (),
         jobs=jobs,
     )
+    if html is not None:
+        from dcpconv.cli.pictures.page import write
+        from dcpconv.cli.pictures.pages import diff_page
+
+        write(html, diff_page(found))
     if as_json:
         value = found.to_json()
         if by is not None:

@@ -46,3 +46,11 @@ Deep = Annotated[
         " written when they were saved.",
     ),
 ]
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html",
+        help="Write pictures here, too: one file that opens without a network.",
+        metavar="FILE",
+    ),
+]

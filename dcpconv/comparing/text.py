@@ -58,9 +58,7 @@ def glyph_of(tensor: TensorDiff) -> str:
 
 def lines(diff: Diff, *, by: By | None = None) -> Iterator[str]:
     """The report line by line."""
-    for label, end, family in (("a", diff.a, diff.families[0]), ("b", diff.b, diff.families[1])):
-        naming = family or "as stored"
-        yield f"{label:<9} {end.form:<7} {naming:<12} {end.keys:>6,} keys  {end.path}"
+    yield from ends(diff)
     marks = (
         Mark(
             glyph_of(tensor),
@@ -81,6 +79,13 @@ def lines(diff: Diff, *, by: By | None = None) -> Iterator[str]:
     for text in diff.notes:
         yield f"note      {text}"
     yield verdict(diff)
+
+
+def ends(diff: Diff) -> Iterator[str]:
+    """Who is compared with whom."""
+    for label, end, family in (("a", diff.a, diff.families[0]), ("b", diff.b, diff.families[1])):
+        naming = family or "as stored"
+        yield f"{label:<9} {end.form:<7} {naming:<12} {end.keys:>6,} keys  {end.path}"
 
 
 def verdict(diff: Diff) -> str:
@@ -111,11 +116,12 @@ def _measured(label: str, tensors: Sequence[TensorDiff]) -> Iterator[str]:
     shown = tensors[:_LISTED]
     width = max((len(tensor.name) for tensor in shown), default=0)
     for tensor in shown:
-        yield f"{label:<9} {tensor.name:<{width}}  {_change(tensor)}"
+        yield f"{label:<9} {tensor.name:<{width}}  {change(tensor)}"
     yield from _rest(label, len(tensors))
 
 
-def _change(tensor: TensorDiff) -> str:
+def change(tensor: TensorDiff) -> str:
+    """By how much a tensor changed, in a line; empty where it was not measured."""
     apart = tensor.apart
     if apart is None:
         return ""

@@ -19,13 +19,18 @@ def render(coverage: Coverage) -> str:
     return "\n".join(map(printable, lines(coverage))) + "\n"
 
 
-def lines(coverage: Coverage) -> Iterator[str]:
-    """The report line by line."""
+def lines(coverage: Coverage, *, pictured: bool = True) -> Iterator[str]:
+    """The report line by line.
+
+    Args:
+        coverage: What there is to say.
+        pictured: With the picture of characters.
+    """
     yield _end("source", coverage.source, coverage.read)
     yield _end("target", coverage.target, coverage.asked, len(coverage.targets))
     for text in coverage.evidence:
         yield _line("because", text)
-    drawn = list(picture(coverage))
+    drawn = list(picture(coverage)) if pictured else []
     if drawn:
         yield ""
         yield from drawn
