@@ -202,7 +202,7 @@ def read_manifest(path: Path) -> Fingerprint:
     stated = read_json(path, most=_LARGEST, hook=_as_print)
     if not isinstance(stated, dict) or not isinstance(stated.get("tensors"), dict):
         raise FormatError("this is no manifest of a fingerprint", [("file", path)])
-    text, names = str(stated.get("fingerprint")), stated.get("names")
+    text, names = str(stated.get("fingerprint")), str(stated.get("names"))
     scheme = text.partition(":")[0]
     if scheme not in {SCHEME, f"{SCHEME}-stored"} or names not in {"slots", "stored"}:
         raise FormatError(
@@ -217,7 +217,8 @@ def read_manifest(path: Path) -> Fingerprint:
                 "the manifest does not say what a tensor is", [("file", path), ("tensor", name)]
             )
         tensors.append(TensorPrint(name, *value))
-    found = Fingerprint(names, tuple(tensors), str(stated.get("family") or ""), str(path))
+    kind: Names = "slots" if names == "slots" else "stored"
+    found = Fingerprint(kind, tuple(tensors), str(stated.get("family") or ""), str(path))
     if found.digest != text:
         raise FormatError(
             "the tensors of the manifest do not make up its fingerprint",
@@ -233,9 +234,10 @@ def _as_print(value: dict[str, Any]) -> object:
         return value
     dtype, shape, digest = value["dtype"], value["shape"], value["digest"]
     is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-    if dtype not in BY_LABEL or not is_shape or not isinstance(digest, str):
+    if not isinstance(dtype, str) or dtype not in BY_LABEL or not is_shape:
         return value
     try:
-        return sys.intern(dtype), tuple(shape), bytes.fromhex(digest)
-    except ValueError:
+        found = bytes.fromhex(digest)
+    except (TypeError, ValueError):
         return value
+    return (sys.intern(dtype), tuple(shape), found) if len(found) == 32 else value
