@@ -43,8 +43,8 @@ ROWS = (
 TORCH = frozenset(
     {
         *("engine/cast.py", "engine/measuring.py", "engine/merging.py", "engine/rows.py"),
-        *("engine/cast.py", "engine/measuring.py", "engine/merging.py", "engine/rows.py"),
         *("engine/sketching.py", "engine/tensors.py"),
+        *("loading", "conversion/torch_engine.py", "conversion/saving"),
     }
 )
 """What works on tensors, and so may import torch when it is imported."""
