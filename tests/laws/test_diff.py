@@ -18,7 +18,7 @@ from dcpconv import Diff, convert, diff
 from dcpconv.cli.app import app
 from dcpconv.comparing.text import lines
 from dcpconv.core.catalog import Form
-from dcpconv.core.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError, SourceChangedError
 from support.models.hf_models import save_hf, tiny
 
 NAMINGS: list[tuple[str, Form, str]] = [
@@ -273,3 +273,19 @@ def test_every_difference_of_many_is_counted(tmp_path: Path) -> None:
     text = list(lines(found))
     assert "value     and 34 more; --json lists them all" in text
     assert text[-1] == "no        they differ: 54 of 60 tensors"
+
+
+def test_the_sources_may_not_change_while_they_are_read(tmp_path: Path) -> None:
+    a = save_hf(tiny("llama"), tmp_path / "a")
+    b = save_hf(tiny("llama"), tmp_path / "b")
+    seen: list[int] = []
+
+    def rewrite(nbytes: int) -> None:
+        if not seen:
+            file = b / "model.safetensors"
+            file.write_bytes(file.read_bytes())
+        seen.append(nbytes)
+
+    with pytest.raises(SourceChangedError):
+        diff(a, b, progress=rewrite)
+    assert seen

@@ -14,8 +14,10 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from dcpconv import check, convert, fingerprint
+from dcpconv.cli.app import app
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError
@@ -285,3 +287,32 @@ def test_the_source_may_not_change_while_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(DcpconvError, match="changed while it was being read"):
         fingerprint(source, progress=rewrite)
     assert sum(seen) == fingerprint(other).nbytes
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, ["fingerprint", *map(str, words)])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_the_command_prints_the_fingerprint_alone(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "hf")
+    expected = fingerprint(source)
+    assert run(source) == (0, expected.digest + "\n", "")
+
+    code, text, _ = run(source, "--json", "-o", tmp_path / "manifest.json")
+    assert code == 0
+    assert json.loads(text) == expected.to_json()
+    assert (tmp_path / "manifest.json").read_text() == text
+    stored = run(source, "--stored")[1]
+    assert stored.startswith("dcpconv1-stored:")
+    assert stored.strip() == fingerprint(source, stored=True).digest
+
+
+def test_keys_without_weights_have_none(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama"), tmp_path / "hf")
+    keys = tmp_path / "keys.json"
+    CliRunner().invoke(app, ["keys", str(source), "-o", str(keys)])
+    code, text, complaint = run(keys)
+    assert (code, text) == (2, "")
+    assert "keys here and no weights" in complaint
+    assert run(tmp_path / "none")[0] == 2

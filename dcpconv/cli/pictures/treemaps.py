@@ -82,7 +82,7 @@ def _squarified(
     Source: Bruls, Huizing, van Wijk, "Squarified Treemaps" (2000).
 
     >>> _squarified([6, 2], 0, 0, 4, 2)
-    [(0, 0, 3.0, 2.0), (3.0, 0, 1.0, 2.0)]
+    [(0, 0.0, 3.0, 2.0), (3.0, 0, 1.0, 2.0)]
     """
     found: list[_Box] = []
     total = sum(sizes)
