@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import slots_of
@@ -23,6 +25,10 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 
 _TEMPERATURE = "llama_4_scaling_beta"
 """Grows with the position; 0 for none.  Source: ``modeling_ministral3.py``, same version."""
+
+_OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (("llama_shaped_reading", LLAMA_SHAPED),)
+"""Module that reads what only some classes say, and those classes; it has ``own_names``,
+``own_values`` and ``layer_words``."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
@@ -50,11 +56,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         head_dim = config.hidden_size // config.num_attention_heads
     window, layer_types = _windows(config, file)
     own_names, own_values = frozenset[str](), dict[str, object]()
-    if config.model_type in LLAMA_SHAPED:
-        from dcpconv.families.configs import llama_shaped_reading as shaped  # noqa: PLC0415
-
-        own_names = shaped.own_names(config.model_type)
-        own_values = dict(shaped.own_values(config, file))
+    if (own := _own_reader(config.model_type)) is not None:
+        own_names = own.own_names(config.model_type)
+        own_values = dict(own.own_values(config, file))
     values: dict[str, object] = {
         "architecture": config.model_type,
         "vocab_size": config.vocab_size,
@@ -96,6 +100,12 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     known = MODEL_TYPES.get(config.model_type)
     values |= own_values
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
+
+
+def _own_reader(model_type: str) -> Any:
+    """The module that reads what only this class says, or ``None``."""
+    module = next((name for name, types in _OWN_READERS if model_type in types), None)
+    return None if module is None else import_module(f"dcpconv.families.configs.{module}")
 
 
 def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
@@ -214,10 +224,8 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
             slides = [layer % 2 == 0 for layer in layers]
         if slides is not None:
             types = ["sliding_attention" if slide else "full_attention" for slide in slides]
-        elif config.model_type in LLAMA_SHAPED:
-            from dcpconv.families.configs.llama_shaped_reading import layer_words  # noqa: PLC0415
-
-            types = layer_words(config, file)
+        elif (own := _own_reader(config.model_type)) is not None:
+            types = own.layer_words(config, file)
     if types is not None:
         if not any("sliding" in word for word in types):
             window = None

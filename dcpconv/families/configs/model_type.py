@@ -54,3 +54,15 @@ GEMMA: dict[str, object] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+GLM: dict[str, object] = {
+    "tie_word_embeddings": False,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-07,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "eos_token_id": [151_329, 151_336, 151_338],
+    "pad_token_id": 151_329,
+}

@@ -10,6 +10,7 @@ from dcpconv.families.configs.model_type import (
     BIASES,
     EXPERTS,
     GEMMA,
+    GLM,
     LLAMA,
     QK_NORM,
     WINDOWS,
@@ -142,18 +143,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     ),
     "glm": ModelType(
         "GlmForCausalLM",
-        {
-            "tie_word_embeddings": False,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 10_000.0,
-            "partial_rotary_factor": 0.5,
-            "attention_bias": True,
-            "eos_token_id": [151_329, 151_336, 151_338],
-            "pad_token_id": 151_329,
-        },
+        GLM,
         expresses=ANY | {"partial_rotary", "qkv_bias"},
     ),
     "granitemoeshared": ModelType(
