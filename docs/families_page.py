@@ -24,6 +24,7 @@ share slots; what one cannot hold is refused by name, and `--allow NAME` leaves 
 <!-- Written by `make docs` from dcpconv/families/keymaps/tables/*.toml; a test compares. -->
 """
 
+_EXPERTS = Experts(count=4, per_token=2, ffn_size=8, norm_topk=True)
 _LATENT = LatentAttention(q_rank=4, kv_rank=4, nope_dim=4, value_dim=4)
 _LATENT_BIASES: Mapping[str, Any] = {
     "latent": _LATENT.model_copy(update={"bias": True}),
@@ -45,6 +46,8 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "parallel_residual": {"parallel_residual": True},
     "ungated": {"gated": False},
     "activation": {"activation": "gelu"},
+    "clamped_glu": {"glu_limit": 7.0, "glu_alpha": 1.702},
+    "sinks": {"sinks": True},
     "rope_scaling": {
         "rope_scaling": RopeScaling(
             kind="llama3",
@@ -65,7 +68,8 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "embedding_multiplier": {"embedding_multiplier": 2.0},
     "residual_multiplier": {"residual_multiplier": 0.5},
     "logits_scaling": {"logits_scaling": 2.0},
-    "experts": {"experts": Experts(count=4, per_token=2, ffn_size=8, norm_topk=True)},
+    "experts": {"experts": _EXPERTS},
+    "expert_bias": {"experts": _EXPERTS.model_copy(update={"bias": True})},
     "latent_attention": {"latent": _LATENT},
     "latent_bias": _LATENT_BIASES,
 }

@@ -34,6 +34,7 @@ FEATURES = frozenset(
         *("attn_softcap", "final_softcap", "query_multiplier", "embedding_multiplier"),
         *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
         *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
+        *("sinks", "clamped_glu", "expert_bias"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
@@ -72,6 +73,7 @@ class Experts(Record):
         routed_scale: Factor on what the routed experts add.
         groups: Groups of experts that compete first; 1 for none.
         top_groups: Groups that stay in the race.
+        bias: Whether the router and the projections of routed experts have biases (gpt-oss).
     """
 
     count: Count
@@ -86,6 +88,7 @@ class Experts(Record):
     routed_scale: Positive = 1.0
     groups: Count = 1
     top_groups: Count = 1
+    bias: bool = False
 
     def agree(self) -> None:
         if (self.shared_count > 0) != (self.shared_ffn_size is not None):
@@ -155,6 +158,11 @@ class ModelSpec(Record):
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.
         activation: As transformers names it, ``swish`` being ``silu``.
+        glu_limit: Bound on gate and up before they are multiplied, up plus one, and ``None`` where
+            nothing bounds them (gpt-oss).
+        glu_alpha: Factor inside the gate's sigmoid, where there is a bound.
+        sinks: Whether every head has a number that takes part in the softmax over the keys and
+            adds nothing (gpt-oss).
         query_multiplier: Factor on query-key products; ``None`` for ``head_dim ** -0.5``.
         residual_multiplier: Factor on what each block adds to the residual stream.
         logits_scaling: The logits are divided by it.
@@ -210,6 +218,9 @@ class ModelSpec(Record):
     pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
+    glu_limit: Positive | None = None
+    glu_alpha: Positive = 1.0
+    sinks: bool = False
     attn_logit_softcap: Positive | None = None
     final_logit_softcap: Positive | None = None
     query_multiplier: Positive | None = None
@@ -342,6 +353,12 @@ class ModelSpec(Record):
             ("parallel_residual", self.parallel_residual, "attention beside feed-forward"),
             ("ungated", not self.gated, "a feed-forward block without a gate"),
             ("activation", self.activation != "silu", self.activation),
+            (
+                "clamped_glu",
+                self.glu_limit is not None,
+                f"gate and up within {self.glu_limit}, up plus one, alpha {self.glu_alpha}",
+            ),
+            ("sinks", self.sinks, "a number per head in the softmax of attention"),
             *(
                 (name, value != neutral, f"{value}")
                 for name, value, neutral in (
@@ -354,6 +371,11 @@ class ModelSpec(Record):
                 )
             ),
             ("experts", self.experts is not None, f"{self.experts}"),
+            (
+                "expert_bias",
+                self.experts is not None and self.experts.bias,
+                "on the router and in routed experts",
+            ),
             ("latent_attention", self.latent is not None, f"{self.latent}"),
             (
                 "latent_bias",

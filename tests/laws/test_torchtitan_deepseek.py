@@ -1,21 +1,11 @@
-"""torchtitan's own DeepSeek-V3: the logits of the Hugging Face model, the bytes of its adapter.
-
-Two parts are replaced so that the package computes on a CPU in fp32: the attention kernel, and the
-grouped product, which it does in bf16.
-"""
+"""torchtitan's own DeepSeek-V3: the logits of the Hugging Face model, the bytes of its adapter."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from dcpconv import check, convert
 from dcpconv.core.errors import NotExpressibleError
@@ -27,16 +17,14 @@ from support.checkpoints.families import (
     torch_tensors,
 )
 from support.models.hf_models import save_hf, tiny
+from support.models.titan_package import built, on_a_cpu
 
 pytest.importorskip("torchtitan", reason="needs .[interop]")
 
 
 @pytest.fixture(autouse=True)
-def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for experts on several devices, which the package imports whatever it runs on."""
-    kernels = "torchtitan.distributed.minimal_async_ep.kernels"
-    if importlib.util.find_spec("triton") is None:
-        monkeypatch.setitem(sys.modules, kernels, MagicMock())
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_cpu(monkeypatch)
 
 
 YARN = {
@@ -64,24 +52,6 @@ CASES = [
         {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}, id="yarn-other-scale"
     ),
 ]
-
-
-class _Attend(nn.Module):
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, attention_masks: Any, scale: float
-    ) -> Tensor:
-        del attention_masks
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return out.transpose(1, 2)
-
-
-def _in_fp32(self: Any, x: Tensor, counts: Tensor) -> Tensor:
-    parts = torch.split(x, counts.int().tolist())
-    weights = zip(parts, self.w1_EFD, self.w3_EFD, self.w2_EDF, strict=True)
-    return torch.cat(
-        [(functional.silu(part @ w1.T) * (part @ w3.T)) @ w2.T for part, w1, w3, w2 in weights]
-    )
 
 
 def titan_config(hf: Any) -> Any:
@@ -142,17 +112,9 @@ def titan_config(hf: Any) -> Any:
     )
 
 
-def titan(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def titan(hf: Any) -> Any:
     """The model that torchtitan builds, without weights."""
-    from torchtitan.models.common.moe import GroupedExperts
-
-    monkeypatch.setattr(GroupedExperts, "forward", _in_fp32)
-    model = titan_config(hf).build().eval()
-    for module in model.modules():
-        if hasattr(module, "inner_attention"):
-            module.inner_attention = _Attend()
-        if isinstance(module, nn.RMSNorm):
-            module.eps = hf.config.rms_norm_eps
+    model = built(titan_config(hf), eps=hf.config.rms_norm_eps)
     for layer in model.layers.values():
         # Between latent ranks transformers has an eps of its own.
         layer.attention.kv_norm.eps = 1e-6
@@ -163,7 +125,7 @@ def titan(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("overrides", CASES)
 def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
-    tmp_path: Path, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
     from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 
@@ -173,7 +135,7 @@ def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
     assert report.target.family == "torchtitan-deepseek_v3"
     found = torch_tensors(tmp_path / "titan.pth")
 
-    model = titan(hf, monkeypatch)
+    model = titan(hf)
     model.load_state_dict(found)
     assert difference(model, hf) < RIGHT
 

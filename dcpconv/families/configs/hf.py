@@ -26,7 +26,10 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 _TEMPERATURE = "llama_4_scaling_beta"
 """Grows with the position; 0 for none.  Source: ``modeling_ministral3.py``, same version."""
 
-_OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (("llama_shaped_reading", LLAMA_SHAPED),)
+_OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
+    ("llama_shaped_reading", LLAMA_SHAPED),
+    ("gpt_oss", ("gpt_oss",)),
+)
 """Module that reads what only some classes say, and those classes; it has ``own_names``,
 ``own_values`` and ``layer_words``."""
 

@@ -8,6 +8,7 @@ from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.record import Json
 from dcpconv.core.spec import Experts, ModelSpec
+from dcpconv.families.configs import gpt_oss
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
@@ -20,6 +21,7 @@ _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "qwen3_moe": _ATTENTION,
     "gemma2": _ATTENTION,
     "olmo2": _ATTENTION,
+    "gpt_oss": _ATTENTION,
     "glm": ("attention_bias", ("qkv_bias",)),
     "granitemoeshared": _ATTENTION,
     "ernie4_5_moe": ("use_bias", ("qkv_bias", "o_bias", "mlp_bias", "head_bias")),
@@ -29,6 +31,9 @@ _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 _OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "helium", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
+
+_ANY_HEADS = frozenset({"gpt_oss"})
+"""Classes that do not ask that the heads divide the hidden size."""
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
@@ -53,7 +58,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     scaling = spec.rope_scaling
     if model_type == "phi3" and scaling is not None and scaling.kind != "longrope":
         found.append(Refusal("rope_scaling", f"{scaling}: {name} knows longrope only"))
-    if spec.hidden_size % spec.n_heads:
+    if spec.hidden_size % spec.n_heads and model_type not in _ANY_HEADS:
         reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
         found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
     elif model_type not in _OWN_HEAD_DIM and spec.head_dim * spec.n_heads != spec.hidden_size:
@@ -334,6 +339,7 @@ _OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
     "gemma2": _gemma2,
     "glm": _glm,
     "granitemoeshared": _granite,
+    "gpt_oss": gpt_oss.own_fields,
     "ernie4_5_moe": _ernie,
     "deepseek_v3": _deepseek,
 }

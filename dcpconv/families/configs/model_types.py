@@ -31,6 +31,8 @@ _QWEN: dict[str, object] = {
     "sliding_window": 4096,
 }
 
+_GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
+
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),
@@ -166,6 +168,36 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "logits_scaling",
         },
         requires=EXPERTS,
+    ),
+    "gpt_oss": ModelType(
+        "GptOssForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        {"sinks": True},
+        experts={"norm_topk": True, "bias": True},
+        expresses=BIASES | WINDOWS | EXPERTS | _GPT_OSS_PARTS | {"rope_scaling"},
+        requires=EXPERTS | _GPT_OSS_PARTS,
     ),
     "ernie4_5_moe": ModelType(
         "Ernie4_5_MoeForCausalLM",

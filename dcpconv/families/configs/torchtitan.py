@@ -19,6 +19,8 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         return tuple(unexpressed(spec, expresses, name="torchtitan's Llama 3"))
     if family.startswith("torchtitan-deepseek"):
         return _deepseek(spec)
+    if family.startswith("torchtitan-gpt_oss"):
+        return _gpt_oss(spec)
     name = "torchtitan's Qwen3"
     expresses = frozenset({"qk_norm", "experts"})
     found = unexpressed(spec, expresses, name=name, requires=frozenset({"qk_norm"}))
@@ -39,6 +41,27 @@ def _deepseek(spec: ModelSpec) -> tuple[Refusal, ...]:
     if spec.tied:
         found.append(Refusal("tied", f"head and embedding: {name} has two tensors"))
     return tuple(found)
+
+
+def _gpt_oss(spec: ModelSpec) -> tuple[Refusal, ...]:
+    """Source: torchtitan 0.3.0 ``models/gpt_oss/model.py`` and ``moe.py``: YaRN scales attention as
+    transformers does where the file names no factor; ``swiglu`` has one alpha."""
+    name = "torchtitan's gpt-oss"
+    requires = frozenset({"experts", "sinks", "clamped_glu", "expert_bias"})
+    expresses = requires | {"qkv_bias", "o_bias", "sliding_window", "layer_types"}
+    scaling = spec.rope_scaling
+    if scaling is not None and scaling.kind == "yarn":
+        named = [
+            n for n in ("attention_factor", "mscale", "mscale_all_dim") if n in scaling.parameters
+        ]
+        expresses |= set() if named else {"rope_scaling"}
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    if spec.glu_limit is not None and spec.glu_alpha != _ALPHA:
+        found.append(Refusal("clamped_glu", f"alpha {spec.glu_alpha}: {name} has {_ALPHA}"))
+    return tuple(found)
+
+
+_ALPHA = 1.702
 
 
 def _is_yarn_of_one_scale(scaling: RopeScaling) -> bool:

@@ -67,6 +67,21 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "shared_intermediate_size": 52,
         "attention_multiplier": 0.25,
     },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": {
+            "rope_theta": 15e4,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "deepseek_v3": {
         "num_key_value_heads": 6,
         "moe_intermediate_size": 52,
