@@ -66,6 +66,7 @@ class Experts(Record):
         ffn_size: Width of one routed expert.
         shared_count: Experts that see every token.
         shared_ffn_size: Width of one shared expert; present exactly when there are any.
+        shared_gate: Whether every token weighs what the shared experts add to it.
         norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
         dense_layers: Layers that have a plain feed-forward block, in order.
         scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
@@ -81,6 +82,7 @@ class Experts(Record):
     ffn_size: Size
     shared_count: Annotated[int, field(ge=0, le=100_000)] = 0
     shared_ffn_size: Size | None = None
+    shared_gate: bool = False
     norm_topk: bool = False
     dense_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
     scoring: str = "softmax"

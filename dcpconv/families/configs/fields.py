@@ -94,6 +94,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("use_sparse_flash_attn", "low_cpu_mem_usage", "tensor_parallel_degree"),
             *("sequence_parallel", "tensor_parallel_output", "pipeline_parallel_degree"),
             *("recompute", "recompute_granularity", "attn_mode", "use_rms_norm_kernel"),
+            "enable_moe_fp32_combine",
             *("quantization_config", "compression_ratio"),
         ),
         _RUNNING,
@@ -116,6 +117,7 @@ HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
     "moe_layer_freq": (1,),
     "moe_norm_min": (1e-12,),
+    "num_mtp_layers": (0, 1, 2, 3),
     "num_nextn_predict_layers": (0, 1, 2, 3),
     "pruned_heads": ({}, []),
     "rope_interleave": (True,),
@@ -130,7 +132,8 @@ HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
 }
 """Fields that change the arithmetic unless they have one of these values.
 
-``num_nextn_predict_layers`` counts layers after the last, whose keys are accounted for themselves.
+``num_nextn_predict_layers`` and ``num_mtp_layers`` count layers after the last, whose keys are
+accounted for themselves.
 """
 
 

@@ -18,9 +18,9 @@ _NAMES = frozenset({"swiglu_alpha", "swiglu_limit", "experts_per_token", "initia
 """The last two are in the published files, beside the names that transformers looks at."""
 
 
-def own_names(model_type: str) -> frozenset[str]:
+def own_names(config: HfConfig) -> frozenset[str]:
     """Fields that ``own_values`` looks at, which other classes do not have."""
-    del model_type
+    del config
     return _NAMES
 
 

@@ -9,10 +9,13 @@ from typing import Any
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import slots_of
-from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.core.spec import LatentAttention, ModelSpec, RopeScaling
+from dcpconv.families.configs.experts import read_experts
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import HfConfig
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
+from dcpconv.families.configs.mixtures import MIXTURES
+from dcpconv.families.configs.model_type import ModelType
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
 
@@ -29,6 +32,7 @@ _TEMPERATURE = "llama_4_scaling_beta"
 _OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
     ("llama_shaped_reading", LLAMA_SHAPED),
     ("gpt_oss", ("gpt_oss",)),
+    ("mixture_reading", MIXTURES),
 )
 """Module that reads what only some classes say, and those classes; it has ``own_names``,
 ``own_values`` and ``layer_words``."""
@@ -58,10 +62,8 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             )
         head_dim = config.hidden_size // config.num_attention_heads
     window, layer_types = _windows(config, file)
-    own_names, own_values = frozenset[str](), dict[str, object]()
-    if (own := _own_reader(config.model_type)) is not None:
-        own_names = own.own_names(config.model_type)
-        own_values = dict(own.own_values(config, file))
+    known = MODEL_TYPES.get(config.model_type)
+    own = _own_reader(config.model_type)
     values: dict[str, object] = {
         "architecture": config.model_type,
         "vocab_size": config.vocab_size,
@@ -86,22 +88,26 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
-        "experts": _experts(config, file),
+        "experts": read_experts(config, known, file),
         "latent": _latent(config, file),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "unaccounted": (
-            *unaccounted(config.model_extra or {}, used=_spellings() | own_names),
+            *unaccounted(
+                config.model_extra or {},
+                used=_spellings() | (own.own_names(config) if own else frozenset()),
+                harmless_if=known.allows if known else None,
+            ),
             *_rope_strangers(config),
+            *_unheeded(config, known),
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
     }
     if config.model_type in {"gemma", "gemma2"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
-    known = MODEL_TYPES.get(config.model_type)
-    values |= own_values
+    values |= own.own_values(config, file) if own else {}
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
 
 
@@ -109,6 +115,14 @@ def _own_reader(model_type: str) -> Any:
     """The module that reads what only this class says, or ``None``."""
     module = next((name for name, types in _OWN_READERS if model_type in types), None)
     return None if module is None else import_module(f"dcpconv.families.configs.{module}")
+
+
+def _unheeded(config: HfConfig, known: ModelType | None) -> Iterator[str]:
+    """Fields that the class does not look at and that say something else than it does."""
+    for name, value in (known.assumes if known else {}).items():
+        stated = getattr(config, name)
+        if (stated or None) != (value or None):
+            yield f"{name}: {stated!r}"
 
 
 def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
@@ -128,6 +142,9 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         known = MODEL_TYPES.get(model_type)
         for key, value in (known.defaults if known else {}).items():
             merged.setdefault(key, value)
+        if known and known.routing and known.routing.dense == "none":
+            # No layer has a plain block whose width it could be.
+            merged.setdefault("intermediate_size", merged.get("moe_intermediate_size"))
     return merged
 
 
@@ -219,7 +236,7 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
         layers = range(config.num_hidden_layers)
         last = config.max_window_layers
         slides = None
-        if config.model_type in {"qwen2", "qwen3"} and last is not None:
+        if config.model_type in {"qwen2", "qwen3", "dots1"} and last is not None:
             slides = [layer >= last for layer in layers]
         elif config.model_type == "qwen2_moe" and last is not None:
             slides = [layer % 2 == 0 and layer < last for layer in layers]
@@ -235,51 +252,6 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
         if len(set(types)) == 1:
             types = None
     return window, None if types is None else tuple(types)
-
-
-def _experts(config: HfConfig, file: Path) -> Experts | None:
-    if not config.num_experts:
-        return None
-    width = config.moe_intermediate_size or config.intermediate_size
-    shared, shared_width = config.n_shared_experts or 0, config.shared_expert_intermediate_size
-    if shared_width and not shared:
-        # One block as wide as several experts computes what they do side by side.
-        shared, rest = divmod(shared_width, width)
-        shared, shared_width = (1, shared_width) if rest else (shared, width)
-    return checked(
-        Experts,
-        {
-            "count": config.num_experts,
-            "per_token": config.num_experts_per_tok,
-            "ffn_size": width,
-            "shared_count": shared,
-            "shared_ffn_size": (shared_width or width) if shared else None,
-            "norm_topk": config.norm_topk_prob,
-            "dense_layers": tuple(
-                n for n in range(config.num_hidden_layers) if _is_dense(config, n)
-            ),
-            "routed_scale": config.routed_scaling_factor,
-            "groups": config.n_group or 1,
-            "top_groups": config.topk_group or 1,
-            **(known.experts if (known := MODEL_TYPES.get(config.model_type)) else {}),
-        },
-        file,
-    )
-
-
-def _is_dense(config: HfConfig, layer: int) -> bool:
-    """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
-    if config.model_type == "ernie4_5_moe":
-        end = config.moe_layer_end_index
-        last = config.num_hidden_layers - 1 if end == -1 else end
-        is_due = (layer + 1) % config.moe_layer_interval == 0
-        return not (is_due and config.moe_layer_start_index <= layer <= last)
-    skipped = layer in (config.mlp_only_layers or ())
-    return (
-        skipped
-        or layer < config.first_k_dense_replace
-        or (layer + 1) % config.decoder_sparse_step != 0
-    )
 
 
 def _latent(config: HfConfig, file: Path) -> LatentAttention | None:

@@ -57,10 +57,14 @@ class HfConfig(Record, extra="allow"):
         ge=0,
         names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
-    num_experts_per_tok: Count | None = field(default=None, names=("num_experts_per_tok", "moe_k"))
+    num_experts_per_tok: Count | None = field(
+        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk")
+    )
     moe_intermediate_size: Size | None = None
     n_shared_experts: int | None = field(
-        default=None, ge=0, names=("n_shared_experts", "moe_num_shared_experts")
+        default=None,
+        ge=0,
+        names=("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     )
     shared_expert_intermediate_size: int | None = field(
         default=None,
@@ -68,13 +72,17 @@ class HfConfig(Record, extra="allow"):
         names=("shared_expert_intermediate_size", "shared_intermediate_size"),
     )
     norm_topk_prob: bool = False
-    first_k_dense_replace: int = field(default=0, ge=0)
+    first_k_dense_replace: int = field(
+        default=0, ge=0, names=("first_k_dense_replace", "num_dense_layers")
+    )
     decoder_sparse_step: Count = 1
     mlp_only_layers: list[int] | None = None
     moe_layer_start_index: int = field(default=0, ge=0)
     moe_layer_end_index: int = -1
     moe_layer_interval: Count = 1
-    routed_scaling_factor: Positive = 1.0
+    routed_scaling_factor: Positive = field(
+        default=1.0, names=("routed_scaling_factor", "router_scaling_factor", "route_scale")
+    )
     n_group: Count | None = None
     topk_group: Count | None = None
 

@@ -4,6 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a class chooses and weighs experts, and in which layers it has them.
+
+    Attributes:
+        scoring: What turns router logits into weights.
+        selection_bias: Whether a stored bias takes part in choosing.
+        norm_topk: Whether the weights of the chosen experts sum to one; ``None`` where the config
+            says so.
+        groups: Whether groups of experts may compete first.
+        scaled: Whether what the routed experts add may have a factor.
+        shared: Whether it has no shared experts, some of any width, or some whose summed width is a
+            multiple of a routed one's.
+        shared_gate: Whether every token weighs what the shared experts add.
+        bias: Whether the router and the projections of routed experts have biases.
+        dense: Whether layers without experts are none, the first ones, any, or those between a
+            stride.
+    """
+
+    scoring: str = "softmax"
+    selection_bias: bool = False
+    norm_topk: bool | None = None
+    groups: bool = False
+    scaled: bool = False
+    shared: Literal["none", "any", "whole"] = "none"
+    shared_gate: bool = False
+    bias: bool = False
+    dense: Literal["none", "first", "any", "strided"] = "none"
+
+    @property
+    def fixed(self) -> Mapping[str, object]:
+        """``Experts`` fields that the class's code fixes and no file states."""
+        stated = {
+            "scoring": self.scoring,
+            "selection_bias": self.selection_bias,
+            "shared_gate": self.shared_gate,
+            "bias": self.bias,
+        }
+        return stated if self.norm_topk is None else {**stated, "norm_topk": self.norm_topk}
+
+
+SIGMOID = Routing(
+    "sigmoid", selection_bias=True, groups=True, scaled=True, shared="whole", dense="first"
+)
+"""As in DeepSeek-V3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +63,27 @@ class ModelType:
         defaults: Value of each config.json field that is left out.  Sizes are never left out:
             transformers writes every field that only the class knows.
         implied: ``ModelSpec`` fields that the class's code fixes and no file states.
-        experts: ``Experts`` fields that the class's code fixes and no file states.
+        routing: What becomes of experts; ``None`` where it has none.
         expresses: Features that the class can hold, by name, or ``None`` where we write no
             config.json for it.
         requires: Features that a model of the class always has.
+        allows: Values with which a field is harmless that otherwise nobody here knows.
+        assumes: Fields that the class does not look at, and what they have to say all the same.
     """
 
     class_name: str
     defaults: Mapping[str, object]
     implied: Mapping[str, object] = field(default_factory=dict)
-    experts: Mapping[str, object] = field(default_factory=dict)
+    routing: Routing | None = None
     expresses: frozenset[str] | None = None
     requires: frozenset[str] = frozenset()
+    allows: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    assumes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> Mapping[str, object]:
+        """``Experts`` fields that the class's code fixes and no file states."""
+        return self.routing.fixed if self.routing else {}
 
 
 ANY = frozenset({"rope_scaling", "activation"})
@@ -34,6 +91,7 @@ BIASES = frozenset({"qkv_bias", "o_bias"})
 WINDOWS = frozenset({"sliding_window", "layer_types"})
 EXPERTS = frozenset({"experts"})
 QK_NORM = frozenset({"qk_norm"})
+LATENT = frozenset({"latent_attention"})
 
 LLAMA: dict[str, object] = {
     "tie_word_embeddings": False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
+from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import (
     ANY,
     BIASES,
@@ -13,8 +14,10 @@ from dcpconv.families.configs.model_type import (
     GLM,
     LLAMA,
     QK_NORM,
+    SIGMOID,
     WINDOWS,
     ModelType,
+    Routing,
 )
 
 _MISTRAL: dict[str, object] = LLAMA | {
@@ -35,6 +38,7 @@ _GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
 
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
+    **MIXTURES,
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),
     "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=ANY | {"sliding_window"}),
     "mixtral": ModelType(
@@ -46,8 +50,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
         },
+        routing=Routing(norm_topk=True),
         expresses=ANY | EXPERTS | {"sliding_window"},
         requires=EXPERTS,
     ),
@@ -57,19 +61,6 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         {"qkv_bias": True},
         expresses=ANY | WINDOWS | {"qkv_bias"},
         requires=frozenset({"qkv_bias"}),
-    ),
-    "qwen2_moe": ModelType(
-        "Qwen2MoeForCausalLM",
-        _QWEN
-        | {
-            "num_key_value_heads": 16,
-            "max_window_layers": 28,
-            "qkv_bias": True,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-        },
     ),
     "qwen3": ModelType(
         "Qwen3ForCausalLM",
@@ -88,6 +79,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "moe_intermediate_size": 768,
         },
         {"qk_norm": True},
+        routing=Routing(dense="any"),
         expresses=ANY | BIASES | QK_NORM | EXPERTS | {"sliding_window"},
         requires=QK_NORM | EXPERTS,
     ),
@@ -157,7 +149,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 0,
         },
-        experts={"norm_topk": True},
+        routing=Routing(norm_topk=True, shared="any"),
         expresses=ANY
         | BIASES
         | EXPERTS
@@ -195,7 +187,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "swiglu_limit": 7.0,
         },
         {"sinks": True},
-        experts={"norm_topk": True, "bias": True},
+        routing=Routing(norm_topk=True, bias=True),
         expresses=BIASES | WINDOWS | EXPERTS | _GPT_OSS_PARTS | {"rope_scaling"},
         requires=EXPERTS | _GPT_OSS_PARTS,
     ),
@@ -216,7 +208,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        experts={"norm_topk": True, "selection_bias": True},
+        routing=Routing(selection_bias=True, norm_topk=True, shared="whole", dense="strided"),
         expresses=ANY | BIASES | EXPERTS | {"mlp_bias", "head_bias"},
         requires=EXPERTS,
     ),
@@ -244,7 +236,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "bos_token_id": 0,
             "eos_token_id": 1,
         },
-        experts={"scoring": "sigmoid", "selection_bias": True},
+        routing=SIGMOID,
         expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
         requires=EXPERTS | {"latent_attention"},
     ),

@@ -11,7 +11,7 @@ import pydantic
 
 from dcpconv.core.errors import KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps.building import keymap_of, row_of, tie_of
+from dcpconv.families.keymaps.building import complete, keymap_of, row_of, tie_of
 from dcpconv.families.keymaps.table import Keymap, Pattern, Row
 from dcpconv.families.keymaps.words import AXES, CONDITIONS, INDICES
 from dcpconv.stores.local import read_regular
@@ -55,6 +55,8 @@ class _Table(pydantic.BaseModel):
     architectures: tuple[str, ...] = ()
     root: str = ""
     source: str = ""
+    like: str = ""
+    without: tuple[str, ...] = ()
     keys: dict[str, tuple[str, str] | tuple[str, str, str]]
     tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
     ignore: dict[str, str] = {}
@@ -80,7 +82,8 @@ def read_keymap(path: Path) -> Keymap:
     text = ""
     try:
         text = read_regular(path, most=_LARGEST).decode("utf-8")
-        table = _Table.model_validate(tomllib.loads(text))
+        stated = tomllib.loads(text)
+        table = _Table.model_validate(stated)
     except pydantic.ValidationError as error:
         lines = text.splitlines()
         facts = [
@@ -90,7 +93,8 @@ def read_keymap(path: Path) -> Keymap:
         raise KeymapError("the keymap has fields of the wrong kind", facts) from None
     except (OSError, ValueError, RecursionError) as error:  # TOML of 5,000 digits, or levels
         raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
-    return _Builder(path, text, table).build()
+    whole = _Table.model_validate(complete(stated)) if table.like else table
+    return _Builder(path, text, whole).build()
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

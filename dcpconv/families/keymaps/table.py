@@ -154,6 +154,7 @@ class Keymap:
         file: The table's file, for errors.
         also: Further groups that the table serves: what a live model calls its tensors is what the
             files call them, unless a table of ``hf-memory`` says otherwise.
+        like: The table whose rows it took over; empty for none.
         always: Slots without which a checkpoint is of another family, besides the rows without a
             condition.
         derived: Key -> what it is computed from where the source has no such tensor.
@@ -180,6 +181,7 @@ class Keymap:
     file: Path
     aside: tuple[tuple[Pattern, str], ...] = ()
     also: tuple[str, ...] = ()
+    like: str = ""
     always: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     beyond: Mapping[str, str] = field(default_factory=dict)

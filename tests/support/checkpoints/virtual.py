@@ -42,11 +42,13 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "all-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "as-many-kv-heads": {"n_kv_heads": 6, "qkv_bias": True},
     "qk-norm": {"qk_norm": True},
+    "qk-norm-whole": {"qk_norm_whole": True},
     "qk-norm-heads": {"qk_norm_heads": True},
     "qk-norm-biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True},
     "experts": {"experts": _MOE},
     "experts-shared": {"experts": _SHARED},
     "experts-one-shared": {"experts": _ONE_SHARED},
+    "experts-gated-shared": {"experts": _SHARED.model_copy(update={"shared_gate": True})},
     "experts-biases": {"experts": _SHARED, "qkv_bias": True, "o_bias": True},
     "experts-all-biases": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),

@@ -30,6 +30,24 @@ SIZES: Mapping[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ROUTED: Mapping[str, object] = {
+    "moe_intermediate_size": 52,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT: Mapping[str, object] = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+}
+_GROUPS: Mapping[str, object] = {"n_group": 2, "topk_group": 1}
+_NEXT = {"num_nextn_predict_layers": 0}
+
 MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "llama": {"head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": None},
@@ -122,6 +140,48 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "granite": {"attention_multiplier": 0.25},
     "cohere": {"tie_word_embeddings": False},
     "gemma": {"head_dim": 16},
+    "qwen2_moe": {
+        "moe_intermediate_size": 52,
+        "shared_expert_intermediate_size": 60,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "flex_olmo": {"num_experts": 5, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.25,
+    },
+    "dots1": {**_ROUTED, **_GROUPS, "first_k_dense_replace": 1, "sliding_window": None},
+    "glm4_moe": {**_ROUTED, **_GROUPS, **_NEXT, "head_dim": 16, "use_qk_norm": True},
+    "solar_open": {**_ROUTED, **_GROUPS, "head_dim": 16},
+    "exaone_moe": {
+        **_GROUPS,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+    "hy_v3": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "minimax_m2": {
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "deepseek_v2": {**_ROUTED, **_LATENT, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS},
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
 
