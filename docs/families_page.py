@@ -72,6 +72,9 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "expert_bias": {"experts": _EXPERTS.model_copy(update={"bias": True})},
     "latent_attention": {"latent": _LATENT},
     "latent_bias": _LATENT_BIASES,
+    "score": {"head": "score", "n_classes": 3},
+    "score_bias": {"head": "score_bias", "n_classes": 3},
+    "no_head": {"head": "none"},
 }
 """A model with each feature, to ask every family about."""
 
@@ -169,6 +172,7 @@ def _remainders() -> Iterator[str]:
         fates = [
             *((pattern.text, f"dropped: {reason}") for pattern, reason in table.ignored),
             *((p.text, f"kept in `{table.aside_file}`: {why}") for p, why in table.aside),
+            *((f"{p.prefix}*", f"kept as stored: {p.role}") for p in table.kept),
             *((key, f"made: {rule}") for key, rule in table.derived.items()),
         ]
         for fate in fates:

@@ -114,6 +114,15 @@ def _show(table: Keymap) -> None:
         say(f"{pattern.text:<{widths[0]}}  ignored: {reason}")
     for pattern, reason in table.aside:
         say(f"{pattern.text:<{widths[0]}}  kept in {table.aside_file}: {reason}")
+    for part in table.kept:
+        say(f"{part.prefix + '*':<{widths[0]}}  kept as stored: {part.role}")
+    for axis, rule in table.declared.axes.items():
+        say(f"axis {axis:<{widths[0] - 5}}  {rule}")
+    for kind, axes in table.declared.of_kind.items():
+        for axis, rule in axes.items():
+            say(f"axis {axis:<{widths[0] - 5}}  {rule}, in layers of {kind}")
+    for kind, rules in table.declared.kinds.items():
+        say(f"kind {kind:<{widths[0] - 5}}  {', or '.join(rules)}")
 
 
 def _as_json(table: Keymap) -> dict[str, Any]:
@@ -136,4 +145,7 @@ def _as_json(table: Keymap) -> dict[str, Any]:
         "derived": dict(table.derived),
         "ignored": {pattern.text: reason for pattern, reason in table.ignored},
         "aside": {pattern.text: reason for pattern, reason in table.aside},
+        "kept": {part.prefix: part.role for part in table.kept},
+        "axes": {**table.declared.axes, **table.declared.of_kind},
+        "kinds": {kind: list(rules) for kind, rules in table.declared.kinds.items()},
     }

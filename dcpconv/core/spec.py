@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
+from dcpconv.core.blocks import Count, Experts, LatentAttention, Positive, RopeScaling, Size
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.record import Json, Record, field
 
-Size = Annotated[int, field(ge=1, le=2**31 - 1)]
-"""Length of an axis, in elements."""
-
-Count = Annotated[int, field(ge=1, le=100_000)]
-"""Layers, heads or experts.  The bound keeps a hostile file from asking for billions of keys."""
-
-Positive = Annotated[float, field(gt=0)]
+__all__ = [
+    "FEATURES",
+    "Count",
+    "Experts",
+    "LatentAttention",
+    "ModelSpec",
+    "Positive",
+    "RopeScaling",
+    "Size",
+]
 
 
 def _label(dtype: str | None) -> str | None:
@@ -35,95 +39,10 @@ FEATURES = frozenset(
         *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
         *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
         *("sinks", "clamped_glu", "expert_bias"),
+        *("score", "score_bias", "no_head"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
-
-
-class RopeScaling(Record):
-    """How rotary frequencies are stretched beyond the length a model was first trained for.
-
-    Attributes:
-        kind: ``rope_type`` in transformers: ``linear``, ``dynamic``, ``yarn``, ``longrope``,
-            ``llama3``, ...
-        parameters: The other fields, as the source spells them.
-    """
-
-    kind: str
-    parameters: Mapping[str, Json] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        factor = self.parameters.get("factor")
-        return self.kind if factor is None else f"{self.kind}, factor {factor}"
-
-
-class Experts(Record):
-    """A mixture of experts in place of one feed-forward block.
-
-    Attributes:
-        count: Routed experts.
-        per_token: Routed experts that see each token.
-        ffn_size: Width of one routed expert.
-        shared_count: Experts that see every token.
-        shared_ffn_size: Width of one shared expert; present exactly when there are any.
-        shared_gate: Whether every token weighs what the shared experts add to it.
-        norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
-        dense_layers: Layers that have a plain feed-forward block, in order.
-        scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
-        selection_bias: Whether a stored bias takes part in choosing experts, not in weighing them.
-        routed_scale: Factor on what the routed experts add.
-        groups: Groups of experts that compete first; 1 for none.
-        top_groups: Groups that stay in the race.
-        bias: Whether the router and the projections of routed experts have biases (gpt-oss).
-    """
-
-    count: Count
-    per_token: Count
-    ffn_size: Size
-    shared_count: Annotated[int, field(ge=0, le=100_000)] = 0
-    shared_ffn_size: Size | None = None
-    shared_gate: bool = False
-    norm_topk: bool = False
-    dense_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
-    scoring: str = "softmax"
-    selection_bias: bool = False
-    routed_scale: Positive = 1.0
-    groups: Count = 1
-    top_groups: Count = 1
-    bias: bool = False
-
-    def agree(self) -> None:
-        if (self.shared_count > 0) != (self.shared_ffn_size is not None):
-            raise ValueError("shared_count and shared_ffn_size must both be set or both be absent")
-        if self.per_token > self.count:
-            raise ValueError(f"per_token {self.per_token} exceeds the {self.count} experts")
-
-    def __str__(self) -> str:
-        shared = f", {self.shared_count} shared" if self.shared_count else ""
-        return f"{self.count} experts, {self.per_token} per token{shared}"
-
-
-class LatentAttention(Record):
-    """Attention whose keys and values pass through a narrow projection (DeepSeek's MLA).
-
-    ``ModelSpec.head_dim`` is then the part of a head that RoPE turns.
-
-    Attributes:
-        q_rank: Width of the query's projection, or ``None`` where queries are projected directly.
-        kv_rank: Width of the projection that keys and values share.
-        nope_dim: Channels of a query or key head that RoPE leaves alone.
-        value_dim: Channels of a value head.
-        bias: Whether the projections into the ranks have biases; those out of them have none.
-    """
-
-    q_rank: Size | None
-    kv_rank: Size
-    nope_dim: Size
-    value_dim: Size
-    bias: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.kv_rank}"
 
 
 class ModelSpec(Record):
@@ -171,6 +90,10 @@ class ModelSpec(Record):
         latent: Low-rank attention, or ``None`` for the usual kind.
         qkv_per_head: Whether the rows of a fused q, k, v matrix count heads first (ChatGLM with
             ``multi_query_attention`` off).  It says where tensors lie, not what they do.
+        head: What stands behind the last layer: ``lm``, logits of every token; ``score``, scores of
+            a whole text, as reward models and classifiers have; ``score_bias``, scores of every
+            token; or ``none``.
+        n_classes: What scores tell apart, where the head gives scores.
         bos_token_id: First token; ``None`` where there is none or no one said.
         origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
             or ``hf-llama``; empty where it was put together otherwise.
@@ -179,6 +102,7 @@ class ModelSpec(Record):
         unaccounted: Fields of the parameter file, as ``name: value``, whose meaning nobody knows;
             each refuses a change of naming.
         extra: Fields of an HF config that mean nothing here and are carried over as they are.
+        stated: All its fields, from which axes and kinds follow that a table declares.
 
     >>> from dcpconv.core.spec import ModelSpec
     >>> ModelSpec(
@@ -233,6 +157,9 @@ class ModelSpec(Record):
     latent: LatentAttention | None = None
     qkv_per_head: bool = False
 
+    head: str = "lm"
+    n_classes: Count | None = None
+
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -240,6 +167,15 @@ class ModelSpec(Record):
     unsaid: tuple[str, ...] = ()
     unaccounted: tuple[str, ...] = ()
     extra: Mapping[str, Json] = field(default_factory=dict)
+    stated: Mapping[str, Json] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both describe the same model, in whatever words a file states it."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return {**self.__dict__, "stated": {}} == {**other.__dict__, "stated": {}}
+
+    __hash__ = Record.__hash__
 
     def agree(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -264,7 +200,10 @@ class ModelSpec(Record):
             "g": self.n_kv_heads,
             "e": self.head_dim,
             "f": self.ffn_size,
+            "r": self.n_heads // self.n_kv_heads,
         }
+        if self.n_classes is not None:
+            sizes["k"] = self.n_classes
         if self.vocab_size is not None:
             sizes["V"] = self.vocab_size
         if self.head_dim % 2 == 0:
@@ -303,7 +242,7 @@ class ModelSpec(Record):
 
     def _has(self, condition: str, layer: int) -> bool:
         if condition in {"tied", "untied"}:
-            return self.tied == (condition == "tied")
+            return self.head == "lm" and self.tied == (condition == "tied")
         experts = self.experts
         is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:
@@ -372,6 +311,9 @@ class ModelSpec(Record):
                     ("logits_scaling", self.logits_scaling, 1.0),
                 )
             ),
+            ("score", self.head.startswith("score"), f"{self.n_classes} scores for logits"),
+            ("score_bias", self.head == "score_bias", "on scores of every token"),
+            ("no_head", self.head == "none", "nothing behind the last layer"),
             ("experts", self.experts is not None, f"{self.experts}"),
             (
                 "expert_bias",

@@ -53,7 +53,7 @@ def checked_keymap(path: Path) -> Keymap:
         line = line_of(lines, (row.pattern.text,))
         for term, slot in enumerate(row.slots):
             known = ours.get(slot)
-            axes = row.axes(term)
+            axes = row.canonical_axes(term)
             if known is not None and axes not in known:
                 wanted = " ".join(min(sorted(axes) for axes in known))
                 what = f"{slot} has the axes {wanted}, here {' '.join(sorted(axes))}"
@@ -124,7 +124,7 @@ def _axes_by_slot() -> dict[str, set[frozenset[str]]]:
     for table in keymaps().values():
         for row in table.rows:
             for term, slot in enumerate(row.slots):
-                found.setdefault(slot, set()).add(row.axes(term))
+                found.setdefault(slot, set()).add(row.canonical_axes(term))
     return found
 
 

@@ -94,7 +94,7 @@ def test_a_slot_has_the_same_axes_in_every_table() -> None:
                     {"h": "g"}.get(axis, axis)
                     if table.same_sizes and slot.startswith(("layer.k", "layer.v"))
                     else axis
-                    for axis in row.axes(term)
+                    for axis in row.canonical_axes(term)
                 )
                 known, where = axes.setdefault(slot, (same, table.name))
                 assert same == known, f"{slot} in {table.name} and {where}"

@@ -17,6 +17,7 @@ _ORIGIN = "where and by what the file was written"
 _RUNNING = "how the class computes, not what"
 _LABELS = "names of classes; no tensor depends on them"
 _SIZES = "a size that follows from others"
+_TOWERS = "describes a part by itself, whose tensors are accounted for like all others"
 _PREFIX = "the prefix of p-tuning, whose tensors are kept by themselves"
 
 HARMLESS_FIELDS: Mapping[str, str] = {
@@ -100,6 +101,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
         _RUNNING,
     ),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "label_names"), _LABELS),
+    **dict.fromkeys(("vision_config", "audio_config", "text_config"), _TOWERS),
     **dict.fromkeys(("pre_seq_len", "prefix_projection"), _PREFIX),
     **dict.fromkeys(("qk_head_dim", "original_max_position_embeddings"), _SIZES),
 }

@@ -12,7 +12,8 @@ from dcpconv.core.record import slots_of
 from dcpconv.core.spec import LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.experts import read_experts
 from dcpconv.families.configs.fields import unaccounted
-from dcpconv.families.configs.hf_fields import HfConfig
+from dcpconv.families.configs.hf_fields import TEXT, HfConfig, nested_text
+from dcpconv.families.configs.hf_heads import classes_of, head_of
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import ModelType
@@ -48,7 +49,8 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         SpecError: Facts list every field that is missing or does not fit.
     """
     fields = _with_defaults(fields)
-    config = checked(HfConfig, fields, file)
+    text = nested_text(fields)
+    config = checked(HfConfig, text, file)
     head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
     if head_dim is None:
         if config.hidden_size % config.num_attention_heads:
@@ -93,6 +95,8 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
+        "head": (head := head_of(config.architectures or (), known)),
+        "n_classes": classes_of(fields) if head.startswith("score") else None,
         "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
         "unaccounted": (
             *unaccounted(
@@ -104,6 +108,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             *_unheeded(config, known),
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
+        "stated": fields,
     }
     if config.model_type in {"gemma", "gemma2"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
@@ -140,11 +145,15 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
     if isinstance(model_type, str):
         merged["model_type"] = model_type
         known = MODEL_TYPES.get(model_type)
+        inner = merged.get(TEXT)
+        holder = merged if not isinstance(inner, Mapping) else dict(inner)
         for key, value in (known.defaults if known else {}).items():
-            merged.setdefault(key, value)
+            holder.setdefault(key, value)
         if known and known.routing and known.routing.dense == "none":
             # No layer has a plain block whose width it could be.
-            merged.setdefault("intermediate_size", merged.get("moe_intermediate_size"))
+            holder.setdefault("intermediate_size", holder.get("moe_intermediate_size"))
+        if holder is not merged:
+            merged[TEXT] = holder
     return merged
 
 

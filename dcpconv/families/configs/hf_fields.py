@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from dcpconv.core.record import Json, Record, field
 from dcpconv.core.spec import Count, Positive, Size
+
+TEXT: Final = "text_config"
+"""What a class with a vision or audio tower says of its language model."""
+
+
+def nested_text(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """The fields of the language model, whether they are nested or not; a class's own name and what
+    it ties stand outside."""
+    inner = fields.get(TEXT)
+    if not isinstance(inner, Mapping):
+        return fields
+    outside = {name: value for name, value in fields.items() if name != TEXT}
+    own = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
+    tied = {name: fields[name] for name in ("tie_word_embeddings",) if fields.get(name) is not None}
+    return {**outside, **inner, **own, **tied}
 
 
 class HfConfig(Record, extra="allow"):

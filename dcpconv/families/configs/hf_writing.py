@@ -10,6 +10,7 @@ from dcpconv.core.record import Json
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs import gpt_oss, mixture_writing
 from dcpconv.families.configs.experts import shared_width, strided, unfit
+from dcpconv.families.configs.hf_heads import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
@@ -51,7 +52,8 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
     name = known.class_name
     features = spec.features()
-    found = unexpressed(spec, known.expresses, name=name, requires=known.requires)
+    expresses = known.expresses | (HEADS if model_type in SCORING else frozenset())
+    found = unexpressed(spec, expresses, name=name, requires=known.requires)
     switch, together = _SWITCHES.get(model_type, ("", ()))
     if not features.keys() >= set(together):
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
@@ -96,7 +98,7 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         )
     label = wishes.dtype or spec.dtype
     fields: dict[str, object] = {
-        "architectures": [known.class_name],
+        "architectures": [class_name(known, spec.head)],
         "model_type": model_type,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -124,6 +126,7 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     }
     if spec.bos_token_id is None and model_type == "cwm":
         del fields["bos_token_id"]  # the one class that takes no null
+    fields |= label_fields(spec.n_classes)
     if label is not None:
         name = _torch_name(label)
         fields |= {"dtype": name, "torch_dtype": name}

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dcpconv.core.declared import Declared
 from dcpconv.core.errors import KeymapError
 from dcpconv.core.layout import Layout
-from dcpconv.families.keymaps.table import Keymap, Pattern, Row, Tie
+from dcpconv.families.keymaps.table import Kept, Keymap, Pattern, Row, Tie
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,7 +20,7 @@ else:
 
 TABLES = Path(__file__).parent / "tables"
 
-_OTHERS = ("tied", "ignore", "aside", "derived", "beyond")
+_OTHERS = ("tied", "ignore", "aside", "derived", "beyond", "axes", "kinds", "kept")
 """Sections beside the keys that a table takes over where it does not state them."""
 
 
@@ -108,6 +109,20 @@ def keymap_of(table: Mapping[str, Any], file: Path) -> Keymap:
         hints=table.get("hints", {}),
         facts=table.get("spec", {}),
         published=tuple(table.get("published", ())),
+        declared=declared_of(table.get("axes", {}), table.get("kinds", {})),
+        kept=tuple(Kept(*item) for item in table.get("kept", {}).items()),
+    )
+
+
+def declared_of(axes: Mapping[str, Any], kinds: Mapping[str, Any]) -> Declared:
+    """``[axes]`` with its ``[axes.KIND]``, and ``[kinds]``, of one rule each or a list of them."""
+    return Declared(
+        {name: rule for name, rule in axes.items() if isinstance(rule, str)},
+        {name: rules for name, rules in axes.items() if not isinstance(rules, str)},
+        {
+            name: (rules,) if isinstance(rules, str) else tuple(rules)
+            for name, rules in kinds.items()
+        },
     )
 
 

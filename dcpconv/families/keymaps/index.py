@@ -25,6 +25,7 @@ class Head(NamedTuple):
     Attributes:
         nbytes: Size of its file.
         like: The table whose rows it took over.
+        kept: What keys begin with that are kept as they are stored.
         templates: Keys that it knows, with ``{}`` for every number.
     """
 
@@ -36,7 +37,13 @@ class Head(NamedTuple):
     architectures: Collection[str]
     by_name: bool
     like: str
+    kept: Collection[str]
     templates: frozenset[str]
+
+    def knows_all(self, keys: Collection[str]) -> bool:
+        """Whether every one of these templates is of the table."""
+        others = self.templates
+        return all(key in others or key.startswith(tuple(self.kept)) for key in keys)
 
     @property
     def file(self) -> Path:
@@ -56,6 +63,7 @@ def head_of(file: Path) -> Head:
         table.architectures,
         table.by_name,
         table.like,
+        [part.prefix for part in table.kept],
         table.templates,
     )
 

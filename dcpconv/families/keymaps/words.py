@@ -17,6 +17,7 @@ AXES: Mapping[str, str] = {
     "d": "hidden size",
     "h": "query heads",
     "g": "key and value heads",
+    "r": "query heads per key and value head: h = g * r",
     "e": "channels of a head, where RoPE does not tell them apart",
     "two": "the two channels that RoPE turns together",
     "p": "pairs of channels: e = two * p",
@@ -27,6 +28,7 @@ AXES: Mapping[str, str] = {
     "a": "latent attention: rank of queries",
     "n": "latent attention: channels of a head that RoPE leaves alone",
     "v": "latent attention: channels of a value head",
+    "k": "classes that scores tell apart",
 }
 """Every axis whose size ``ModelSpec.axes`` gives."""
 
@@ -42,6 +44,8 @@ CONDITIONS: Mapping[str, str] = {
     "head_bias": "the head has a bias",
     "qk_norm": "every head of q and k is normalised",
     "qk_norm_heads": "every head of q and k is normalised by weights of its own",
+    "score": "scores stand in place of logits",
+    "score_bias": "scores are of every token, and have a bias",
     "q_latent": "latent attention projects queries through a rank",
     "q_direct": "latent attention projects queries directly",
     "latent_bias": "latent attention projects into ranks with biases",

@@ -117,8 +117,9 @@ def test_axes_are_what_a_spec_has_sizes_for() -> None:
 
 
 def test_conditions_are_what_models_differ_in() -> None:
-    used = {word for table in keymaps().values() for row in table.rows for word in row.conditions}
-    assert used <= set(CONDITIONS)
+    for table in keymaps().values():
+        used = {word for row in table.rows for word in row.conditions}
+        assert used <= {*CONDITIONS, *table.declared.kinds}
     for condition in set(CONDITIONS) - {"tied", "untied"}:
         answers = {spec_of(kind).has(condition, layer) for kind in KINDS for layer in (0, 1)}
         assert answers == {True, False}, condition
