@@ -54,6 +54,12 @@ CASES = [
 ]
 
 
+def _dense(config: Any) -> int:
+    """How many layers have no experts, the first ones."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    return config.first_k_dense_replace if kinds is None else kinds.count("dense")
+
+
 def titan_config(hf: Any) -> Any:
     """What torchtitan's config says of the same model."""
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
@@ -74,7 +80,7 @@ def titan_config(hf: Any) -> Any:
     )
     layers = _build_dsv3_layers(
         n_layers=config.num_hidden_layers,
-        n_dense_layers=config.first_k_dense_replace,
+        n_dense_layers=_dense(config),
         dim=config.hidden_size,
         n_heads=config.num_attention_heads,
         q_lora_rank=config.q_lora_rank or 0,
@@ -88,9 +94,9 @@ def titan_config(hf: Any) -> Any:
         num_experts=config.n_routed_experts,
         num_shared_experts=config.n_shared_experts,
         router_top_k=config.num_experts_per_tok,
-        router_score_func="sigmoid",
-        router_num_expert_groups=config.n_group if config.n_group > 1 else None,
-        router_num_limited_groups=config.topk_group if config.n_group > 1 else None,
+        router_score_func="softmax" if config.model_type == "deepseek_v2" else "sigmoid",
+        router_num_expert_groups=config.n_group if (config.n_group or 1) > 1 else None,
+        router_num_limited_groups=config.topk_group if (config.n_group or 1) > 1 else None,
         router_route_scale=config.routed_scaling_factor,
         router_route_norm=config.norm_topk_prob,
         attn_backend="flex",
@@ -147,6 +153,63 @@ def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
 
     convert(tmp_path / "titan.pth", tmp_path / "back", form="hf", assets=source)
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        pytest.param("deepseek_v2", {}, id="deepseek_v2"),
+        pytest.param("deepseek_v2", {"q_lora_rank": None}, id="deepseek_v2-direct"),
+        pytest.param("deepseek_v2", {"rope_parameters": YARN}, id="deepseek_v2-yarn"),
+        pytest.param(
+            "deepseek_v2",
+            {"num_hidden_layers": 11, "n_routed_experts": 12, "n_shared_experts": 2},
+            id="deepseek_v2-eleven-layers-twelve-experts",
+        ),
+        pytest.param("glm4_moe_lite", {}, id="glm4_moe_lite"),
+        pytest.param(
+            "glm4_moe_lite", {"norm_topk_prob": False, "n_group": 1}, id="glm4_moe_lite-as-scored"
+        ),
+    ],
+)
+def test_torchtitan_computes_what_the_classes_around_deepseek_v3_do(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    hf = tiny(model_type, **overrides)
+    source = save_hf(hf, tmp_path / "hf")
+    assert check(source, to="torchtitan-deepseek_v3")
+    convert(source, tmp_path / "titan.pth", to="torchtitan-deepseek_v3")
+    model = titan(hf)
+    model.load_state_dict(torch_tensors(tmp_path / "titan.pth"))
+    assert difference(model, hf) < RIGHT
+
+    convert(tmp_path / "titan.pth", tmp_path / "back", form="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "reason"),
+    [
+        pytest.param(
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+            "2 groups",
+            id="groups-by-their-best",
+        ),
+        pytest.param(
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+            "dense layers 1",
+            id="a-dense-layer-between",
+        ),
+    ],
+)
+def test_experts_that_torchtitan_does_not_have_are_refused(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], reason: str
+) -> None:
+    source = save_hf(tiny(model_type, **overrides), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError, match=f"experts: {reason}"):
+        convert(source, tmp_path / "out", to="torchtitan-deepseek_v3")
 
 
 @pytest.mark.parametrize(

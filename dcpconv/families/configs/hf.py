@@ -51,6 +51,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     fields = _with_defaults(fields)
     text = nested_text(fields)
     config = checked(HfConfig, text, file)
+    known = MODEL_TYPES.get(config.model_type)
+    unheeded = tuple(_unheeded(text, known))
+    config = config.model_copy(update=dict(known.assumes) if known else {})
     head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
     if head_dim is None:
         if config.hidden_size % config.num_attention_heads:
@@ -64,7 +67,6 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             )
         head_dim = config.hidden_size // config.num_attention_heads
     window, layer_types = _windows(config, file)
-    known = MODEL_TYPES.get(config.model_type)
     own = _own_reader(config.model_type)
     values: dict[str, object] = {
         "architecture": config.model_type,
@@ -105,7 +107,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
                 harmless_if=known.allows if known else None,
             ),
             *_rope_strangers(config),
-            *_unheeded(config, known),
+            *unheeded,
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
         "stated": fields,
@@ -122,12 +124,13 @@ def _own_reader(model_type: str) -> Any:
     return None if module is None else import_module(f"dcpconv.families.configs.{module}")
 
 
-def _unheeded(config: HfConfig, known: ModelType | None) -> Iterator[str]:
+def _unheeded(fields: Mapping[str, object], known: ModelType | None) -> Iterator[str]:
     """Fields that the class does not look at and that say something else than it does."""
-    for name, value in (known.assumes if known else {}).items():
-        stated = getattr(config, name)
-        if (stated or None) != (value or None):
-            yield f"{name}: {stated!r}"
+    slots = slots_of(HfConfig)
+    for slot, value in (known.assumes if known else {}).items():
+        name = next((name for name in slots[slot].names if name in fields), "")
+        if name and (fields[name] or None) != (value or None):
+            yield f"{name}: {fields[name]!r}"
 
 
 def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:

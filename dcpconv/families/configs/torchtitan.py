@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dcpconv.core.spec import ModelSpec, RopeScaling
+from dcpconv.families.configs.experts import unfit
+from dcpconv.families.configs.model_type import SIGMOID
 from dcpconv.families.configs.parameters import Refusal, unexpressed
 
 
@@ -31,13 +35,20 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
 
 def _deepseek(spec: ModelSpec) -> tuple[Refusal, ...]:
     """Source: torchtitan 0.3.0 ``models/deepseek_v3/model.py`` and ``models/common/rope.py``: YaRN
-    turns without a factor of its own; one number, ``mscale``, scales attention by its square."""
+    turns without a factor of its own; one number, ``mscale``, scales attention by its square.
+    ``models/common/moe.py``: groups compete by the sum of their two best, as in DeepSeek-V3, and
+    not by their best, as softmax scores do in DeepSeek-V2."""
     name = "torchtitan's DeepSeek-V3"
     requires = frozenset({"experts", "latent_attention"})
     scaling = spec.rope_scaling
     is_known = scaling is not None and _is_yarn_of_one_scale(scaling)
     expresses = requires | (frozenset({"rope_scaling"}) if is_known else frozenset())
     found = unexpressed(spec, expresses, name=name, requires=requires)
+    if spec.experts is not None:
+        scoring = spec.experts.scoring
+        routing = replace(SIGMOID, scoring=scoring, groups=scoring == SIGMOID.scoring)
+        reasons = unfit(routing, spec.experts, name, spec.n_layers)
+        found += [Refusal("experts", why) for why in reasons]
     if spec.tied:
         found.append(Refusal("tied", f"head and embedding: {name} has two tensors"))
     return tuple(found)

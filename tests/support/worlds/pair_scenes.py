@@ -17,12 +17,21 @@ from torch.distributed.tensor import DTensor
 
 from dcpconv import convert
 from dcpconv.checking.check import check
+from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.loading.init_weights import load_init_weights
 from support.models.hf_models import save_hf, tiny
 from support.worlds.dist_worlds import Scene, take_part
 
 PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
+    **{f"{name}-memory": (name, {}, f"hf-memory-{name}") for name in MIXTURES},
+    "deepseek_v2-torchtitan": ("deepseek_v2", {}, "torchtitan-deepseek_v3"),
+    "glm4_moe_lite-torchtitan": ("glm4_moe_lite", {}, "torchtitan-deepseek_v3"),
+    "deepseek_v3-glm4_moe_lite": ("deepseek_v3", {}, "hf-memory-glm4_moe_lite"),
+    "dots1-glm4_moe": ("dots1", {"num_hidden_layers": 11}, "hf-memory-glm4_moe"),
+    "hy_v3-dots1": ("hy_v3", {}, "hf-memory-dots1"),
+    "solar_open-glm4_moe": ("solar_open", {}, "hf-memory-glm4_moe"),
+    "granitemoe-mixtral": ("granitemoe", {}, "hf-memory-mixtral"),
 }
 """Name -> a tiny Hugging Face model, and the other naming."""
 
