@@ -43,7 +43,11 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "no_pre_norms": {"pre_norms": False},
     "post_norms": {"post_norms": True},
     "norm": {"norm": "rmsnorm_plus_one"},
+    "norm_bias": {"norm": "layernorm", "norm_bias": True},
+    "embed_norm": {"embed_norm": True},
+    "positions": {"positions": "learned"},
     "parallel_residual": {"parallel_residual": True},
+    "parallel_norms": {"parallel_residual": True, "parallel_norms": True},
     "ungated": {"gated": False},
     "activation": {"activation": "gelu"},
     "clamped_glu": {"glu_limit": 7.0, "glu_alpha": 1.702},
@@ -80,6 +84,8 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
 
 _TOGETHER: tuple[Mapping[str, Any], ...] = (
     dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+    dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True),
+    {"parallel_residual": True, "parallel_norms": True},
     _LATENT_BIASES,
     {"rope_scaling": RopeScaling(kind="longrope")},
     {

@@ -40,6 +40,7 @@ FEATURES = frozenset(
         *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
         *("sinks", "clamped_glu", "expert_bias"),
         *("score", "score_bias", "no_head"),
+        *("norm_bias", "positions", "embed_norm", "parallel_norms"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
@@ -75,6 +76,11 @@ class ModelSpec(Record):
         gated: Whether the feed-forward block has a gate.
         parallel_residual: Whether attention and feed-forward see the same normalised input
             (Cohere).
+        parallel_norms: Whether each of them has a norm of its own there (GPT-NeoX).
+        norm_bias: Whether norms add a bias, which those of q and k within attention may lack.
+        embed_norm: Whether a norm follows the embedding (Bloom).
+        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; or
+            ``alibi``, a slope per head.
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.
@@ -140,7 +146,11 @@ class ModelSpec(Record):
     no_rope_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
     gated: bool = True
     parallel_residual: bool = False
+    parallel_norms: bool = False
     norm: str = "rmsnorm"
+    norm_bias: bool = False
+    embed_norm: bool = False
+    positions: str = "rope"
     pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
@@ -201,6 +211,7 @@ class ModelSpec(Record):
             "e": self.head_dim,
             "f": self.ffn_size,
             "r": self.n_heads // self.n_kv_heads,
+            "t": self.max_seq_len,
         }
         if self.n_classes is not None:
             sizes["k"] = self.n_classes
@@ -247,6 +258,10 @@ class ModelSpec(Record):
         is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:
             return is_moe == (condition == "moe")
+        if condition == "sequential":
+            return not self.parallel_residual
+        if condition == "no_parallel_norms":
+            return not self.parallel_norms
         if condition == "shared_experts":
             return is_moe and experts is not None and experts.shared_count > 0
         if condition in {"q_latent", "q_direct"}:
@@ -289,9 +304,13 @@ class ModelSpec(Record):
                 f"no RoPE in {len(self.no_rope_layers)} of {self.n_layers} layers",
             ),
             ("norm", self.norm != "rmsnorm", self.norm),
+            ("norm_bias", self.norm_bias, "on what norms give"),
+            ("embed_norm", self.embed_norm, "a norm behind the embedding"),
+            ("positions", self.positions != "rope", f"{self.positions}, no RoPE"),
             ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
             ("post_norms", self.post_norms, "after attention and feed-forward"),
             ("parallel_residual", self.parallel_residual, "attention beside feed-forward"),
+            ("parallel_norms", self.parallel_norms, "beside each other, each with its norm"),
             ("ungated", not self.gated, "a feed-forward block without a gate"),
             ("activation", self.activation != "silu", self.activation),
             (

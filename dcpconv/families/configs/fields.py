@@ -16,6 +16,7 @@ _TOKENS = "which tokens mean what; the tokenizer goes along"
 _ORIGIN = "where and by what the file was written"
 _RUNNING = "how the class computes, not what"
 _LABELS = "names of classes; no tensor depends on them"
+_SUMMARY = "a head for multiple choice, whose tensors are accounted for themselves"
 _SIZES = "a size that follows from others"
 _TOWERS = "describes a part by itself, whose tensors are accounted for like all others"
 _PREFIX = "the prefix of p-tuning, whose tensors are kept by themselves"
@@ -24,7 +25,8 @@ HARMLESS_FIELDS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("attention_dropout", "attn_dropout", "classifier_dropout", "classifier_dropout_prob"),
-            *("dropout", "embd_pdrop", "embed_dropout", "hidden_dropout", "hidden_dropout_prob"),
+            *("dropout", "embd_pdrop", "embed_dropout", "embedding_dropout", "hidden_dropout"),
+            "hidden_dropout_prob",
             *(
                 "resid_pdrop",
                 "resid_dropout",
@@ -49,7 +51,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             ),
             *("moe_capacity", "moe_use_aux_free", "moe_aux_loss_coef", "z_loss_weight"),
             *("rescale_layer", "gradient_checkpointing", "use_gradient_checkpointing"),
-            *("router_entropy_coef", "freeze_router", "freq_allocation_dropout"),
+            *("router_entropy_coef", "freeze_router", "freq_allocation_dropout", "attn_pdrop"),
         ),
         _TRAINING,
     ),
@@ -96,9 +98,18 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("sequence_parallel", "tensor_parallel_output", "pipeline_parallel_degree"),
             *("recompute", "recompute_granularity", "attn_mode", "use_rms_norm_kernel"),
             "enable_moe_fp32_combine",
-            *("quantization_config", "compression_ratio"),
+            *("quantization_config", "compression_ratio", "reorder_and_upcast_attn"),
+            *("slow_but_exact", "attention_softmax_in_fp32", "masked_softmax_fusion"),
+            *("bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv"),
         ),
         _RUNNING,
+    ),
+    **dict.fromkeys(
+        (
+            *("summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
+            *("summary_type", "summary_use_proj"),
+        ),
+        _SUMMARY,
     ),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "label_names"), _LABELS),
     **dict.fromkeys(("vision_config", "audio_config", "text_config"), _TOWERS),
@@ -113,6 +124,7 @@ Source: the ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0.
 
 HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
     "cross_attention_hidden_size": (),
     "is_causal": (True,),
     "is_decoder": (False, True),
@@ -123,6 +135,7 @@ HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
     "num_nextn_predict_layers": (0, 1, 2, 3),
     "pruned_heads": ({}, []),
     "rope_interleave": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
     "scoring_func": ("sigmoid",),
     "tie_encoder_decoder": (False,),
     "topk_method": ("noaux_tc",),

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from dcpconv.core.spec import ModelSpec
     from dcpconv.families.configs.hf_fields import HfConfig
 
-MODEL_TYPE = "gpt_oss"
-
 _NAMES = frozenset({"swiglu_alpha", "swiglu_limit", "experts_per_token", "initial_context_length"})
 """The last two are in the published files, beside the names that transformers looks at."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import slots_of
 from dcpconv.core.spec import LatentAttention, ModelSpec, RopeScaling
+from dcpconv.families.configs.classics import CLASSICS
 from dcpconv.families.configs.experts import read_experts
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import TEXT, HfConfig, nested_text
@@ -34,6 +35,7 @@ _OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
     ("llama_shaped_reading", LLAMA_SHAPED),
     ("gpt_oss", ("gpt_oss",)),
     ("mixture_reading", MIXTURES),
+    ("classics_reading", CLASSICS),
 )
 """Module that reads what only some classes say, and those classes; it has ``own_names``,
 ``own_values`` and ``layer_words``."""
@@ -155,8 +157,9 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         if known and known.routing and known.routing.dense == "none":
             # No layer has a plain block whose width it could be.
             holder.setdefault("intermediate_size", holder.get("moe_intermediate_size"))
-        if holder is not merged:
-            merged[TEXT] = holder
+        if known is not None:
+            holder = known.read(holder)
+        merged = {**merged, TEXT: holder} if isinstance(inner, Mapping) else holder
     return merged
 
 

@@ -8,7 +8,7 @@ from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.record import Json
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.configs import gpt_oss, mixture_writing
+from dcpconv.families.configs import classics_writing, gpt_oss, mixture_writing
 from dcpconv.families.configs.experts import shared_width, strided, unfit
 from dcpconv.families.configs.hf_heads import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
@@ -19,6 +19,7 @@ _ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
 _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **SWITCHES,
     **mixture_writing.SWITCHES,
+    **classics_writing.SWITCHES,
     "llama": _ATTENTION,
     "qwen3": _ATTENTION,
     "qwen3_moe": _ATTENTION,
@@ -30,9 +31,9 @@ _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """The field that adds biases, and the features that come and go with it."""
 
-_OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {
-    *("granitemoe", "granitemoeshared", "helium", "olmoe", "phi3"),
-}
+_OWN_HEAD_DIM = frozenset(
+    name for name, known in MODEL_TYPES.items() if "head_dim" not in known.silent
+) - {"granitemoe", "granitemoeshared", "helium", "olmoe", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
 
 _ANY_HEADS = frozenset({"gpt_oss"})
@@ -59,6 +60,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
         found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
     found += turned_otherwise(spec, model_type, name=name)
+    found += classics_writing.rules(model_type, spec, name)
     scaling = spec.rope_scaling
     if model_type == "phi3" and scaling is not None and scaling.kind != "longrope":
         found.append(Refusal("rope_scaling", f"{scaling}: {name} knows longrope only"))
@@ -118,6 +120,7 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
     fields |= mixture_writing.own_fields(model_type, spec)
+    fields = known.written(fields)
     eos = spec.eos_token_id
     fields |= {
         "bos_token_id": spec.bos_token_id,
@@ -250,6 +253,7 @@ def _ernie(spec: ModelSpec) -> dict[str, object]:
 
 _OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
     **OWN_FIELDS,
+    **classics_writing.OWN_FIELDS,
     "llama": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,

@@ -69,6 +69,11 @@ class ModelType:
         requires: Features that a model of the class always has.
         allows: Values with which a field is harmless that otherwise nobody here knows.
         assumes: Fields that the class does not look at, and what they have to say all the same.
+        spellings: Field of its file -> what the others call it.
+        older: The same for fields that are read and no longer written.
+        heeds: What the others call a field that the class understands beside its own spelling.
+        silent: Fields of the others that the class does not look at.
+        ffn_times: Width of the feed-forward block in hidden sizes, where the file states none.
     """
 
     class_name: str
@@ -79,11 +84,36 @@ class ModelType:
     requires: frozenset[str] = frozenset()
     allows: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     assumes: Mapping[str, object] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    older: Mapping[str, str] = field(default_factory=dict)
+    heeds: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    ffn_times: int | None = None
 
     @property
     def experts(self) -> Mapping[str, object]:
         """``Experts`` fields that the class's code fixes and no file states."""
         return self.routing.fixed if self.routing else {}
+
+    def read(self, fields: Mapping[str, object]) -> dict[str, object]:
+        """The fields of a file under the names that the others have for them."""
+        names = {**self.older, **self.spellings}
+        unseen = self.silent | (frozenset(self.spellings.values()) - self.heeds)
+        found = {n: value for n, value in fields.items() if n not in names and n not in unseen}
+        found |= {
+            names[name]: value
+            for name, value in fields.items()
+            if name in names and value is not None
+        }
+        hidden = found.get("hidden_size")
+        if self.ffn_times is not None and isinstance(hidden, int):
+            found.setdefault("intermediate_size", self.ffn_times * hidden)
+        return found
+
+    def written(self, fields: Mapping[str, object]) -> dict[str, object]:
+        """Fields as its file has them, in the same order."""
+        own = {name: spelling for spelling, name in self.spellings.items()}
+        return {own.get(n, n): value for n, value in fields.items() if n not in self.silent}
 
 
 ANY = frozenset({"rope_scaling", "activation"})

@@ -21,6 +21,7 @@ AXES: Mapping[str, str] = {
     "e": "channels of a head, where RoPE does not tell them apart",
     "two": "the two channels that RoPE turns together",
     "p": "pairs of channels: e = two * p",
+    "t": "positions that the model was made for",
     "f": "width of the feed-forward block",
     "m": "width of one routed expert",
     "s": "width of one shared expert",
@@ -35,6 +36,9 @@ AXES: Mapping[str, str] = {
 CONDITIONS: Mapping[str, str] = {
     "tied": "the head is the embedding",
     "untied": "the head is a tensor of its own",
+    "sequential": "feed-forward comes after attention",
+    "parallel_norms": "attention and feed-forward stand beside each other, each with its norm",
+    "no_parallel_norms": "they do not",
     "dense": "in layers with a plain feed-forward block",
     "moe": "in layers with experts",
     "shared_experts": "in layers with experts, where some see every token",

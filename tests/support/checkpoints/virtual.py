@@ -35,6 +35,8 @@ _SHARED = Experts(count=3, per_token=2, ffn_size=4, shared_count=2, shared_ffn_s
 _ONE_SHARED = Experts(count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=4)
 _LATENT = LatentAttention(q_rank=5, kv_rank=3, nope_dim=4, value_dim=6)
 
+_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "qkv-bias": {"qkv_bias": True},
@@ -48,6 +50,11 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "score": {"head": "score", "n_classes": 3},
     "score-tokens": {"head": "score_bias", "n_classes": 3},
     "no-head": {"head": "none"},
+    "all-biases-head": {"head_bias": True, **_BIASES},
+    "all-biases-qk-norm": {"head_bias": True, "qk_norm": True, **_BIASES},
+    "all-biases-as-many-kv-heads": {"n_kv_heads": 6, **_BIASES},
+    "beside": {"parallel_residual": True, "qkv_bias": True},
+    "beside-each-its-norm": {"parallel_residual": True, "parallel_norms": True, **_BIASES},
     "experts": {"experts": _MOE},
     "experts-shared": {"experts": _SHARED},
     "experts-one-shared": {"experts": _ONE_SHARED},

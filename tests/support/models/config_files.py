@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcpconv.core.spec import ModelSpec
+from dcpconv.families.configs.model_types import MODEL_TYPES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 37,
@@ -53,27 +54,39 @@ def as_written(value: int | tuple[int, ...] | None) -> int | list[int] | None:
 
 def assert_same_model(spec: ModelSpec, config: Any) -> None:
     """``spec`` says what transformers' ``config`` says."""
+    known = MODEL_TYPES[config.model_type]
+    own = {name: spelling for spelling, name in known.spellings.items()}
+
+    def says(name: str, value: object) -> bool:
+        """Whether the class says so too, or has nothing to say."""
+        spelling = own.get(name, name)
+        return (
+            name in known.silent
+            or getattr(config, spelling, value if known.spellings else None) == value
+        )
+
     head_dim = getattr(config, "head_dim", None)
     assert spec.architecture == config.model_type
     assert spec.vocab_size == config.vocab_size
     assert spec.hidden_size == config.hidden_size
-    assert spec.ffn_size == config.intermediate_size
+    assert says("intermediate_size", spec.ffn_size) or known.ffn_times is not None
     assert spec.n_layers == config.num_hidden_layers
     assert spec.n_heads == config.num_attention_heads
-    if spec.latent is None:
-        assert spec.n_kv_heads == config.num_key_value_heads
+    if spec.latent is None and not getattr(config, "multi_query", False):
+        assert says("num_key_value_heads", spec.n_kv_heads)
     assert spec.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
-    eps = config.layer_norm_eps if config.model_type == "cohere" else config.rms_norm_eps
-    assert spec.norm_eps == eps
-    assert spec.max_seq_len == config.max_position_embeddings
+    eps = "layer_norm_eps" if config.model_type == "cohere" else "rms_norm_eps"
+    assert says(eps, spec.norm_eps)
+    assert says("max_position_embeddings", spec.max_seq_len)
     assert spec.tied == config.tie_word_embeddings
-    assert spec.rope_theta == config.rope_parameters["rope_theta"]
-    partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    assert spec.partial_rotary_factor == partial
-    kind = config.rope_parameters["rope_type"]
-    assert (spec.rope_scaling.kind if spec.rope_scaling else "default") == kind
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    assert spec.activation == activation
+    if "rope_parameters" not in known.silent:
+        assert spec.rope_theta == config.rope_parameters["rope_theta"]
+        partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        assert spec.partial_rotary_factor == partial
+        kind = config.rope_parameters["rope_type"]
+        assert (spec.rope_scaling.kind if spec.rope_scaling else "default") == kind
+    activation = getattr(config, "hidden_activation", None)
+    assert spec.activation == activation if activation else says("hidden_act", spec.activation)
     assert spec.bos_token_id == config.bos_token_id
     assert as_written(spec.eos_token_id) == config.eos_token_id
     assert spec.pad_token_id == config.pad_token_id
