@@ -60,6 +60,38 @@ def test_the_other_class_gives_the_same_logits_and_the_way_back_is_exact(
     assert difference(load_hf(tmp_path / "back"), model) == 0.0
 
 
+ALL_HEADS = {"multi_query": False, "bias": True}
+BESIDE = {"new_decoder_architecture": True, "num_kv_heads": 6, "bias": True}
+SAME += [
+    pytest.param(
+        "falcon", {**ALL_HEADS, "parallel_attn": False}, "hf-gpt_neox", id="falcon-gpt_neox"
+    ),
+    pytest.param(
+        "falcon", {**ALL_HEADS, "parallel_attn": False}, "hf-starcoder2", id="falcon-starcoder2"
+    ),
+    pytest.param(
+        "falcon",
+        {"multi_query": True, "bias": True, "parallel_attn": False},
+        "hf-starcoder2",
+        id="falcon-starcoder2-one-kv-head",
+    ),
+    pytest.param("falcon", BESIDE, "hf-gpt_neox", id="falcon-gpt_neox-beside"),
+    pytest.param(
+        "gpt_neox",
+        {**IN_TURN, "use_parallel_residual": True},
+        "hf-falcon",
+        id="gpt_neox-falcon-beside",
+    ),
+    pytest.param("gpt_neox", IN_TURN, "hf-falcon", id="gpt_neox-falcon"),
+    pytest.param("starcoder2", {"num_key_value_heads": 1}, "hf-falcon", id="starcoder2-falcon"),
+    pytest.param(
+        "starcoder2",
+        {"num_key_value_heads": 1, "use_bias": False},
+        "hf-falcon",
+        id="starcoder2-falcon-no-bias",
+    ),
+]
+
 NORMS = {"norm", "norm_bias"}
 BIASES = {"qkv_bias", "o_bias", "mlp_bias"}
 UNGATED = {"ungated", "activation"}
@@ -80,6 +112,15 @@ REFUSED = [
         NORMS | BIASES | UNGATED | {"parallel_residual", "parallel_norms", "partial_rotary"},
         id="gpt_neox",
     ),
+    pytest.param("stablelm", {}, NORMS | {"partial_rotary"}, id="stablelm"),
+    pytest.param(
+        "stablelm",
+        {"use_qkv_bias": True, "qk_layernorm": True, "use_parallel_residual": True},
+        {"qk_norm_heads", "parallel_residual"},
+        id="stablelm-switches",
+    ),
+    pytest.param("falcon", {}, NORMS | UNGATED | {"parallel_residual"}, id="falcon"),
+    pytest.param("falcon", {"alibi": True}, {"positions"}, id="falcon-alibi"),
     pytest.param("gpt2", {}, NORMS | BIASES | UNGATED | {"positions"}, id="gpt2"),
     pytest.param(
         "gpt2",
@@ -128,6 +169,12 @@ def test_what_a_llama_cannot_compute_is_refused_by_name(
             {"partial_rotary", "parallel_residual", "parallel_norms"},
         ),
         pytest.param("phi", {}, "hf-gpt_neox", {"head_bias", "n_kv_heads", "parallel_residual"}),
+        pytest.param("starcoder2", {}, "hf-falcon", {"n_kv_heads"}),
+        pytest.param("falcon", {}, "hf-gpt_neox", {"n_kv_heads", "parallel_residual", "mlp_bias"}),
+        pytest.param(
+            "falcon", {"alibi": True}, "hf-starcoder2", {"positions", "parallel_residual"}
+        ),
+        pytest.param("stablelm", {}, "hf-starcoder2", {"partial_rotary", "ungated"}),
         pytest.param("gpt2", {}, "hf-bloom", {"embed_norm", "ffn_size"}),
         pytest.param("bloom", {}, "hf-gpt2", {"embed_norm"}),
         pytest.param("bloom", {}, "hf-gpt_neox", {"positions", "embed_norm"}),

@@ -54,8 +54,12 @@ TOGETHER: Mapping[str, dict[str, bool]] = {
 """Switches that the class takes together only."""
 
 
-BEYOND: Mapping[str, frozenset[str]] = {"gpt2": frozenset({"add_cross_attention"})}
-"""Switches that make another kind of model: layers that look at an encoder."""
+BEYOND: Mapping[str, frozenset[str]] = {
+    "falcon": frozenset({"parallel_attn"}),
+    "gpt2": frozenset({"add_cross_attention"}),
+}
+"""Switches that make another kind of model, with layers that look at an encoder, or that make none
+that can be run together with others."""
 
 
 def switches(model_type: str) -> dict[str, bool]:

@@ -79,6 +79,30 @@ CASES = [
     pytest.param("gpt2", {"n_inner": None, "num_hidden_layers": 11}, id="gpt2-eleven-layers"),
     pytest.param("gpt2", {"scale_attn_weights": False}, id="gpt2-unscaled"),
     pytest.param("gpt2", {"tie_word_embeddings": True}, id="gpt2-tied"),
+    pytest.param("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}, id="stablelm-qk-norm"),
+    pytest.param(
+        "stablelm", {"use_parallel_residual": True, "tie_word_embeddings": True}, id="stablelm-tied"
+    ),
+    pytest.param("stablelm", {"partial_rotary_factor": 1.0}, id="stablelm-whole-heads"),
+    pytest.param(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, id="falcon-groups"
+    ),
+    pytest.param(
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
+        id="falcon-groups-one-norm",
+    ),
+    pytest.param("falcon", {"multi_query": False, "bias": True}, id="falcon-multi-head-biased"),
+    pytest.param("falcon", {"parallel_attn": False, "bias": True}, id="falcon-in-turn"),
+    pytest.param(
+        "falcon",
+        {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+        id="falcon-alibi",
+    ),
+    pytest.param(
+        "falcon", {"tie_word_embeddings": True, "ffn_hidden_size": None}, id="falcon-tied"
+    ),
+    pytest.param("falcon", {"num_hidden_layers": 11}, id="falcon-eleven-layers"),
     pytest.param("bloom", {"tie_word_embeddings": True}, id="bloom-tied"),
     pytest.param("smollm3", {"no_rope_layers": [1, 0, 1]}, id="smollm3-nope"),
     pytest.param("smollm3", {"no_rope_layers": None, **SLIDING}, id="smollm3-windows"),

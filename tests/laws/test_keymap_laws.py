@@ -157,6 +157,7 @@ def test_most_tables_have_a_partner() -> None:
     assert alone == {
         # No other family has their norms, or does without a gate.
         *("hf-arcee", "hf-cohere", "hf-exaone4", "hf-olmo2"),
+        "hf-stablelm",
         # Positions are vectors or slopes; logits have a bias, or attention no norm of its own.
         *("hf-bloom", "hf-gpt2", "hf-phi"),
         # torchtitan stores a bias more, which it moves to balance experts.

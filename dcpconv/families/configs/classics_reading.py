@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dcpconv.core.errors import SpecError
 from dcpconv.families.configs.hf_fields import HfConfig
 
 Values = Mapping[str, object]
@@ -18,9 +19,8 @@ def own_values(config: HfConfig, file: Path) -> Values:
         config: What every class says.
         file: For errors.
     """
-    del file
     read = _OWN.get(config.model_type)
-    return {} if read is None else read(config)
+    return {} if read is None else read(config, file)
 
 
 def own_names(config: HfConfig) -> frozenset[str]:
@@ -34,11 +34,13 @@ def layer_words(config: HfConfig, file: Path) -> None:
     del config, file
 
 
-def _phi(config: HfConfig) -> Values:
+def _phi(config: HfConfig, file: Path) -> Values:
+    del file
     return {"qk_norm": bool(_stated(config, "qk_layernorm"))}
 
 
-def _stablelm(config: HfConfig) -> Values:
+def _stablelm(config: HfConfig, file: Path) -> Values:
+    del file
     return {
         "qkv_bias": bool(_stated(config, "use_qkv_bias")),
         "qk_norm_heads": bool(_stated(config, "qk_layernorm")),
@@ -46,21 +48,31 @@ def _stablelm(config: HfConfig) -> Values:
     }
 
 
-def _gpt_neox(config: HfConfig) -> Values:
+def _gpt_neox(config: HfConfig, file: Path) -> Values:
+    del file
     is_parallel = bool(_stated(config, "use_parallel_residual"))
     return {"parallel_residual": is_parallel, "parallel_norms": is_parallel}
 
 
-def _gpt2(config: HfConfig) -> Values:
+def _gpt2(config: HfConfig, file: Path) -> Values:
+    del file
     return {"query_multiplier": None if _stated(config, "scale_attn_weights") else 1.0}
 
 
-def _falcon(config: HfConfig) -> Values:
+def _falcon(config: HfConfig, file: Path) -> Values:
     """Source: ``FalconAttention``, ``FalconDecoderLayer`` of transformers 5.23.0."""
     is_new = bool(_stated(config, "new_decoder_architecture"))
     has_bias = bool(_stated(config, "bias"))
     norms = _stated(config, "num_ln_in_parallel_attn")
     n_heads = config.num_attention_heads
+    if is_new and not _stated(config, "parallel_attn"):
+        raise SpecError(
+            "parameter file has 1 field that cannot be used",
+            [
+                ("file", file),
+                ("field", "parallel_attn: expected true with new_decoder_architecture"),
+            ],
+        )
     if is_new:
         n_kv_heads = config.num_key_value_heads or n_heads
     else:
@@ -74,7 +86,7 @@ def _falcon(config: HfConfig) -> Values:
     }
 
 
-_OWN: Mapping[str, Callable[[HfConfig], Values]] = {
+_OWN: Mapping[str, Callable[[HfConfig, Path], Values]] = {
     "phi": _phi,
     "stablelm": _stablelm,
     "gpt_neox": _gpt_neox,

@@ -54,6 +54,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "all-biases-qk-norm": {"head_bias": True, "qk_norm": True, **_BIASES},
     "all-biases-as-many-kv-heads": {"n_kv_heads": 6, **_BIASES},
     "beside": {"parallel_residual": True, "qkv_bias": True},
+    "beside-qk-norm-heads": {"parallel_residual": True, "qk_norm_heads": True},
     "beside-each-its-norm": {"parallel_residual": True, "parallel_norms": True, **_BIASES},
     "experts": {"experts": _MOE},
     "experts-shared": {"experts": _SHARED},
@@ -99,8 +100,13 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 
 def spec_of(kind: str, **sizes: Any) -> ModelSpec:
-    """A tiny model of a kind; odd sizes, so that no two axes are alike by chance."""
-    return ModelSpec(**{**PLAIN, **KINDS[kind], **sizes})
+    """A tiny model of a kind; odd sizes, so that no two axes are alike by chance.
+
+    Its file states the counts of heads, from which a table may take an index.
+    """
+    fields = {**PLAIN, **KINDS[kind], **sizes}
+    stated = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
+    return ModelSpec(**fields, stated={name: fields[own] for name, own in stated.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,8 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "phi": {"num_key_value_heads": 2, "hidden_act": "gelu"},
     "starcoder2": {"tie_word_embeddings": False},
     "gpt_neox": {"num_key_value_heads": 6},
+    "stablelm": {},
+    "falcon": {"ffn_hidden_size": 152, "tie_word_embeddings": False},
     "gpt2": {"n_inner": 152, "tie_word_embeddings": False, "num_key_value_heads": 6},
     "bloom": {"intermediate_size": 384, "tie_word_embeddings": False, "num_key_value_heads": 6},
     "smollm3": {"no_rope_layers": [1] * 16, "tie_word_embeddings": False},
@@ -237,11 +239,12 @@ def save_hf(
 
 def _as_version_4(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of transformers 4.57: RoPE at the top level, ``torch_dtype``, ``num_experts``."""
-    rope = dict(config.pop("rope_parameters"))
-    config["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    rope = dict(config.pop("rope_parameters", {}))
+    if rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     config["torch_dtype"] = config.pop("dtype")
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")

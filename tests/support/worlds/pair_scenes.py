@@ -32,6 +32,12 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "hy_v3-dots1": ("hy_v3", {}, "hf-memory-dots1"),
     "solar_open-glm4_moe": ("solar_open", {}, "hf-memory-glm4_moe"),
     "granitemoe-mixtral": ("granitemoe", {}, "hf-memory-mixtral"),
+    "falcon-gpt_neox": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 6, "bias": True},
+        "hf-gpt_neox",
+    ),
+    "starcoder2-falcon": ("starcoder2", {"num_key_value_heads": 1}, "hf-falcon"),
 }
 """Name -> a tiny Hugging Face model, and the other naming."""
 

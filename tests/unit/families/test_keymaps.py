@@ -12,7 +12,8 @@ from dcpconv import convert
 from dcpconv.cli import main as command_line
 from dcpconv.core.errors import KeymapError
 from dcpconv.families.keymaps import index, keymaps, read_keymap, resolve_family
-from dcpconv.families.keymaps.index import TABLE_INDEX, TABLES, Tables, index_text
+from dcpconv.families.keymaps.building import TABLES
+from dcpconv.families.keymaps.index import TABLE_INDEX, Tables, index_text
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 from docs.families_page import families_page
 from support.checkpoints.families import (
