@@ -180,7 +180,7 @@ def expected(
     for row in table.rows:
         for values in product(*(range(sizes.usual.get(name, 0)) for name in row.pattern.names)):
             indices = dict(zip(row.pattern.names, values, strict=True))
-            if sizes.has(row.when, indices):
+            if sizes.has(row.when, indices) and not sizes.lacks(row):
                 yield row.pattern.key(indices), _shape(sizes, row, indices), row.slots
 
 

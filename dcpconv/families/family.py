@@ -115,6 +115,7 @@ FAMILIES: Final = (
             "torchtitan-qwen3",
             "torchtitan-qwen3-2025",
             "torchtitan-deepseek_v3",
+            "torchtitan-qwen3_5",
             "torchtitan-gpt_oss",
         ),
         "torchtitan",

@@ -16,8 +16,6 @@ from dcpconv.plan.sizes import Sizes, in_common
 from dcpconv.sources.numbers import solve
 from dcpconv.sources.recognition import Weights
 
-_INDEX_AXES = ("L", "E", "S")
-
 
 def cover(
     weights: Weights,
@@ -67,6 +65,8 @@ class _Account:
         self.consumed: set[str] = set()
         self.measures = Sizes(spec, (self.source, self.target))
         self.sizes = self.measures.usual
+        rows = (*self.source.rows, *self.target.rows)
+        self.first = dict.fromkeys((name for row in rows for name in row.pattern.names), 0)
         self.scales: dict[str, TensorEntry] = {}
         self.derivable = {
             row.pattern.text: row
@@ -131,7 +131,7 @@ class _Account:
                 self.kept.append(as_stored(key, self.weights.entries[key]))
             elif match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
-            elif match.kind in {"aside", "kept"}:
+            elif match.kind in {"aside", "kept"} or self._is_of_a_part(key, match.row):
                 self._set_aside(key, match.reason)
             elif match.row is None or key in self.weights.idle:
                 self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
@@ -143,15 +143,22 @@ class _Account:
                 self.present[key] = (match.row, match.indices)
         dropped = {fault.key: fault.why for fault in self.ignored} if factors else {}
         self.ignored += [Fault(k + SCALE, dropped[k]) for k in self.scales if k in dropped]
-        for name in _INDEX_AXES:
+        for name in self.first:
             seen = [at[name] for _, at in self.present.values() if name in at]
             if seen and name not in self.sizes:
                 self.sizes[name] = max(seen) + 1
+
+    def _is_of_a_part(self, key: str, row: Row | None) -> bool:
+        """Whether a key that has a row is kept with its part, since the target has no such row."""
+        if row is None or self.source.part_of(key) is None:
+            return False
+        return not any(slot in self.target.slots for slot in row.slots)
 
     def _set_aside(self, key: str, reason: str) -> None:
         """Keeps a tensor as it is: in its place where the target has one, else beside the rest."""
         entry = self.weights.entries[key]
         part = self.source.part_of(key)
+        reason = reason or (part.role if part else "")
         place = key if self.target.keeps_aside(key) else None
         if part is not None:
             place = self.target.place_of(key.removeprefix(part.prefix), part.role) or place
@@ -219,6 +226,7 @@ class _Account:
                 self.misshapen.append(Fault.unlike(key, list(shape), list(found), row.slots))
 
     def _targets(self, *, is_tied: bool) -> Iterator[Target]:
+        kept = {target.key for target in self.kept}
         for row in self.target.rows:
             ranges = [range(self.sizes.get(name, 0)) for name in row.pattern.names]
             for values in product(*ranges):
@@ -226,6 +234,8 @@ class _Account:
                 if not self._is_expected(row, indices, is_tied=is_tied):
                     continue
                 if row.pattern.text in self.derivable and not self._has_all(row):
+                    continue
+                if kept and row.pattern.key(indices) in kept:
                     continue
                 target = self._target(row, indices)
                 if target is not None:
@@ -251,17 +261,17 @@ class _Account:
         return found
 
     def _is_needed(self, row: Row, indices: dict[str, int]) -> bool:
-        if self.measures.says(row.when):
+        if self.measures.says(row):
             return self.measures.has(row.when, indices)
         alike = (r for r in self.target.rows if r.when == row.when and r is not row)
         return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
 
     def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
-        if self.measures.says(row.when):
+        if self.measures.says(row):
             return self.measures.has(row.when, indices)
         if ("untied" if is_tied else "tied") in row.conditions:
             return False
-        if row.conditions <= {"tied", "untied"}:
+        if row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
             return True
         return any(self._supplies(slot, indices) for slot in row.slots)
 
@@ -270,7 +280,7 @@ class _Account:
 
     def _supplies(self, slot: str, indices: dict[str, int]) -> bool:
         return any(
-            srow.pattern.key({"L": 0, "E": 0, "S": 0, **indices}) in self.weights.entries
+            srow.pattern.key({**self.first, **indices}) in self.weights.entries
             for srow, _ in self.source.holders(slot)
         )
 
@@ -322,7 +332,7 @@ class _Account:
     def _holder(self, holders: list[tuple[Row, int]], indices: dict[str, int]) -> tuple[Row, int]:
         """The source row that is really there, of those that could hold the slot."""
         for srow, sterm in holders:
-            if srow.pattern.key({"E": 0, "S": 0, **indices}) in self.weights.entries:
+            if srow.pattern.key({**self.first, **indices}) in self.weights.entries:
                 return srow, sterm
         return holders[0]
 
@@ -377,7 +387,7 @@ class _Account:
             if value >= self.sizes.get(name, value + 1):
                 what = {"L": "layers", "E": "experts", "S": "shared experts"}.get(name, name)
                 return f"the config has only {self.sizes[name]} {what}"
-        if self.measures.says(row.when):
+        if self.measures.says(row):
             has = self.measures.has
             lacking = sorted(word for word in row.conditions if not has(word, indices))
             if lacking:

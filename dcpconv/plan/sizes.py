@@ -29,12 +29,21 @@ class Sizes:
         declared = [table.declared for table in tables]
         self.measured = None if spec is None else Measured(spec, declared)
         self.usual: dict[str, int] = {} if self.measured is None else self.measured.axes()
+        self._own = {axis for one in declared for axis in one.axes}
+        self._known = frozenset(self.usual)
         self._shapes: dict[tuple[Row, Differing], tuple[int, ...]] = {}
         self._placements: dict[tuple[Row, int, Differing], Placement] = {}
 
-    def says(self, condition: str) -> bool:
-        """Whether the config decides which rows with this condition exist."""
-        return self.measured is not None and self.measured.knows(condition)
+    def says(self, row: Row) -> bool:
+        """Whether the config decides if a row exists; else the source's keys do."""
+        return self.measured is not None and self.measured.knows(row.when) and not self.lacks(row)
+
+    def lacks(self, row: Row) -> bool:
+        """Whether no field of the config gives the size of an axis that a table declares."""
+        if self.measured is None or not self._own:
+            return False
+        axes = {axis for term in range(len(row.slots)) for axis in row.axes(term)}
+        return not axes & self._own <= self._known
 
     def has(self, condition: str, indices: Mapping[str, int]) -> bool:
         """Whether a row exists, where the config decides it."""

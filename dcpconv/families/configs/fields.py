@@ -75,6 +75,9 @@ HARMLESS_FIELDS: Mapping[str, str] = {
         (
             *("decoder_start_token_id", "sep_token_id", "unk_token_id", "mask_token_id"),
             *("cls_token_id", "tokenizer_class", "prefix", "im_start_id", "im_end_id"),
+            *("image_token_id", "video_token_id", "audio_token_id", "image_token_index"),
+            *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
+            *("boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id"),
             *("im_patch_id", "vocab_file", "bos_token", "eos_token", "pad_token", "chat_template"),
         ),
         _TOKENS,

@@ -15,6 +15,7 @@ from dcpconv.families.configs.experts import read_experts
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import TEXT, HfConfig, nested_text
 from dcpconv.families.configs.hf_heads import classes_of, head_of
+from dcpconv.families.configs.hybrids import HYBRIDS
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import ModelType
@@ -36,6 +37,7 @@ _OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
     ("gpt_oss", ("gpt_oss",)),
     ("mixture_reading", MIXTURES),
     ("classics_reading", CLASSICS),
+    ("hybrid_reading", HYBRIDS),
 )
 """Module that reads what only some classes say, and those classes; it has ``own_names``,
 ``own_values`` and ``layer_words``."""
@@ -202,6 +204,7 @@ _ROPE_KNOWN = frozenset(
         *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
         *("low_freq_factor", "high_freq_factor", "long_factor", "short_factor", "truncate"),
         *(_TRAINED_LENGTH, "finetuned"),
+        *("mrope_section", "mrope_interleaved"),  # all alike for text
     }
 )
 """Source: ``modeling_rope_utils.py`` of transformers 5.23.0; what else stands there is a class's

@@ -10,6 +10,7 @@ from dcpconv.core.record import Json
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs import classics_writing, gpt_oss, mixture_writing
 from dcpconv.families.configs.experts import shared_width, strided, unfit
+from dcpconv.families.configs.hf_fields import TEXT
 from dcpconv.families.configs.hf_heads import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
@@ -52,6 +53,10 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     if known is None or known.expresses is None:
         return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
     name = known.class_name
+    if known.is_copied:
+        if model_type in {spec.architecture, _nested_type(spec)}:
+            return ()
+        return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
     features = spec.features()
     expresses = known.expresses | (HEADS if model_type in SCORING else frozenset())
     found = unexpressed(spec, expresses, name=name, requires=known.requires)
@@ -99,6 +104,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
             [("known", name) for name, known in MODEL_TYPES.items() if known.expresses is not None],
         )
     label = wishes.dtype or spec.dtype
+    if known.is_copied:
+        return _as_read(spec, model_type, label)
     fields: dict[str, object] = {
         "architectures": [class_name(known, spec.head)],
         "model_type": model_type,
@@ -136,6 +143,28 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     if spec.architecture != model_type:
         return fields  # what is left over describes another class
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
+
+
+def _nested_type(spec: ModelSpec) -> object:
+    """The class of the language model alone, where a class has it beside a tower."""
+    inner = spec.stated.get(TEXT)
+    return inner.get("model_type") if isinstance(inner, Mapping) else None
+
+
+def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, object]:
+    """What was read, or the part of it that is of the language model, with the type of the tensors
+    that are written."""
+    left = ("_name_or_path", "transformers_version")
+    fields: dict[str, object] = {k: v for k, v in spec.stated.items() if k not in left}
+    inner = fields.get(TEXT)
+    if model_type != spec.architecture and isinstance(inner, Mapping):
+        own = {"architectures": [MODEL_TYPES[model_type].class_name], "model_type": model_type}
+        fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None
+    if label is not None:
+        fields |= {"dtype": _torch_name(label), "torch_dtype": _torch_name(label)}
+        if isinstance(inner, Mapping):
+            fields[TEXT] = {**inner, "dtype": _torch_name(label)}
+    return fields
 
 
 def _model_type(family: str, spec: ModelSpec) -> str:

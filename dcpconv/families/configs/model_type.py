@@ -68,6 +68,7 @@ class ModelType:
             config.json for it.
         requires: Features that a model of the class always has.
         allows: Values with which a field is harmless that otherwise nobody here knows.
+        is_copied: Whether config.json is written as it was read, and for models of the class alone.
         assumes: Fields that the class does not look at, and what they have to say all the same.
         spellings: Field of its file -> what the others call it.
         older: The same for fields that are read and no longer written.
@@ -89,6 +90,7 @@ class ModelType:
     heeds: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     ffn_times: int | None = None
+    is_copied: bool = False
 
     @property
     def experts(self) -> Mapping[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dcpconv.families.configs.classics import CLASSICS
+from dcpconv.families.configs.hybrids import HYBRIDS
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import (
@@ -39,6 +40,7 @@ _GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
 
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
+    **HYBRIDS,
     **MIXTURES,
     **CLASSICS,
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),

@@ -9,6 +9,9 @@ from dcpconv.families.configs.experts import unfit
 from dcpconv.families.configs.model_type import SIGMOID
 from dcpconv.families.configs.parameters import Refusal, unexpressed
 
+_EPS = 1e-6
+"""Source: ``_EPS`` of ``models/qwen3_5/__init__.py`` in torchtitan 0.3.0."""
+
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """What a model of torchtitan cannot hold of ``spec``.
@@ -25,6 +28,8 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         return _deepseek(spec)
     if family.startswith("torchtitan-gpt_oss"):
         return _gpt_oss(spec)
+    if family.startswith("torchtitan-qwen3_5"):
+        return _qwen3_5(spec)
     name = "torchtitan's Qwen3"
     expresses = frozenset({"qk_norm", "experts"})
     found = unexpressed(spec, expresses, name=name, requires=frozenset({"qk_norm"}))
@@ -73,6 +78,18 @@ def _gpt_oss(spec: ModelSpec) -> tuple[Refusal, ...]:
 
 
 _ALPHA = 1.702
+
+
+def _qwen3_5(spec: ModelSpec) -> tuple[Refusal, ...]:
+    """Source: torchtitan 0.3.0 ``models/qwen3_5/__init__.py``: no biases but in the vision encoder,
+    SiLU, weights of the chosen experts that sum to one."""
+    name = "torchtitan's Qwen3.5"
+    requires = frozenset({"norm", "qk_norm"})
+    expresses = requires | {"partial_rotary", "layer_types", "experts"}
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    if spec.norm_eps != _EPS:
+        found.append(Refusal("norm_eps", f"{spec.norm_eps}: {name} has {_EPS}"))
+    return tuple(found)
 
 
 def _is_yarn_of_one_scale(scaling: RopeScaling) -> bool:

@@ -183,8 +183,6 @@ class _Builder:
         for prefix in prefixes:
             if not prefix.endswith("."):
                 self._problem(prefix, "is no prefix: it has to end with a dot")
-            elif any(row.startswith(prefix) for row in self.table.keys):
-                self._problem(prefix, "is kept as stored, but [keys] has keys that begin with it")
             if any(other != prefix and other.startswith(prefix) for other in prefixes):
                 self._problem(prefix, "begins another prefix")
 

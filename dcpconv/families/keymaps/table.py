@@ -301,7 +301,8 @@ class Keymap:
     def keeps_aside(self, key: str) -> bool:
         """Whether a key has its place here and in no family that lacks the part it is of."""
         match = self.match(key)
-        return match is not None and match.kind in {"aside", "kept"}
+        is_aside = match is not None and match.kind == "aside"
+        return is_aside or self.part_of(key) is not None
 
     @property
     def aside_module(self) -> str:

@@ -36,6 +36,28 @@ _ONE_SHARED = Experts(count=3, per_token=2, ffn_size=4, shared_count=1, shared_f
 _LATENT = LatentAttention(q_rank=5, kv_rank=3, nope_dim=4, value_dim=6)
 
 _BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+_GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 3,
+    "intermediate_size": 7,
+    "num_position_embeddings": 5,
+    "in_channels": 3,
+    "temporal_patch_size": 2,
+    "patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 5,
+}
+_WEIGHED = Experts(
+    count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
+)
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -77,6 +99,28 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "qk_norm": True,
         "qkv_bias": True,
         "o_bias": True,
+    },
+    "gated-delta": {"qk_norm": True, "stated": _GATED_DELTA},
+    "gated-delta-biases": {
+        "qk_norm": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "stated": _GATED_DELTA,
+    },
+    "gated-delta-experts": {"qk_norm": True, "experts": _WEIGHED, "stated": _GATED_DELTA},
+    "gated-delta-some-dense": {
+        "qk_norm": True,
+        "experts": _WEIGHED.model_copy(update={"dense_layers": (1,)}),
+        "stated": _GATED_DELTA,
+    },
+    "gated-delta-vision": {
+        "qk_norm": True,
+        "stated": {**_GATED_DELTA, "vision_config": _VISION},
+    },
+    "gated-delta-vision-experts": {
+        "qk_norm": True,
+        "experts": _WEIGHED,
+        "stated": {**_GATED_DELTA, "vision_config": _VISION},
     },
     "latent": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),

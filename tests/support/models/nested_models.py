@@ -1,0 +1,80 @@
+"""Tiny Hugging Face models that ``AutoModelForCausalLM`` does not make: with layers of several
+kinds, or with a tower beside the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from support.models.layers import randomise
+
+TEXT: Mapping[str, object] = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "intermediate_size": 152,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""What the language models have in common; their own sizes are odd too."""
+
+LINEAR: Mapping[str, object] = {
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+ROUTED: Mapping[str, object] = {
+    "moe_intermediate_size": 52,
+    "shared_expert_intermediate_size": 44,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+}
+QWEN_VISION: Mapping[str, object] = {
+    "depth": 2,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "in_channels": 3,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 96,
+    "num_position_embeddings": 16,
+}
+
+
+def nested(
+    class_name: str,
+    model_type: str,
+    text: Mapping[str, object],
+    *,
+    seed: int = 0,
+    **towers: object,
+) -> Any:
+    """A model in eval mode, every stored tensor random.
+
+    Args:
+        class_name: Of transformers.
+        model_type: As in ``config.json``.
+        text: Fields of the language model; with towers they are nested in ``text_config``.
+        seed: Decides the values.
+        **towers: Further fields of the config, such as ``vision_config``.
+    """
+    fields = {"text_config": dict(text), **towers} if towers else dict(text)
+    config = CONFIG_MAPPING[model_type](**fields)
+    with torch.random.fork_rng():
+        model = getattr(transformers, class_name)._from_config(config, attn_implementation="eager")
+    return randomise(model, seed).to(torch.float32)
