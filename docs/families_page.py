@@ -134,6 +134,8 @@ def _features() -> Iterator[str]:
 
 
 def _held(family: str) -> str:
+    if any(item.name == "architecture" for item in refusals(family, _model())):
+        return "what its own class has; no other class becomes one of these"
     found = []
     absent = {item.name for item in refusals(family, _model()) if item.kind == "absent"}
     for name, changes in _FEATURES.items():

@@ -56,6 +56,28 @@ QWEN_VISION: Mapping[str, object] = {
 }
 
 
+QWEN: Mapping[str, object] = {"vision_config": QWEN_VISION}
+NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", {**TEXT, **LINEAR}, QWEN),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", {**TEXT, **LINEAR}, {}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {**TEXT, **LINEAR, **ROUTED},
+        QWEN,
+    ),
+    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
+    "qwen3_next": ("Qwen3NextForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
+}
+"""``model_type`` -> class, fields of its language model, fields of its towers."""
+
+
+def small(model_type: str, *, seed: int = 0, **overrides: object) -> Any:
+    """The model of this type in ``NESTED``, with other fields of its language model."""
+    class_name, text, towers = NESTED[model_type]
+    outside = {k: v for k, v in overrides.items() if k == "tie_word_embeddings" and towers}
+    return nested(class_name, model_type, {**text, **overrides}, seed=seed, **towers, **outside)
+
+
 def nested(
     class_name: str,
     model_type: str,
@@ -73,7 +95,8 @@ def nested(
         seed: Decides the values.
         **towers: Further fields of the config, such as ``vision_config``.
     """
-    fields = {"text_config": dict(text), **towers} if towers else dict(text)
+    parts = {name: dict(v) if isinstance(v, Mapping) else v for name, v in towers.items()}
+    fields = {"text_config": dict(text), **parts} if towers else dict(text)
     config = CONFIG_MAPPING[model_type](**fields)
     with torch.random.fork_rng():
         model = getattr(transformers, class_name)._from_config(config, attn_implementation="eager")

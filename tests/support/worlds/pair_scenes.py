@@ -20,9 +20,14 @@ from dcpconv.checking.check import check
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.loading.init_weights import load_init_weights
 from support.models.hf_models import save_hf, tiny
+from support.models.nested_models import NESTED, small
 from support.worlds.dist_worlds import Scene, take_part
 
 PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "qwen3_5-torchtitan": ("qwen3_5", {}, "torchtitan-qwen3_5"),
+    "qwen3_5_moe-torchtitan": ("qwen3_5_moe", {"num_experts": 11}, "torchtitan-qwen3_5"),
+    "qwen3_5_moe-memory": ("qwen3_5_moe", {}, "hf-memory-qwen3_5_moe"),
+    "qwen3_next-memory": ("qwen3_next", {}, "hf-memory-qwen3_next"),
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
     **{f"{name}-memory": (name, {}, f"hf-memory-{name}") for name in MIXTURES},
     "deepseek_v2-torchtitan": ("deepseek_v2", {}, "torchtitan-deepseek_v3"),
@@ -45,9 +50,14 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
 def prepare(directory: Path) -> None:
     """Write each model in both namings."""
     for name, (model_type, overrides, to) in PAIRS.items():
-        source = save_hf(tiny(model_type, **overrides), directory / name / "hf")
+        source = save_hf(_made(model_type, overrides), directory / name / "hf")
         convert(source, directory / name / "other.pth", to=to)
         convert(source, directory / name / "dcp", to=to)
+
+
+def _made(model_type: str, overrides: Mapping[str, Any]) -> Any:
+    make = small if model_type in NESTED else tiny
+    return make(model_type, **overrides)
 
 
 class Shell(nn.Module):
@@ -90,7 +100,7 @@ def _to_other(name: str) -> Scene:
 def _from_other(name: str, source: str) -> Scene:
     def scene(directory: Path) -> None:
         model_type, overrides, to = PAIRS[name]
-        right = tiny(model_type, **overrides)
+        right = _made(model_type, overrides)
         expected = dict(right.state_dict())
         with torch.device("meta"):
             model: nn.Module = type(right)(right.config)

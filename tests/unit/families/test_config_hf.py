@@ -13,6 +13,13 @@ from dcpconv.families.configs import read_spec
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from support.models.config_files import LLAMA3, SIZES, assert_same_model, save
 
+TEXTS = {
+    name: config.sub_configs["text_config"].model_type
+    for name in MODEL_TYPES
+    if "text_config" in (config := transformers.CONFIG_MAPPING[name]).sub_configs
+}
+"""Classes with a language model in ``text_config`` -> the class of that."""
+
 
 def spec_of(directory: Path, **fields: Any) -> ModelSpec:
     return read_spec(save(directory, {"model_type": "llama"} | SIZES | fields))
@@ -25,13 +32,19 @@ def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str
     sizes = SIZES | {"num_attention_heads": heads, "hidden_size": 8 * heads}
     if model_type == "deepseek_v2":  # without this the class makes no model
         sizes["num_experts_per_tok"] = 2
-    directory = save(tmp_path, {"model_type": model_type} | sizes)
+    is_nested = model_type in TEXTS
+    said = {"text_config": sizes} if is_nested else sizes
+    directory = save(tmp_path, {"model_type": model_type, **said})
     config = transformers.AutoConfig.from_pretrained(directory)
     spec = read_spec(directory)
 
-    assert_same_model(spec, config)
-    model = transformers.AutoModelForCausalLM
+    inner = {"architecture": TEXTS.get(model_type, model_type)}
+    assert_same_model(spec.model_copy(update=inner), config.get_text_config())
+    model = (
+        transformers.AutoModelForImageTextToText if is_nested else transformers.AutoModelForCausalLM
+    )
     assert MODEL_TYPES[model_type].class_name == model._model_mapping[type(config)].__name__
+    config = config.get_text_config()
     if spec.experts is not None:
         counts = ("num_experts", "num_local_experts", "n_routed_experts")
         assert spec.experts.count in {getattr(config, name, None) for name in counts}
