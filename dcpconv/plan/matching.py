@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
 from dcpconv.core.catalog import TensorEntry
@@ -163,7 +164,7 @@ class _Account:
         if part is not None:
             place = self.target.place_of(key.removeprefix(part.prefix), part.role) or place
         if place is not None:
-            self.kept.append(as_stored(place, entry))
+            self.kept.append(replace(as_stored(place, entry), part=reason))
         else:
             self.aside.append(as_stored(key, entry))
             self.ignored.append(Fault(key, reason))

@@ -31,10 +31,11 @@ def fits(table: Keymap, kind: str) -> bool:
     has_latent = any(slot.startswith("layer.latent") for slot in table.slots)
     has_experts = "layer.router" in table.slots
     axes = Measured(spec, [table.declared]).axes()
-    if bool(table.declared) != bool(spec.stated) or not table.declared.axes.keys() <= axes.keys():
+    if not table.declared.axes.keys() <= axes.keys():
         return False
     return (
-        has_latent == (spec.latent is not None)
+        bool(table.declared.kinds) == ("layer_types" in spec.stated)
+        and has_latent == (spec.latent is not None)
         and (has_experts or spec.experts is None)
         and (spec.experts is not None or set(table.always) <= slots_of(table, spec))
     )

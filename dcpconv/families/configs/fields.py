@@ -115,7 +115,15 @@ HARMLESS_FIELDS: Mapping[str, str] = {
         _SUMMARY,
     ),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "label_names"), _LABELS),
-    **dict.fromkeys(("vision_config", "audio_config", "text_config"), _TOWERS),
+    **dict.fromkeys(
+        (
+            *("vision_config", "audio_config", "text_config", "vision_feature_layer"),
+            *("vision_feature_select_strategy", "projector_hidden_act", "spatial_merge_size"),
+            *("multimodal_projector_bias", "image_seq_length", "mm_tokens_per_image"),
+            *("downsample_ratio", "vision_soft_tokens_per_image"),
+        ),
+        _TOWERS,
+    ),
     **dict.fromkeys(("pre_seq_len", "prefix_projection"), _PREFIX),
     **dict.fromkeys(("qk_head_dim", "original_max_position_embeddings"), _SIZES),
 }

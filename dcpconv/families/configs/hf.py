@@ -53,9 +53,10 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         SpecError: Facts list every field that is missing or does not fit.
     """
     fields = _with_defaults(fields)
-    text = nested_text(fields)
+    text = nested_text(fields, _language(fields))
     config = checked(HfConfig, text, file)
-    known = MODEL_TYPES.get(config.model_type)
+    model_type = str(fields.get("model_type") or config.model_type)
+    known, outer = MODEL_TYPES.get(config.model_type), MODEL_TYPES.get(model_type)
     unheeded = tuple(_unheeded(text, known))
     config = config.model_copy(update=dict(known.assumes) if known else {})
     head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
@@ -73,7 +74,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     window, layer_types = _windows(config, file)
     own = _own_reader(config.model_type)
     values: dict[str, object] = {
-        "architecture": config.model_type,
+        "architecture": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -96,14 +97,14 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
-        "experts": read_experts(config, known, file),
+        "experts": read_experts(config, outer if outer and outer.routing else known, file),
         "latent": _latent(config, file),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
         "head": (head := head_of(config.architectures or (), known)),
         "n_classes": classes_of(fields) if head.startswith("score") else None,
-        "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
+        "origin": "hf-" + SAME_KEYS.get(model_type, model_type),
         "unaccounted": (
             *unaccounted(
                 config.model_extra or {},
@@ -120,6 +121,16 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         values["embedding_multiplier"] = config.hidden_size**0.5
     values |= own.own_values(config, file) if own else {}
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
+
+
+def _language(fields: Mapping[str, object]) -> object:
+    """The class whose language model a file describes: its own, or the one beside a tower."""
+    model_type, inner = fields.get("model_type"), fields.get(TEXT)
+    known = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    if known is None or known.language is None:
+        return model_type
+    stated = inner.get("model_type") if isinstance(inner, Mapping) else None
+    return known.language or stated
 
 
 def _own_reader(model_type: str) -> Any:
@@ -151,7 +162,7 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         merged.setdefault("max_position_embeddings", merged.pop("max_sequence_length"))
     if isinstance(model_type, str):
         merged["model_type"] = model_type
-        known = MODEL_TYPES.get(model_type)
+        known = MODEL_TYPES.get(str(_language(merged)))
         inner = merged.get(TEXT)
         holder = merged if not isinstance(inner, Mapping) else dict(inner)
         for key, value in (known.defaults if known else {}).items():
@@ -174,6 +185,7 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
         # One mapping per layer type; the layers that see everything speak for the model.
         stated = nested.get("full_attention", next(iter(nested.values())))
     kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = "default" if kind == "mrope" else kind  # all its dimensions are alike for text
     scaling = None
     if (kind is not None and kind != "default") or stated.get(_TEMPERATURE):
         parameters = {key: value for key, value in stated.items() if key not in _ROPE_OWN}

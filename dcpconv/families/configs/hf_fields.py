@@ -12,14 +12,20 @@ TEXT: Final = "text_config"
 """What a class with a vision or audio tower says of its language model."""
 
 
-def nested_text(fields: Mapping[str, object]) -> Mapping[str, object]:
+def nested_text(fields: Mapping[str, object], language: object) -> Mapping[str, object]:
     """The fields of the language model, whether they are nested or not; a class's own name and what
-    it ties stand outside."""
+    it ties stand outside.
+
+    Args:
+        fields: The file.
+        language: Class of the language model.
+    """
     inner = fields.get(TEXT)
     if not isinstance(inner, Mapping):
-        return fields
+        return fields if language is None else {**fields, "model_type": language}
     outside = {name: value for name, value in fields.items() if name != TEXT}
-    own = {name: fields[name] for name in ("model_type", "architectures") if name in fields}
+    own = {name: fields[name] for name in ("architectures",) if name in fields}
+    own |= {} if language is None else {"model_type": language}
     tied = {name: fields[name] for name in ("tie_word_embeddings",) if fields.get(name) is not None}
     return {**outside, **inner, **own, **tied}
 

@@ -68,6 +68,8 @@ class ModelType:
             config.json for it.
         requires: Features that a model of the class always has.
         allows: Values with which a field is harmless that otherwise nobody here knows.
+        language: Class of the language model of a class with a tower; empty where the file says
+            which that is, and ``None`` where there is no tower.
         is_copied: Whether config.json is written as it was read, and for models of the class alone.
         assumes: Fields that the class does not look at, and what they have to say all the same.
         spellings: Field of its file -> what the others call it.
@@ -90,6 +92,7 @@ class ModelType:
     heeds: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     ffn_times: int | None = None
+    language: str | None = None
     is_copied: bool = False
 
     @property

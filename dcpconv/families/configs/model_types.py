@@ -21,6 +21,7 @@ from dcpconv.families.configs.model_type import (
     ModelType,
     Routing,
 )
+from dcpconv.families.configs.towers import TOWERS
 
 _MISTRAL: dict[str, object] = LLAMA | {
     "num_key_value_heads": 8,
@@ -41,6 +42,7 @@ _GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
     **HYBRIDS,
+    **TOWERS,
     **MIXTURES,
     **CLASSICS,
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),

@@ -23,6 +23,9 @@ TABLES = Path(__file__).parent / "tables"
 _OTHERS = ("tied", "ignore", "aside", "derived", "beyond", "axes", "kinds", "kept")
 """Sections beside the keys that a table takes over where it does not state them."""
 
+_WITH_KEYS = ("keys", "ignore", "aside", "derived")
+"""Sections by key, besides ``tied``."""
+
 
 def sound_keymap(path: Path) -> Keymap:
     """Reads a table that comes with the package, without checking it: tests have done that."""
@@ -34,7 +37,7 @@ def complete(table: Mapping[str, Any]) -> dict[str, Any]:
 
     Its own rows stand in place of those that hold the same slots, and rows that hold a slot which
     it is ``without`` are left out.  Another section is taken over if it states none of its own, as
-    far as the keys are still there.
+    far as the keys are still there.  Where keys have ``moved``, they begin otherwise.
 
     Raises:
         KeymapError: There is no such table.
@@ -49,7 +52,7 @@ def complete(table: Mapping[str, Any]) -> dict[str, Any]:
             [("like", name)],
             hint="`dcpconv families` lists the tables",
         )
-    base = complete(tomllib.loads(file.read_text(encoding="utf-8")))
+    base = _moved(complete(tomllib.loads(file.read_text(encoding="utf-8"))), own.get("moved", {}))
     rows: dict[str, Any] = dict(own.get("keys", {}))
     gone = {slot for said in rows.values() for slot in slots_of(said)} | set(own.get("without", ()))
     places: dict[str, Any] = {}
@@ -67,6 +70,22 @@ def complete(table: Mapping[str, Any]) -> dict[str, Any]:
     held = {slot for said in merged["keys"].values() for slot in slots_of(said)}
     always = [slot for slot in base.get("always", ()) if slot in held]
     return {**own, **merged, "always": own.get("always", always)}
+
+
+def _moved(base: Mapping[str, Any], moved: Mapping[str, str]) -> Mapping[str, Any]:
+    """A table with other beginnings of its keys: ``old -> new``."""
+    if not moved:
+        return base
+
+    def key(old: str) -> str:
+        return next((n + old[len(o) :] for o, n in moved.items() if old.startswith(o)), old)
+
+    def owner(said: Any) -> Any:
+        return key(said) if isinstance(said, str) else [key(said[0]), *said[1:]]
+
+    parts = {part: {key(k): v for k, v in base.get(part, {}).items()} for part in _WITH_KEYS}
+    tied = {key(k): owner(v) for k, v in base.get("tied", {}).items()}
+    return {**base, **parts, "tied": tied}
 
 
 def slots_of(said: Any) -> tuple[str, ...]:

@@ -58,6 +58,7 @@ class _Table(pydantic.BaseModel):
     source: str = ""
     like: str = ""
     without: tuple[str, ...] = ()
+    moved: dict[str, str] = {}
     keys: dict[str, tuple[str, str] | tuple[str, str, str]]
     tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
     ignore: dict[str, str] = {}

@@ -150,7 +150,8 @@ def spec_of(kind: str, **sizes: Any) -> ModelSpec:
     """
     fields = {**PLAIN, **KINDS[kind], **sizes}
     stated = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
-    return ModelSpec(**fields, stated={name: fields[own] for name, own in stated.items()})
+    heads = {name: fields[own] for name, own in stated.items()}
+    return ModelSpec(**{**fields, "stated": {**heads, **fields.get("stated", {})}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,21 @@ QWEN_VISION: Mapping[str, object] = {
 }
 
 
+SIGLIP: Mapping[str, object] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_channels": 3,
+}
 QWEN: Mapping[str, object] = {"vision_config": QWEN_VISION}
+_NONE_SHARED = {n: v for n, v in ROUTED.items() if n != "shared_expert_intermediate_size"}
+_MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+}
+_WITHOUT_HEAD_DIM = {name: value for name, value in TEXT.items() if name != "head_dim"}
 NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
     "qwen3_5": ("Qwen3_5ForConditionalGeneration", {**TEXT, **LINEAR}, QWEN),
     "qwen3_5_text": ("Qwen3_5ForCausalLM", {**TEXT, **LINEAR}, {}),
@@ -66,12 +80,47 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         QWEN,
     ),
     "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {**_WITHOUT_HEAD_DIM, **_MROPE},
+        {"vision_config": {**QWEN_VISION, "embed_dim": 24, "hidden_size": 96}},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {**_WITHOUT_HEAD_DIM, **_MROPE},
+        {"vision_config": {**QWEN_VISION, "fullatt_block_indexes": [1]}},
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {**TEXT, **_MROPE},
+        {"vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        {**TEXT, **_NONE_SHARED, **_MROPE},
+        {"vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {**TEXT, "model_type": "mistral", "sliding_window": None},
+        {"vision_config": {**SIGLIP, "model_type": "pixtral", "head_dim": 12}},
+    ),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        {**_WITHOUT_HEAD_DIM, "model_type": "qwen2"},
+        {"vision_config": {**SIGLIP, "image_size": [16, 16], "patch_size": [4, 4]}},
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {**TEXT, "model_type": "llama"},
+        {"vision_config": {**SIGLIP, "model_type": "clip_vision_model"}},
+    ),
     "qwen3_next": ("Qwen3NextForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
 }
 """``model_type`` -> class, fields of its language model, fields of its towers."""
 
 
-def small(model_type: str, *, seed: int = 0, **overrides: object) -> Any:
+def small(model_type: str, /, *, seed: int = 0, **overrides: object) -> Any:
     """The model of this type in ``NESTED``, with other fields of its language model."""
     class_name, text, towers = NESTED[model_type]
     outside = {k: v for k, v in overrides.items() if k == "tie_word_embeddings" and towers}
