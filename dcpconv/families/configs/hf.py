@@ -165,7 +165,9 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         known = MODEL_TYPES.get(str(_language(merged)))
         inner = merged.get(TEXT)
         holder = merged if not isinstance(inner, Mapping) else dict(inner)
-        for key, value in (known.defaults if known else {}).items():
+        own = MODEL_TYPES.get(model_type)
+        defaults = {**(known.defaults if known else {}), **(own.defaults if own else {})}
+        for key, value in defaults.items():
             holder.setdefault(key, value)
         if known and known.routing and known.routing.dense == "none":
             # No layer has a plain block whose width it could be.

@@ -14,11 +14,11 @@ from dcpconv.families.configs.model_types import MODEL_TYPES
 from support.models.config_files import LLAMA3, SIZES, assert_same_model, save
 
 TEXTS = {
-    name: config.sub_configs["text_config"].model_type
+    name: getattr(config.sub_configs["text_config"], "model_type", "llama")
     for name in MODEL_TYPES
     if "text_config" in (config := transformers.CONFIG_MAPPING[name]).sub_configs
 }
-"""Classes with a language model in ``text_config`` -> the class of that."""
+"""Classes with a language model in ``text_config`` -> the class of that, or one that it may be."""
 
 
 def spec_of(directory: Path, **fields: Any) -> ModelSpec:
@@ -33,13 +33,16 @@ def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str
     if model_type == "deepseek_v2":  # without this the class makes no model
         sizes["num_experts_per_tok"] = 2
     is_nested = model_type in TEXTS
-    said = {"text_config": sizes} if is_nested else sizes
+    inner = {"text_config": {**sizes, "model_type": TEXTS.get(model_type)}}
+    said = inner if is_nested else sizes
     directory = save(tmp_path, {"model_type": model_type, **said})
     config = transformers.AutoConfig.from_pretrained(directory)
     spec = read_spec(directory)
 
-    inner = {"architecture": TEXTS.get(model_type, model_type)}
-    assert_same_model(spec.model_copy(update=inner), config.get_text_config())
+    inside = config.get_text_config()
+    inside.tie_word_embeddings = config.tie_word_embeddings  # which counts where they are nested
+    text = spec.model_copy(update={"architecture": TEXTS.get(model_type, model_type)})
+    assert_same_model(text, inside)
     model = (
         transformers.AutoModelForImageTextToText if is_nested else transformers.AutoModelForCausalLM
     )
