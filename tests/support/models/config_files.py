@@ -87,8 +87,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
         assert (spec.rope_scaling.kind if spec.rope_scaling else "default") == kind
     activation = getattr(config, "hidden_activation", None)
     assert spec.activation == activation if activation else says("hidden_act", spec.activation)
-    assert spec.bos_token_id == config.bos_token_id
-    assert as_written(spec.eos_token_id) == config.eos_token_id
+    assert spec.bos_token_id == getattr(config, "bos_token_id", None)
+    assert as_written(spec.eos_token_id) == getattr(config, "eos_token_id", None)
     assert spec.pad_token_id == config.pad_token_id
     window = getattr(config, "sliding_window", None) or None
     types = getattr(config, "layer_types", None)
