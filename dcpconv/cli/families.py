@@ -92,10 +92,12 @@ def _new(path: Path) -> None:
     from dcpconv.families.parameter_files import read_parameter_file
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.sources.drafting import draft
+    from dcpconv.sources.explaining import Explanations
 
     beside = read_parameter_file(path)
     named = beside.architecture if beside is not None else ""
-    say(draft(open_checkpoint(path), architecture=named).rstrip("\n"))
+    said = Explanations(beside.fields, beside.spec) if beside is not None else None
+    say(draft(open_checkpoint(path), architecture=named, said=said).rstrip("\n"))
 
 
 def _show(table: Keymap) -> None:
