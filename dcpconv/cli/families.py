@@ -31,6 +31,15 @@ def families(
             metavar="[PATH]", help="The table to check, or the checkpoint to draft for."
         ),
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[SRC]", help="A checkpoint in the naming of the table to check, to prove it."
+        ),
+    ] = None,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FAMILY", help="What `check` converts SRC into.")
+    ] = "hf",
     as_json: Annotated[bool, typer.Option("--json", help="The tables as JSON.")] = False,
 ) -> None:
     """List the namings that --to and --from take, or show one as a table of keys.
@@ -39,14 +48,18 @@ def families(
     `families smollm3` lists the namings for one of them.
 
     `families check my.toml` validates a table of your own, and `families new SRC` drafts one from
-    the keys of a checkpoint.
+    the keys of a checkpoint and its config. `families check my.toml SRC --to hf-llama` proves one:
+    it converts SRC and compares the logits of both models, if transformers has both classes.
     """
     from dcpconv.families.keymaps import is_known, keymaps, resolve_family
 
     if name in {"check", "new"}:
         if path is None:
             raise KeymapError(f"families {name} needs a path", [("expected", _USAGE[name])])
-        _check(path) if name == "check" else _new(path)
+        if name == "new":
+            _new(path)
+        else:
+            _check(path, source, to)
         return
     if path is not None:
         raise KeymapError(
@@ -72,12 +85,12 @@ def families(
 
 
 _USAGE = {
-    "check": "dcpconv families check my.toml",
+    "check": "dcpconv families check my.toml [SRC]",
     "new": "dcpconv families new SRC > my.toml",
 }
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, source: Path | None, to: str) -> None:
     from dcpconv.sources.drafting import checked_keymap, foreign_architectures, foreign_slots
 
     table = checked_keymap(path)
@@ -86,6 +99,16 @@ def _check(path: Path) -> None:
         say(f"own model  {name}  no other family is for it")
     for slot in foreign_slots(table):
         say(f"own slot   {slot}  no other family has it")
+    if source is None:
+        return
+    from dcpconv.cli.proving import RIGHT, logit_difference
+
+    found = logit_difference(table, source, to)
+    is_right = found < RIGHT
+    say(f"logits     differ by {found:.1e} of their standard deviation, as {to}")
+    if not is_right:
+        say("no         this is another model: a layout or a slot is wrong")
+        raise typer.Exit(1)
 
 
 def _new(path: Path) -> None:

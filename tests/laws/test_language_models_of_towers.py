@@ -29,6 +29,13 @@ CASES = [
     pytest.param("qwen3_vl", {}, "hf-qwen3", id="qwen3_vl"),
     pytest.param("qwen3_vl", {"attention_bias": True}, "hf-qwen3", id="qwen3_vl-biased"),
     pytest.param("qwen3_vl_moe", {"num_experts": 12}, "hf-qwen3_moe", id="qwen3_vl_moe"),
+    pytest.param("gemma3", {}, "hf-gemma3_text", id="gemma3"),
+    pytest.param(
+        "gemma3",
+        {"num_hidden_layers": 13, "attention_bias": True, "head_dim": 24},
+        "hf-gemma3_text",
+        id="gemma3-thirteen-layers-biased",
+    ),
     pytest.param("mistral3", {"head_dim": 24}, "hf-llama", id="mistral3"),
     pytest.param("mistral3", ELEVEN, "hf-llama", id="mistral3-eleven-layers"),
     pytest.param("internvl", {}, "hf-qwen2", id="internvl-qwen2"),

@@ -111,13 +111,13 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
                 used=_spellings() | (own.own_names(config) if own else frozenset()),
                 harmless_if=known.allows if known else None,
             ),
-            *_rope_strangers(config),
+            *_rope_strangers(config, is_by_kind=config.model_type == "gemma3_text"),
             *unheeded,
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
         "stated": fields,
     }
-    if config.model_type in {"gemma", "gemma2"}:
+    if config.model_type in {"gemma", "gemma2", "gemma3_text"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
     values |= own.own_values(config, file) if own else {}
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
@@ -225,11 +225,16 @@ _ROPE_KNOWN = frozenset(
 own, such as the temperature ``llama_4_scaling_beta``."""
 
 
-def _rope_strangers(config: HfConfig) -> Iterator[str]:
-    """What a RoPE mapping says beyond ``RopeScaling``."""
+def _rope_strangers(config: HfConfig, *, is_by_kind: bool) -> Iterator[str]:
+    """What a RoPE mapping says beyond ``RopeScaling``.
+
+    Args:
+        config: What every class says.
+        is_by_kind: Whether layers of two kinds turn otherwise, and only models of the class may.
+    """
     stated: Mapping[str, object] = config.rope_scaling or config.rope_parameters or {}
     nested = [value for value in stated.values() if isinstance(value, dict)]
-    if any(value != nested[0] for value in nested):
+    if any(value != nested[0] for value in nested) and not is_by_kind:
         yield "rope_parameters: another one per layer type"
     for name, value in (nested[0] if nested else stated).items():
         if name not in _ROPE_KNOWN and value is not None and (name != _TEMPERATURE or value):

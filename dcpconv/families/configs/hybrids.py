@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dcpconv.families.configs.model_type import EXPERTS, QK_NORM, ModelType, Routing
+from dcpconv.families.configs.model_type import BIASES, EXPERTS, GEMMA, QK_NORM, ModelType, Routing
 
 _GATED_DELTA: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -57,11 +57,32 @@ _QWEN_MOE = replace(
     requires=QK_NORM | EXPERTS | {"norm"},
 )
 
+_GEMMA3 = ModelType(
+    "Gemma3ForCausalLM",
+    GEMMA
+    | {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 256,
+    },
+    {"norm": "rmsnorm_plus_one", "post_norms": True, "qk_norm": True},
+    expresses=BIASES,
+    allows={"_sliding_window_pattern": tuple(range(1, 64))},
+    is_copied=True,
+)
+
 HYBRIDS: Mapping[str, ModelType] = {
     "qwen3_5": _QWEN,
     "qwen3_5_text": replace(_QWEN, class_name="Qwen3_5ForCausalLM"),
     "qwen3_5_moe": _QWEN_MOE,
     "qwen3_5_moe_text": replace(_QWEN_MOE, class_name="Qwen3_5MoeForCausalLM"),
+    "gemma3_text": _GEMMA3,
     "qwen3_next": replace(
         _QWEN_MOE,
         class_name="Qwen3NextForCausalLM",

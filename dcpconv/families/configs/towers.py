@@ -59,6 +59,7 @@ TOWERS: Mapping[str, ModelType] = {
         "qwen3_moe",
         Routing(norm_topk=True, dense="any"),  # whatever its file says
     ),
+    "gemma3": _beside_a_tower("Gemma3ForConditionalGeneration", _TIED, "gemma3_text"),
     "mistral3": _beside_a_tower("Mistral3ForConditionalGeneration", _TIED),
     "internvl": _beside_a_tower("InternVLForConditionalGeneration", _TIED),
     "llava": _beside_a_tower("LlavaForConditionalGeneration", {}),

@@ -88,6 +88,8 @@ def read_keymap(path: Path) -> Keymap:
     try:
         text = read_regular(path, most=_LARGEST).decode("utf-8")
         stated = tomllib.loads(text)
+        if "like" in stated:
+            stated.setdefault("keys", {})  # all of its rows may be the other's
         table = _Table.model_validate(stated)
     except pydantic.ValidationError as error:
         lines = text.splitlines()

@@ -80,10 +80,10 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     assert says("max_position_embeddings", spec.max_seq_len)
     assert spec.tied == config.tie_word_embeddings
     if "rope_parameters" not in known.silent:
-        assert spec.rope_theta == config.rope_parameters["rope_theta"]
-        partial = config.rope_parameters.get("partial_rotary_factor", 1.0)
-        assert spec.partial_rotary_factor == partial
-        kind = config.rope_parameters["rope_type"]
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+        assert spec.rope_theta == rope["rope_theta"]
+        assert spec.partial_rotary_factor == rope.get("partial_rotary_factor", 1.0)
+        kind = rope["rope_type"]
         assert (spec.rope_scaling.kind if spec.rope_scaling else "default") == kind
     activation = getattr(config, "hidden_activation", None)
     assert spec.activation == activation if activation else says("hidden_act", spec.activation)

@@ -100,6 +100,16 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         {**TEXT, **_NONE_SHARED, **_MROPE},
         {"vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]}},
     ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16, "pad_token_id": 0},
+        {"vision_config": SIGLIP, "mm_tokens_per_image": 4},
+    ),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16, "pad_token_id": 0},
+        {},
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {**TEXT, "model_type": "mistral", "sliding_window": None},
