@@ -27,6 +27,10 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "qwen3_5-torchtitan": ("qwen3_5", {}, "torchtitan-qwen3_5"),
     "qwen3_5_moe-torchtitan": ("qwen3_5_moe", {"num_experts": 11}, "torchtitan-qwen3_5"),
     "qwen3_5_moe-memory": ("qwen3_5_moe", {}, "hf-memory-qwen3_5_moe"),
+    **{
+        f"{name}-memory": (name, {}, f"hf-memory-{name}")
+        for name in ("gemma3", "qwen2_5_vl", "mistral3", "internvl")
+    },
     "qwen3_next-memory": ("qwen3_next", {}, "hf-memory-qwen3_next"),
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
     **{f"{name}-memory": (name, {}, f"hf-memory-{name}") for name in MIXTURES},
