@@ -45,6 +45,8 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "norm": {"norm": "rmsnorm_plus_one"},
     "norm_bias": {"norm": "layernorm", "norm_bias": True},
     "embed_norm": {"embed_norm": True},
+    "bare_norms": {"bare_norms": True},
+    "attention_gate": {"attention_gate": True},
     "positions": {"positions": "learned"},
     "parallel_residual": {"parallel_residual": True},
     "parallel_norms": {"parallel_residual": True, "parallel_norms": True},

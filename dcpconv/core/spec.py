@@ -41,6 +41,7 @@ FEATURES = frozenset(
         *("sinks", "clamped_glu", "expert_bias"),
         *("score", "score_bias", "no_head"),
         *("norm_bias", "positions", "embed_norm", "parallel_norms"),
+        *("attention_gate", "bare_norms"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
@@ -79,6 +80,9 @@ class ModelSpec(Record):
         parallel_norms: Whether each of them has a norm of its own there (GPT-NeoX).
         norm_bias: Whether norms add a bias, which those of q and k within attention may lack.
         embed_norm: Whether a norm follows the embedding (Bloom).
+        bare_norms: Whether norms without weights follow the embedding and stand before RoPE in q
+            and k (Muse Glimmer).
+        attention_gate: Whether the sigmoid of a projection is a factor on what attention gives.
         positions: What tells positions apart: ``rope``; ``learned``, a vector for each; or
             ``alibi``, a slope per head.
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
@@ -150,6 +154,8 @@ class ModelSpec(Record):
     norm: str = "rmsnorm"
     norm_bias: bool = False
     embed_norm: bool = False
+    bare_norms: bool = False
+    attention_gate: bool = False
     positions: str = "rope"
     pre_norms: bool = True
     post_norms: bool = False
@@ -306,6 +312,8 @@ class ModelSpec(Record):
             ("norm", self.norm != "rmsnorm", self.norm),
             ("norm_bias", self.norm_bias, "on what norms give"),
             ("embed_norm", self.embed_norm, "a norm behind the embedding"),
+            ("bare_norms", self.bare_norms, "without weights, behind the embedding, on q and k"),
+            ("attention_gate", self.attention_gate, "a sigmoid on what attention gives"),
             ("positions", self.positions != "rope", f"{self.positions}, no RoPE"),
             ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
             ("post_norms", self.post_norms, "after attention and feed-forward"),

@@ -117,6 +117,8 @@ FAMILIES: Final = (
             "torchtitan-deepseek_v3",
             "torchtitan-qwen3_5",
             "torchtitan-gpt_oss",
+            "torchtitan-kimi_k2_7",
+            "torchtitan-muse_glimmer",
         ),
         "torchtitan",
     ),

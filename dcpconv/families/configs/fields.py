@@ -78,6 +78,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("image_token_id", "video_token_id", "audio_token_id", "image_token_index"),
             *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
             *("boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id"),
+            *("media_placeholder_token_id", "video_placeholder", "ignore_index"),
             *("im_patch_id", "vocab_file", "bos_token", "eos_token", "pad_token", "chat_template"),
         ),
         _TOKENS,
@@ -102,6 +103,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("recompute", "recompute_granularity", "attn_mode", "use_rms_norm_kernel"),
             "enable_moe_fp32_combine",
             *("quantization_config", "compression_ratio", "reorder_and_upcast_attn"),
+            "use_unified_vision_chunk",
             *("slow_but_exact", "attention_softmax_in_fp32", "masked_softmax_fusion"),
             *("bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv"),
         ),
@@ -125,7 +127,9 @@ HARMLESS_FIELDS: Mapping[str, str] = {
         _TOWERS,
     ),
     **dict.fromkeys(("pre_seq_len", "prefix_projection"), _PREFIX),
-    **dict.fromkeys(("qk_head_dim", "original_max_position_embeddings"), _SIZES),
+    **dict.fromkeys(
+        ("qk_head_dim", "original_max_position_embeddings", "projection_hidden_size"), _SIZES
+    ),
 }
 """Field of any class's config.json -> why the logits do not depend on it, or not on it alone.
 

@@ -35,6 +35,7 @@ _TEMPERATURE = "llama_4_scaling_beta"
 _OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
     ("llama_shaped_reading", LLAMA_SHAPED),
     ("gpt_oss", ("gpt_oss",)),
+    ("muse_glimmer", ("muse_glimmer",)),
     ("mixture_reading", MIXTURES),
     ("classics_reading", CLASSICS),
     ("hybrid_reading", HYBRIDS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from dcpconv.core.spec import ModelSpec, RopeScaling
@@ -24,7 +25,9 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         is_known = scaling is not None and scaling.kind == "llama3"
         expresses = frozenset({"rope_scaling"} if is_known else ())
         return tuple(unexpressed(spec, expresses, name="torchtitan's Llama 3"))
-    if family.startswith("torchtitan-deepseek"):
+    if family.startswith("torchtitan-muse_glimmer"):
+        return _muse_glimmer(spec)
+    if family.startswith(("torchtitan-deepseek", "torchtitan-kimi")):
         return _deepseek(spec)
     if family.startswith("torchtitan-gpt_oss"):
         return _gpt_oss(spec)
@@ -89,6 +92,24 @@ def _qwen3_5(spec: ModelSpec) -> tuple[Refusal, ...]:
     found = unexpressed(spec, expresses, name=name, requires=requires)
     if spec.norm_eps != _EPS:
         found.append(Refusal("norm_eps", f"{spec.norm_eps}: {name} has {_EPS}"))
+    return tuple(found)
+
+
+def _muse_glimmer(spec: ModelSpec) -> tuple[Refusal, ...]:
+    """Source: torchtitan 0.3.0 ``models/muse_glimmer/__init__.py``, ``model.py``: projections
+    without biases and SiLU; the embedding lies beside its norm, where no head can share it."""
+    name = "torchtitan's Muse Glimmer"
+    requires = frozenset({"norm", "post_norms", "attention_gate", "bare_norms", "final_softcap"})
+    expresses = requires | {"no_rope_layers", "sliding_window", "layer_types", "logits_scaling"}
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    if spec.tied:
+        found.append(Refusal("tied", f"head and embedding: {name} has two tensors"))
+    for holder, field in (("vision_config", "hidden_act"), ("", "projector_hidden_act")):
+        inner = spec.stated.get(holder) if holder else spec.stated
+        value = inner.get(field) if isinstance(inner, Mapping) else None
+        if value not in {None, "gelu"}:
+            place = f"{holder}.{field}".lstrip(".")
+            found.append(Refusal(f"config.{place}", f"{value}: {name} has gelu"))
     return tuple(found)
 
 

@@ -55,6 +55,21 @@ _VISION = {
     "spatial_merge_size": 2,
     "out_hidden_size": 5,
 }
+_TOWER = {
+    "vision_config": {
+        "hidden_size": 12,
+        "intermediate_size": 7,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "patch_size": 2,
+        "patch_temporal": 2,
+        "pos_emb_height": 5,
+        "pos_emb_width": 3,
+        "merge_kernel_size": 2,
+    },
+    "out_hidden_size": 48,
+    "projector_hidden_size": 9,
+}
 _WEIGHED = Experts(
     count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
 )
@@ -135,6 +150,24 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "latent": _LATENT.model_copy(update={"bias": True}),
         "o_bias": True,
     },
+    "latent-tower": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT,
+        "stated": _TOWER,
+    },
+    "latent-tower-biased": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": _TOWER,
+    },
+    "latent-direct-tower": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"q_rank": None}),
+        "stated": _TOWER,
+    },
+    "tower": {"stated": _TOWER},
+    "tower-biases": {"qkv_bias": True, "o_bias": True, "stated": _TOWER},
     "latent-none-shared": {
         "experts": _MOE,
         "latent": _LATENT,
