@@ -20,9 +20,9 @@ def families(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[FAMILY|MODEL_TYPE|check|new]",
-            help="The table to show, or the model_type whose tables to list; or `check` or `new`,"
-            " for the table or checkpoint at PATH.",
+            metavar="[FAMILY|MODEL_TYPE|WORD|check|new]",
+            help="The table to show, or the model_type or any word of a title whose tables to list;"
+            " or `check` or `new`, for the table or checkpoint at PATH.",
         ),
     ] = None,
     path: Annotated[
@@ -45,7 +45,7 @@ def families(
     """List the namings that --to and --from take, or show one as a table of keys.
 
     Each line ends with the model types (model_type in config.json) that the naming is for;
-    `families smollm3` lists the namings for one of them.
+    `families smollm3` lists the namings for one of them, `families falcon` those that a word finds.
 
     `families check my.toml` validates a table of your own, and `families new SRC` drafts one from
     the keys of a checkpoint and its config. `families check my.toml SRC --to hf-llama` proves one:
@@ -66,15 +66,22 @@ def families(
             "a path goes with check or new", [("expected", usage) for usage in _USAGE.values()]
         )
     known = keymaps()
-    is_type = name is not None and name not in known and is_known(name)
-    if name is None or is_type:
-        tables = [t for t in known.values() if name is None or name in t.architectures]
+    is_list = name is None
+    if name is None:
+        tables = list(known.values())
+    elif name not in known and is_known(name):
+        tables, is_list = [t for t in known.values() if name in t.architectures], True
     else:
-        tables = [resolve_family(name)]
+        try:
+            tables = [resolve_family(name)]
+        except KeymapError:
+            tables, is_list = [t for t in known.values() if _has_word(t, name)], True
+            if not tables:
+                raise
     if as_json:
         say_json([_as_json(table) for table in tables])
         return
-    if name and not is_type:
+    if not is_list:
         _show(tables[0])
         return
     width = max(len(table.name) for table in tables)
@@ -82,6 +89,19 @@ def families(
         types = ", ".join(table.architectures)
         rows = count(len(table.rows), "row")
         say(f"{table.name:<{width}}  {table.title}  ({rows})  for {types}")
+
+
+def _has_word(table: Keymap, word: str) -> bool:
+    """Whether a word is in what a user may call a table: its names, its title, its models.
+
+    A model card may have GPT-2 where the class has gpt2, so that only letters and digits count.
+    """
+    texts = (table.name, table.title, table.family, *table.architectures)
+    return any(_letters(word) in _letters(text) for text in texts)
+
+
+def _letters(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 _USAGE = {
