@@ -57,7 +57,7 @@ CASES = [
 def _dense(config: Any) -> int:
     """How many layers have no experts, the first ones."""
     kinds = getattr(config, "mlp_layer_types", None)
-    return config.first_k_dense_replace if kinds is None else kinds.count("dense")
+    return int(config.first_k_dense_replace if kinds is None else kinds.count("dense"))
 
 
 def titan_config(hf: Any) -> Any:

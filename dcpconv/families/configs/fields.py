@@ -148,6 +148,7 @@ HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
     "moe_norm_min": (1e-12,),
     "num_mtp_layers": (0, 1, 2, 3),
     "num_nextn_predict_layers": (0, 1, 2, 3),
+    "projection_layer_norm_eps": (1e-5,),
     "pruned_heads": ({}, []),
     "rope_interleave": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from dcpconv.families.configs.classics import CLASSICS
 from dcpconv.families.configs.hybrids import HYBRIDS
@@ -40,36 +39,6 @@ _QWEN: dict[str, object] = {
 }
 
 _GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
-
-_DEEPSEEK = ModelType(
-    "DeepseekV3ForCausalLM",
-    {
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 4096,
-        "rope_theta": 10_000.0,
-        "moe_intermediate_size": 2048,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "first_k_dense_replace": 3,
-        "routed_scaling_factor": 2.5,
-        "n_group": 8,
-        "topk_group": 4,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    },
-    routing=SIGMOID,
-    expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
-    requires=EXPERTS | {"latent_attention"},
-)
-"""What the language model of Kimi K2.5 is too, beside a vision tower."""
 
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
@@ -250,12 +219,33 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         expresses=ANY | BIASES | EXPERTS | {"mlp_bias", "head_bias"},
         requires=EXPERTS,
     ),
-    "deepseek_v3": _DEEPSEEK,
-    "kimi_k25": replace(
-        _DEEPSEEK,
-        class_name="Kimi_K25ForConditionalGeneration",
-        allows={"projection_layer_norm_eps": (1e-5,)},
-        is_copied=True,
+    "deepseek_v3": ModelType(
+        "DeepseekV3ForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 4096,
+            "rope_theta": 10_000.0,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        routing=SIGMOID,
+        expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
+        requires=EXPERTS | {"latent_attention"},
     ),
     "muse_glimmer": MUSE_GLIMMER,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dcpconv.families.configs.model_type import ModelType, Routing
+from dcpconv.families.configs.model_type import SIGMOID, ModelType, Routing
 
 
 def _beside_a_tower(
@@ -60,6 +60,7 @@ TOWERS: Mapping[str, ModelType] = {
         Routing(norm_topk=True, dense="any"),  # whatever its file says
     ),
     "gemma3": _beside_a_tower("Gemma3ForConditionalGeneration", _TIED, "gemma3_text"),
+    "kimi_k25": _beside_a_tower("Kimi_K25ForConditionalGeneration", _TIED, "deepseek_v3", SIGMOID),
     "mistral3": _beside_a_tower("Mistral3ForConditionalGeneration", _TIED),
     "internvl": _beside_a_tower("InternVLForConditionalGeneration", _TIED),
     "llava": _beside_a_tower("LlavaForConditionalGeneration", {}),
