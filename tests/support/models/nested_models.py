@@ -80,6 +80,23 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         QWEN,
     ),
     "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
+    "muse_glimmer": (
+        "MuseGlimmerForConditionalGeneration",
+        {**TEXT, "sliding_window": 8, "num_hidden_layers": 11},
+        {
+            "vision_config": {
+                "hidden_size": 48,
+                "intermediate_size": 56,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "patch_size": 4,
+                "pos_emb_height": 5,
+                "pos_emb_width": 5,
+            },
+            "out_hidden_size": 192,
+            "projector_hidden_size": 40,
+        },
+    ),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         {**_WITHOUT_HEAD_DIM, **_MROPE},

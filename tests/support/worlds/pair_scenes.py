@@ -32,6 +32,7 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
         for name in ("gemma3", "qwen2_5_vl", "mistral3", "internvl")
     },
     "qwen3_next-memory": ("qwen3_next", {}, "hf-memory-qwen3_next"),
+    "muse_glimmer-torchtitan": ("muse_glimmer", {}, "torchtitan-muse_glimmer"),
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
     **{f"{name}-memory": (name, {}, f"hf-memory-{name}") for name in MIXTURES},
     "deepseek_v2-torchtitan": ("deepseek_v2", {}, "torchtitan-deepseek_v3"),
