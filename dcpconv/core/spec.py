@@ -42,6 +42,8 @@ FEATURES = frozenset(
         *("score", "score_bias", "no_head"),
         *("norm_bias", "positions", "embed_norm", "parallel_norms"),
         *("attention_gate", "bare_norms"),
+        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
+        *("scaled_inputs", "sparse_mixer", "temperature"),
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
@@ -104,6 +106,7 @@ class ModelSpec(Record):
             a whole text, as reward models and classifiers have; ``score_bias``, scores of every
             token; or ``none``.
         n_classes: What scores tell apart, where the head gives scores.
+        special: Features that one class alone has: their stable name, and what a person would say.
         bos_token_id: First token; ``None`` where there is none or no one said.
         origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
             or ``hf-llama``; empty where it was put together otherwise.
@@ -172,6 +175,7 @@ class ModelSpec(Record):
     experts: Experts | None = None
     latent: LatentAttention | None = None
     qkv_per_head: bool = False
+    special: Mapping[str, str] = field(default_factory=dict)
 
     head: str = "lm"
     n_classes: Count | None = None
@@ -354,4 +358,4 @@ class ModelSpec(Record):
                 "on the projections into ranks",
             ),
         )
-        return {name: text for name, present, text in rows if present}
+        return {name: text for name, present, text in rows if present} | dict(self.special)

@@ -9,6 +9,9 @@ from dcpconv.families.configs.hf_fields import HfConfig
 from dcpconv.families.configs.model_type import ModelType, Routing
 from dcpconv.families.configs.parameters import checked
 
+_ONE_SHARED = frozenset({"hunyuan_v1_moe", "llama4_text"})
+"""Classes with one shared expert, as wide as a routed one."""
+
 BY_LAYER = frozenset(
     ("deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "mellum")
 )
@@ -27,6 +30,8 @@ def read_experts(config: HfConfig, known: ModelType | None, file: Path) -> Exper
         return None
     width = config.moe_intermediate_size or config.intermediate_size
     shared, shared_width = config.n_shared_experts or 0, config.shared_expert_intermediate_size
+    if config.model_type in _ONE_SHARED:
+        shared = 1
     if shared_width and not shared:
         # One block as wide as several experts computes what they do side by side.
         shared, rest = divmod(shared_width, width)
@@ -69,12 +74,23 @@ def _is_dense(config: HfConfig, layer: int) -> bool:
     kinds = (config.model_extra or {}).get("mlp_layer_types")
     if config.model_type in BY_LAYER and isinstance(kinds, list):
         return layer >= len(kinds) or kinds[layer] != "sparse"
+    if config.model_type == "llama4_text":
+        return not _has_llama4(config, layer)
     skipped = layer in (config.mlp_only_layers or ())
     return (
         skipped
         or layer < config.first_k_dense_replace
         or (layer + 1) % config.decoder_sparse_step != 0
     )
+
+
+def _has_llama4(config: HfConfig, layer: int) -> bool:
+    """Source: ``Llama4TextConfig.__post_init__`` of transformers 5.23.0."""
+    stated = (config.model_extra or {}).get("moe_layers")
+    step = (config.model_extra or {}).get("interleave_moe_layer_step")
+    if isinstance(stated, list):
+        return layer in stated
+    return isinstance(step, int) and step > 0 and (layer + 1) % step == 0
 
 
 def unfit(routing: Routing, experts: Experts, name: str, n_layers: int) -> list[str]:

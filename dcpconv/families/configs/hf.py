@@ -173,6 +173,8 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         if known and known.routing and known.routing.dense == "none":
             # No layer has a plain block whose width it could be.
             holder.setdefault("intermediate_size", holder.get("moe_intermediate_size"))
+        if known and known.completes:
+            holder = dict(known.completes(holder))
         if known is not None:
             holder = known.read(holder)
         merged = {**merged, TEXT: holder} if isinstance(inner, Mapping) else holder

@@ -127,6 +127,26 @@ def _granitemoeshared(spec: ModelSpec, experts: Experts) -> Fields:
     return {**_granitemoe(spec, experts), "shared_intermediate_size": shared_width(experts)}
 
 
+def _mellum(spec: ModelSpec, experts: Experts) -> Fields:
+    """RoPE by kind of layer; the class looks at no other."""
+    words = _words(spec)
+    scaling = spec.rope_scaling
+    rope = {
+        **({"rope_type": "default"} if scaling is None else {"rope_type": scaling.kind}),
+        **(scaling.parameters if scaling is not None else {}),
+        "rope_theta": spec.rope_theta,
+    }
+    return {
+        **_counted(experts),
+        "num_local_experts": experts.count,
+        "moe_intermediate_size": experts.ffn_size,
+        "mlp_layer_types": _kinds(spec, experts),
+        "sliding_window": spec.sliding_window,
+        "layer_types": words,
+        "rope_parameters": dict.fromkeys(sorted(set(words)), rope),
+    }
+
+
 def _dots1(spec: ModelSpec, experts: Experts) -> Fields:
     types = _words(spec)
     return {
@@ -209,6 +229,7 @@ _OWN: Mapping[str, Callable[[ModelSpec, Experts], Fields]] = {
     "granitemoe": _granitemoe,
     "granitemoeshared": _granitemoeshared,
     "hy_v3": _hy_v3,
+    "mellum": _mellum,
     "minimax_m2": _minimax_m2,
     "olmoe": _olmoe,
     "qwen2_moe": _qwen2_moe,
@@ -228,6 +249,7 @@ SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "granitemoe": _ATTENTION,
     "granitemoeshared": _ATTENTION,
     "hy_v3": _ATTENTION,
+    "mellum": _ATTENTION,
     "olmoe": _ATTENTION,
     "qwen2_moe": ("qkv_bias", ("qkv_bias",)),
     "solar_open": _QKV,

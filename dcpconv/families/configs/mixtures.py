@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dcpconv.families.configs.mixtures_apart import APART
 from dcpconv.families.configs.model_type import (
     ANY,
     BIASES,
@@ -32,7 +33,24 @@ _ROUTED: dict[str, object] = {
     "topk_group": 1,
 }
 
+
+def _mellum(fields: Mapping[str, object]) -> Mapping[str, object]:
+    """The words of layers, and RoPE for those words alone.
+
+    Source: ``MellumConfig.__post_init__`` of transformers 5.23.0.
+    """
+    count, ropes = fields.get("num_hidden_layers"), fields.get("rope_parameters")
+    words = fields.get("layer_types")
+    if words is None and isinstance(count, int) and count <= 100_000:
+        words = ["full_attention"] * count
+    if not isinstance(words, list) or not isinstance(ropes, Mapping):
+        return fields
+    kept = {word: rope for word, rope in ropes.items() if word in words}
+    return {**fields, "layer_types": words, "rope_parameters": kept or ropes}
+
+
 MIXTURES: Mapping[str, ModelType] = {
+    **APART,
     "qwen2_moe": ModelType(
         "Qwen2MoeForCausalLM",
         {
@@ -94,6 +112,30 @@ MIXTURES: Mapping[str, ModelType] = {
         routing=Routing(norm_topk=True),
         expresses=ANY | BIASES | EXPERTS | _MULTIPLIERS,
         requires=EXPERTS,
+    ),
+    "mellum": ModelType(
+        "MellumForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+            "sliding_window": 1024,
+            "moe_intermediate_size": 896,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+        },
+        {"qk_norm": True},
+        routing=Routing(dense="any"),
+        expresses=ANY | BIASES | WINDOWS | QK_NORM | EXPERTS,
+        requires=QK_NORM | EXPERTS,
+        completes=_mellum,
     ),
     "dots1": ModelType(
         "Dots1ForCausalLM",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,6 +77,7 @@ class ModelType:
         heeds: What the others call a field that the class understands beside its own spelling.
         silent: Fields of the others that the class does not look at.
         ffn_times: Width of the feed-forward block in hidden sizes, where the file states none.
+        completes: Makes up fields from others, as the class does.
     """
 
     class_name: str
@@ -94,6 +95,7 @@ class ModelType:
     ffn_times: int | None = None
     language: str | None = None
     is_copied: bool = False
+    completes: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
     @property
     def experts(self) -> Mapping[str, object]:

@@ -45,6 +45,7 @@ _LATENT: Mapping[str, object] = {
     "qk_nope_head_dim": 12,
     "v_head_dim": 14,
 }
+_INDEXER: Mapping[str, object] = {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 18}
 _GROUPS: Mapping[str, object] = {"n_group": 2, "topk_group": 1}
 _NEXT = {"num_nextn_predict_layers": 0}
 
@@ -189,6 +190,40 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     },
     "deepseek_v2": {**_ROUTED, **_LATENT, "first_k_dense_replace": 1},
     "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS},
+    "mellum": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v32": {**_ROUTED, **_LATENT, **_GROUPS, **_INDEXER, "first_k_dense_replace": 1},
+    "glm_moe_dsa": {
+        **_ROUTED,
+        **_LATENT,
+        **_INDEXER,
+        "first_k_dense_replace": 1,
+        "indexer_types": ["full", "shared", "full"],
+    },
+    "afmoe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "global_attn_every_n_layers": 2,
+        "route_scale": 1.5,
+    },
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size": 52,
+        "intermediate_size_mlp": 152,
+        "num_local_experts": 5,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+    },
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
 
