@@ -21,12 +21,19 @@ from support.checkpoints.families import (
     difference,
     hf_tensors,
     load_hf,
+    logits,
     torch_tensors,
 )
 from support.models.hf_models import save_hf, tiny
 
 MANY: dict[str, Any] = {"num_hidden_layers": 11}
 """Eleven layers: as text, 10 comes before 2."""
+
+
+ALL_LAYERS: dict[str, dict[str, Any]] = {
+    "glm_moe_dsa": {"indexer_types": None, "index_topk_freq": 3},
+}
+"""What is stated of three layers otherwise."""
 
 
 def experts(model_type: str, count: int) -> dict[str, Any]:
@@ -39,7 +46,7 @@ def experts(model_type: str, count: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_type: str) -> None:
-    overrides = {**MANY, **experts(model_type, 12)}
+    overrides = {**MANY, **experts(model_type, 12), **ALL_LAYERS.get(model_type, {})}
     model = tiny(model_type, dtype=torch.bfloat16, **overrides)
     source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
     convert(source, tmp_path / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
@@ -141,6 +148,16 @@ PAIRS = [
         id="granitemoe-multipliers",
     ),
     pytest.param("mixtral", {}, "granitemoe", id="mixtral-granitemoe"),
+    pytest.param("mellum", {}, "qwen3_moe", id="mellum-qwen3_moe"),
+    pytest.param(
+        "mellum",
+        {**MANY, "num_experts": 12, "attention_bias": True, "norm_topk_prob": True},
+        "qwen3_moe",
+        id="mellum-eleven-layers-twelve-experts",
+    ),
+    pytest.param(
+        "qwen3_moe", {"mlp_only_layers": [1], "head_dim": 24}, "mellum", id="qwen3_moe-mellum"
+    ),
 ]
 
 
@@ -236,6 +253,37 @@ REFUSED = [
         id="a-dense-layer-in-the-middle",
     ),
     pytest.param("hy_v3", {"mlp_bias": True}, "hf-dots1", {"mlp_bias"}, 0, id="hy_v3-mlp-bias"),
+    # What no other class computes.
+    pytest.param(
+        "deepseek_v32", {}, "hf-deepseek_v3", {"indexer"}, 0, id="deepseek_v32-indexer"
+    ),
+    pytest.param(
+        "glm_moe_dsa", {}, "hf-glm4_moe_lite", {"indexer"}, 0, id="glm_moe_dsa-indexer"
+    ),
+    pytest.param(
+        "afmoe",
+        {"mup_enabled": True},
+        "hf-dots1",
+        {"attention_gate", "embedding_multiplier", "no_rope_layers", "post_norms"},
+        0,
+        id="afmoe",
+    ),
+    pytest.param(
+        "llama4_text",
+        {},
+        "hf-qwen3_moe",
+        {
+            *("chunked_attention", "layer_types", "no_rope_layers", "qk_norm_plain"),
+            *("scaled_inputs", "temperature", "experts", "qk_norm"),
+        },
+        2,
+        id="llama4_text",
+    ),
+    pytest.param(
+        "hunyuan_v1_moe", {}, "hf-qwen3_moe", {"experts", "qk_norm", "qk_norm_late"}, 1,
+        id="hunyuan_v1_moe",
+    ),
+    pytest.param("deepseek_v3", {}, "hf-deepseek_v32", {"architecture"}, 0, id="another-model"),
     pytest.param(
         "granitemoe",
         {"attention_multiplier": 0.5, "logits_scaling": 2.0},
@@ -289,6 +337,33 @@ def test_a_field_that_the_class_does_not_look_at_has_to_say_what_it_does(
     (told,) = read_spec(source).unaccounted
     assert told == f"{field}: {value!r}"
     convert(source, tmp_path / "live.pth", to="hf-memory")  # the same class: nothing is lost
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_without_its_indexer_a_model_is_a_deepseek_v3_as_far_as_it_sees_everything(
+    tmp_path: Path, model_type: str
+) -> None:
+    model = tiny(model_type, index_topk=64)
+    source = save_hf(model, tmp_path / "hf")
+    report = convert(source, tmp_path / "out", form="hf", to="hf-deepseek_v3", allow=["indexer"])
+    assert difference(load_hf(tmp_path / "out"), model) < RIGHT
+    indexers = {key for key in hf_tensors(source) if ".indexer." in key}
+    assert {key for key, _ in report.ignored} == indexers
+
+
+def test_a_rope_per_kind_of_layer_is_carried_and_refused_elsewhere(tmp_path: Path) -> None:
+    ropes = {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    model = tiny("mellum", layer_types=kinds, sliding_window=64, rope_parameters=ropes)
+    source = save_hf(model, tmp_path / "hf")
+    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory")
+    convert(tmp_path / "dcp", tmp_path / "back", form="hf")
+    assert torch.equal(logits(load_hf(tmp_path / "back")), logits(load_hf(source)))
+    with pytest.raises(NotExpressibleError, match=r"rope_parameters: another one"):
+        convert(source, tmp_path / "out", form="hf", to="hf-qwen3_moe")
 
 
 def test_layers_behind_the_last_are_dropped_with_a_reason(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     }
     if spec.bos_token_id is None and model_type == "cwm":
         del fields["bos_token_id"]  # the one class that takes no null
+    if model_type == "mellum":  # takes what stands outside for what its kinds of layers have
+        del fields["rope_theta"], fields["rope_scaling"]
     fields |= label_fields(spec.n_classes)
     if label is not None:
         name = _torch_name(label)
@@ -157,6 +159,8 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
     left = ("_name_or_path", "transformers_version")
     fields: dict[str, object] = {k: v for k, v in spec.stated.items() if k not in left}
     inner = fields.get(TEXT)
+    if spec.tied != fields.get("tie_word_embeddings", spec.tied):
+        fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
     if model_type != spec.architecture and isinstance(inner, Mapping):
         own = {"architectures": [MODEL_TYPES[model_type].class_name], "model_type": model_type}
         fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None

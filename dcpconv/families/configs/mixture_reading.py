@@ -117,11 +117,6 @@ def _llama4(config: HfConfig, file: Path) -> Values:
     }
 
 
-def _phimoe(config: HfConfig, file: Path) -> Values:
-    del file
-    return {"head_bias": bool(_stated(config, "lm_head_bias"))}
-
-
 def _others(words: Sequence[str], word: str) -> tuple[int, ...]:
     return tuple(layer for layer, one in enumerate(words) if one != word)
 
@@ -132,7 +127,6 @@ _OWN: Mapping[str, Callable[[HfConfig, Path], Values]] = {
     "exaone_moe": _exaone,
     "glm_moe_dsa": _indexed,
     "llama4_text": _llama4,
-    "phimoe": _phimoe,
     "glm4_moe": _glm4,
     "minimax_m2": _minimax,
 }
@@ -149,7 +143,6 @@ _NAMES: Mapping[str, frozenset[str]] = {
             *("attn_temperature_tuning", "floor_scale", "attn_scale"),
         }
     ),
-    "phimoe": frozenset({"lm_head_bias"}),
     "deepseek_v2": frozenset({"topk_method"}),
     "exaone_moe": frozenset({"sliding_window_pattern"}),
     "glm4_moe": frozenset({"use_qk_norm"}),

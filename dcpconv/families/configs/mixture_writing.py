@@ -128,11 +128,12 @@ def _granitemoeshared(spec: ModelSpec, experts: Experts) -> Fields:
 
 
 def _mellum(spec: ModelSpec, experts: Experts) -> Fields:
-    """RoPE by kind of layer; the class looks at no other."""
+    """RoPE by kind of layer, as it was read or alike for all; the class looks at no other."""
     words = _words(spec)
+    stated = spec.stated.get("rope_parameters") if spec.architecture == "mellum" else None
     scaling = spec.rope_scaling
     rope = {
-        **({"rope_type": "default"} if scaling is None else {"rope_type": scaling.kind}),
+        "rope_type": "default" if scaling is None else scaling.kind,
         **(scaling.parameters if scaling is not None else {}),
         "rope_theta": spec.rope_theta,
     }
@@ -143,7 +144,7 @@ def _mellum(spec: ModelSpec, experts: Experts) -> Fields:
         "mlp_layer_types": _kinds(spec, experts),
         "sliding_window": spec.sliding_window,
         "layer_types": words,
-        "rope_parameters": dict.fromkeys(sorted(set(words)), rope),
+        "rope_parameters": stated or dict.fromkeys(sorted(set(words)), rope),
     }
 
 

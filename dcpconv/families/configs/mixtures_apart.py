@@ -1,4 +1,7 @@
-"""Classes of transformers with experts that compute what no other class does, by ``model_type``."""
+"""Classes of transformers with experts that compute what no other class does, by ``model_type``.
+
+Their config.json is written as it was read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ from dcpconv.families.configs.model_type import (
 
 _INDEXED = LATENT | EXPERTS | {"indexer"}
 _GATED = frozenset({"attention_gate", "post_norms"})
-_SCALED_INPUTS = "tokens are weighed before experts see them"
 
 _DEEPSEEK: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -91,6 +93,7 @@ APART: Mapping[str, ModelType] = {
         expresses=ANY | _INDEXED | {"latent_bias", "o_bias"},
         requires=_INDEXED,
         assumes={"mlp_bias": False},
+        is_copied=True,
     ),
     "glm_moe_dsa": ModelType(
         "GlmMoeDsaForCausalLM",
@@ -111,6 +114,7 @@ APART: Mapping[str, ModelType] = {
         requires=_INDEXED,
         assumes={"mlp_bias": False},
         completes=_indexers,
+        is_copied=True,
     ),
     "afmoe": ModelType(
         "AfmoeForCausalLM",
@@ -144,6 +148,7 @@ APART: Mapping[str, ModelType] = {
         requires=QK_NORM | EXPERTS | _GATED,
         allows={"score_func": ("sigmoid",), "route_norm": (True,)},
         assumes={"n_group": None},
+        is_copied=True,
     ),
     "llama4_text": ModelType(
         "Llama4ForCausalLM",
@@ -173,6 +178,7 @@ APART: Mapping[str, ModelType] = {
         | EXPERTS
         | {"no_rope_layers", "layer_types", "scaled_inputs", "qk_norm_plain", "temperature"},
         requires=EXPERTS | {"scaled_inputs"},
+        is_copied=True,
     ),
     "hunyuan_v1_moe": ModelType(
         "HunYuanMoEV1ForCausalLM",
@@ -204,28 +210,7 @@ APART: Mapping[str, ModelType] = {
             "position_embedding_xdrope": (False,),
         },
         completes=_one_number,
-    ),
-    "phimoe": ModelType(
-        "PhimoeForCausalLM",
-        {
-            "tie_word_embeddings": False,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 1_000_000.0,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 2,
-            "router_jitter_noise": 0.01,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        {
-            "norm": "layernorm_with_bias",
-            "special": {"sparse_mixer": "two experts, each weighed against those near it"},
-        },
-        routing=Routing(norm_topk=False),
-        expresses=ANY | BIASES | EXPERTS | {"norm", "sparse_mixer", "head_bias"},
-        requires=EXPERTS | {"norm", "sparse_mixer"},
+        is_copied=True,
     ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

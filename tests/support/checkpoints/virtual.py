@@ -73,6 +73,11 @@ _TOWER = {
 _WEIGHED = Experts(
     count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
 )
+_INDEXER = {
+    "index_n_heads": 2,
+    "index_head_dim": 3,
+    "indexer_types": ["full", "shared"] * 6,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -168,6 +173,17 @@ KINDS: Mapping[str, dict[str, Any]] = {
     },
     "tower": {"stated": _TOWER},
     "tower-biases": {"qkv_bias": True, "o_bias": True, "stated": _TOWER},
+    "latent-indexer": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT,
+        "stated": _INDEXER,
+    },
+    "latent-indexer-biased": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": _INDEXER,
+    },
     "latent-none-shared": {
         "experts": _MOE,
         "latent": _LATENT,

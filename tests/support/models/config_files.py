@@ -69,7 +69,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     assert spec.architecture == config.model_type
     assert spec.vocab_size == config.vocab_size
     assert spec.hidden_size == config.hidden_size
-    assert says("intermediate_size", spec.ffn_size) or known.ffn_times is not None
+    width = "intermediate_size_mlp" if config.model_type == "llama4_text" else "intermediate_size"
+    assert says(width, spec.ffn_size) or known.ffn_times is not None
     assert spec.n_layers == config.num_hidden_layers
     assert spec.n_heads == config.num_attention_heads
     if spec.latent is None and not getattr(config, "multi_query", False):

@@ -75,6 +75,52 @@ _SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
         "none-shared": {"n_shared_experts": 0},
         "all-dense": {"first_k_dense_replace": 3},
     },
+    "mellum": {
+        "biased": {"attention_bias": True},
+        "as-scored": {"norm_topk_prob": False, "tie_word_embeddings": True},
+        "dense-between": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+        "windows": {
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "rope_parameters": dict.fromkeys(
+                ("full_attention", "sliding_attention"), _WHOLE["rope_parameters"]
+            ),
+        },
+    },
+    "deepseek_v32": {
+        "biased": {"attention_bias": True, "n_shared_experts": 2},
+        "dense-between": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    },
+    "glm_moe_dsa": {
+        "biased": {"attention_bias": True, "tie_word_embeddings": True},
+        "all-indexed": {"indexer_types": None},
+        "a-pattern": {"indexer_types": None, "index_topk_pattern": "FSS"},
+    },
+    "afmoe": {
+        "biased": {"attention_bias": True},
+        "scaled-embedding": {"mup_enabled": True, "tie_word_embeddings": True},
+        "all-sliding": {"layer_types": ["sliding_attention"] * 3},
+        "all-sparse": {"num_dense_layers": 0, "num_shared_experts": 1},
+    },
+    "llama4_text": {
+        "biased": {"attention_bias": True, "use_qk_norm": False},
+        "all-turned": {"no_rope_layers": [1, 1, 1], "tie_word_embeddings": True},
+        "no-temperature": {"attn_temperature_tuning": False},
+        "all-sparse": {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2},
+        "listed": {"moe_layers": [0, 2]},
+    },
+    "hunyuan_v1_moe": {
+        "biased": {"attention_bias": True},
+        "tied": {"tie_word_embeddings": True, "moe_topk": [2, 2, 2]},
+        "alpha": {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 1000.0,
+                "factor": 1.0,
+            }
+        },
+    },
     "glm4_moe_lite": {
         "direct-queries": {"q_lora_rank": None},
         "biased": {"attention_bias": True},

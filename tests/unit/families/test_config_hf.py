@@ -29,7 +29,8 @@ def spec_of(directory: Path, **fields: Any) -> ModelSpec:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_is_left_out_is_what_the_class_says(tmp_path: Path, model_type: str) -> None:
     # Head counts must divide for the classes whose default number of kv heads is large.
-    heads = 20 if model_type in {"helium", "glm4_moe_lite"} else 32
+    many = {"helium": 20, "glm4_moe_lite": 20, "glm_moe_dsa": 64, "deepseek_v32": 128}
+    heads = many.get(model_type, 32)
     sizes = SIZES | {"num_attention_heads": heads, "hidden_size": 8 * heads}
     if model_type == "deepseek_v2":  # without this the class makes no model
         sizes["num_experts_per_tok"] = 2
