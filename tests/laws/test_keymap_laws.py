@@ -23,6 +23,10 @@ TABLES = list(keymaps().values())
 EACH = [pytest.param(table, id=table.name) for table in TABLES]
 
 
+_KINDS = {"layer_types", "indexer_types"}
+"""Fields of a parameter file that say which layers are of which kind."""
+
+
 def fits(table: Keymap, kind: str) -> bool:
     """Whether a table can spell every tensor of a kind that its conditions speak of."""
     spec = spec_of(kind)
@@ -34,7 +38,7 @@ def fits(table: Keymap, kind: str) -> bool:
     if not table.declared.axes.keys() <= axes.keys():
         return False
     return (
-        bool(table.declared.kinds) == ("layer_types" in spec.stated)
+        _KINDS & table.declared.fields == _KINDS & spec.stated.keys()
         and has_latent == (spec.latent is not None)
         and (has_experts or spec.experts is None)
         and (spec.experts is not None or set(table.always) <= slots_of(table, spec))

@@ -283,6 +283,9 @@ REFUSED = [
         "hunyuan_v1_moe", {}, "hf-qwen3_moe", {"experts", "qk_norm", "qk_norm_late"}, 1,
         id="hunyuan_v1_moe",
     ),
+    pytest.param(
+        "phimoe", {}, "hf-mixtral", {"experts", "norm", "norm_bias", "sparse_mixer"}, 1, id="phimoe"
+    ),
     pytest.param("deepseek_v3", {}, "hf-deepseek_v32", {"architecture"}, 0, id="another-model"),
     pytest.param(
         "granitemoe",

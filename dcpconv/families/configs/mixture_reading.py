@@ -117,6 +117,11 @@ def _llama4(config: HfConfig, file: Path) -> Values:
     }
 
 
+def _phimoe(config: HfConfig, file: Path) -> Values:
+    del file
+    return {"head_bias": bool(_stated(config, "lm_head_bias"))}
+
+
 def _others(words: Sequence[str], word: str) -> tuple[int, ...]:
     return tuple(layer for layer, one in enumerate(words) if one != word)
 
@@ -129,6 +134,7 @@ _OWN: Mapping[str, Callable[[HfConfig, Path], Values]] = {
     "llama4_text": _llama4,
     "glm4_moe": _glm4,
     "minimax_m2": _minimax,
+    "phimoe": _phimoe,
 }
 _INDEX = frozenset({"index_topk", "index_n_heads", "index_head_dim"})
 _NAMES: Mapping[str, frozenset[str]] = {
@@ -147,6 +153,7 @@ _NAMES: Mapping[str, frozenset[str]] = {
     "exaone_moe": frozenset({"sliding_window_pattern"}),
     "glm4_moe": frozenset({"use_qk_norm"}),
     "minimax_m2": frozenset({"rotary_dim", "mlp_intermediate_size"}),
+    "phimoe": frozenset({"lm_head_bias", "input_jitter_noise"}),
 }
 
 

@@ -212,5 +212,32 @@ APART: Mapping[str, ModelType] = {
         completes=_one_number,
         is_copied=True,
     ),
+    "phimoe": ModelType(
+        "PhimoeForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 1_000_000.0,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.01,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        {
+            "norm": "layernorm",
+            "norm_bias": True,
+            "special": {"sparse_mixer": "two experts, each weighed against those near it"},
+        },
+        routing=Routing(norm_topk=False),
+        expresses=ANY
+        | BIASES
+        | EXPERTS
+        | {"norm", "norm_bias", "sparse_mixer", "head_bias", "sliding_window"},
+        requires=EXPERTS | {"norm", "norm_bias", "sparse_mixer"},
+        is_copied=True,
+    ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

@@ -76,7 +76,6 @@ _WEIGHED = Experts(
 _INDEXER = {
     "index_n_heads": 2,
     "index_head_dim": 3,
-    "indexer_types": ["full", "shared"] * 6,
 }
 
 KINDS: Mapping[str, dict[str, Any]] = {
@@ -183,6 +182,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "latent": _LATENT.model_copy(update={"bias": True}),
         "o_bias": True,
         "stated": _INDEXER,
+    },
+    "latent-indexer-in-some": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": {**_INDEXER, "indexer_types": ["full", "shared"] * 6},
     },
     "latent-none-shared": {
         "experts": _MOE,

@@ -223,6 +223,7 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "attention_chunk_size": 8,
         "floor_scale": 4,
     },
+    "phimoe": {"num_local_experts": 5},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""

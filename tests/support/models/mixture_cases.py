@@ -109,6 +109,21 @@ _SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
         "all-sparse": {"interleave_moe_layer_step": 1, "num_experts_per_tok": 2},
         "listed": {"moe_layers": [0, 2]},
     },
+    "phimoe": {
+        "biased": {"attention_bias": True, "lm_head_bias": True},
+        "tied": {"tie_word_embeddings": True, "sliding_window": 8},
+        "longrope": {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "short_mscale": 1.1,
+                "long_mscale": 1.2,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    },
     "hunyuan_v1_moe": {
         "biased": {"attention_bias": True},
         "tied": {"tie_word_embeddings": True, "moe_topk": [2, 2, 2]},
