@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.core.spec import SPECIAL, Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs import config_name, refusals
+from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.keymaps import keymaps
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 
@@ -81,6 +82,7 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "score": {"head": "score", "n_classes": 3},
     "score_bias": {"head": "score_bias", "n_classes": 3},
     "no_head": {"head": "none"},
+    **{name: {"special": {name: "of one class"}} for name in sorted(SPECIAL)},
 }
 """A model with each feature, to ask every family about."""
 
@@ -140,12 +142,13 @@ def _held(family: str) -> str:
         return "what its own class has; no other class becomes one of these"
     found = []
     absent = {item.name for item in refusals(family, _model()) if item.kind == "absent"}
+    known = MODEL_TYPES.get(family.removeprefix("hf-"))
+    own = {"experts"} if known is not None and known.routing is not None else set()
     for name, changes in _FEATURES.items():
         models = [
             spec for more in (changes, *_TOGETHER) if name in (spec := _model(**more)).features()
         ]
-        is_scoring = name == "experts" and family == "hf-deepseek_v3"
-        if is_scoring or any(name not in _refused(family, spec) for spec in models):
+        if name in own or any(name not in _refused(family, spec) for spec in models):
             found.append(f"**{name}**" if name in absent else name)
     return ", ".join(found)
 

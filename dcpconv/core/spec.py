@@ -30,6 +30,14 @@ def _label(dtype: str | None) -> str | None:
     return known.label
 
 
+SPECIAL = frozenset(
+    {
+        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
+        *("scaled_inputs", "sparse_mixer", "temperature"),
+    }
+)
+"""Names of features that one class of transformers alone has."""
+
 FEATURES = frozenset(
     {
         *("rope_scaling", "partial_rotary", "sliding_window", "layer_types"),
@@ -42,8 +50,7 @@ FEATURES = frozenset(
         *("score", "score_bias", "no_head"),
         *("norm_bias", "positions", "embed_norm", "parallel_norms"),
         *("attention_gate", "bare_norms"),
-        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
-        *("scaled_inputs", "sparse_mixer", "temperature"),
+        *SPECIAL,
     }
 )
 """Every name that ``ModelSpec.features`` may give."""

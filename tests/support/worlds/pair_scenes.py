@@ -34,7 +34,7 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "qwen3_next-memory": ("qwen3_next", {}, "hf-memory-qwen3_next"),
     "muse_glimmer-torchtitan": ("muse_glimmer", {}, "torchtitan-muse_glimmer"),
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
-    **{f"{name}-memory": (name, {}, f"hf-memory-{name}") for name in MIXTURES},
+    **{f"{name}-memory": (name, {}, "hf-memory") for name in MIXTURES},
     "deepseek_v2-torchtitan": ("deepseek_v2", {}, "torchtitan-deepseek_v3"),
     "glm4_moe_lite-torchtitan": ("glm4_moe_lite", {}, "torchtitan-deepseek_v3"),
     "deepseek_v3-glm4_moe_lite": ("deepseek_v3", {}, "hf-memory-glm4_moe_lite"),
