@@ -353,8 +353,9 @@ def test_chatglm_equals_glm(config: ChatGLMConfig) -> None:
     assert _difference(model, twin) < RIGHT
 
 
-ONLY_FIVE = {"cwm", "ministral3"}
-"""Classes that take their own RoPE where none is nested, whatever ``rope_theta`` says outside."""
+ONLY_FIVE = {"cwm", "mellum", "ministral3"}
+"""Classes that take their own RoPE where none is nested, whatever ``rope_theta`` says outside, or
+have one for each kind of layer."""
 
 
 STYLES = [(n, style) for n in MODEL_TYPES for style in "45" if n not in ONLY_FIVE or style == "5"]
