@@ -30,7 +30,7 @@ _TENSORS: Mapping[str, frozenset[str]] = {
         f"layer.{block}{name}_bias" for block in ("", "shared.") for name in ("gate", "up", "down")
     ),
     "head_bias": frozenset({"head_bias"}),
-    "attention_gate": frozenset({"layer.attn_gate"}),
+    "attention_gate": frozenset({"layer.o_gate"}),
     "indexer": frozenset(
         f"layer.indexer.{name}" for name in ("q", "k", "k_norm", "k_norm_bias", "weights")
     ),

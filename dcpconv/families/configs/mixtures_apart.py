@@ -135,7 +135,7 @@ APART: Mapping[str, ModelType] = {
         {
             "qk_norm": True,
             "post_norms": True,
-            "special": {"attention_gate": "on what attention gives"},
+            "attention_gate": True,
         },
         routing=replace(SIGMOID, norm_topk=True, groups=False),
         expresses=ANY
