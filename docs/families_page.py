@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.core.spec import SPECIAL, Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs import config_name, refusals
+from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.keymaps import keymaps
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 
@@ -24,6 +25,7 @@ share slots; what one cannot hold is refused by name, and `--allow NAME` leaves 
 <!-- Written by `make docs` from dcpconv/families/keymaps/tables/*.toml; a test compares. -->
 """
 
+_EXPERTS = Experts(count=4, per_token=2, ffn_size=8, norm_topk=True)
 _LATENT = LatentAttention(q_rank=4, kv_rank=4, nope_dim=4, value_dim=4)
 _LATENT_BIASES: Mapping[str, Any] = {
     "latent": _LATENT.model_copy(update={"bias": True}),
@@ -42,9 +44,17 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "no_pre_norms": {"pre_norms": False},
     "post_norms": {"post_norms": True},
     "norm": {"norm": "rmsnorm_plus_one"},
+    "norm_bias": {"norm": "layernorm", "norm_bias": True},
+    "embed_norm": {"embed_norm": True},
+    "bare_norms": {"bare_norms": True},
+    "attention_gate": {"attention_gate": True},
+    "positions": {"positions": "learned"},
     "parallel_residual": {"parallel_residual": True},
+    "parallel_norms": {"parallel_residual": True, "parallel_norms": True},
     "ungated": {"gated": False},
     "activation": {"activation": "gelu"},
+    "clamped_glu": {"glu_limit": 7.0, "glu_alpha": 1.702},
+    "sinks": {"sinks": True},
     "rope_scaling": {
         "rope_scaling": RopeScaling(
             kind="llama3",
@@ -65,14 +75,21 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "embedding_multiplier": {"embedding_multiplier": 2.0},
     "residual_multiplier": {"residual_multiplier": 0.5},
     "logits_scaling": {"logits_scaling": 2.0},
-    "experts": {"experts": Experts(count=4, per_token=2, ffn_size=8, norm_topk=True)},
+    "experts": {"experts": _EXPERTS},
+    "expert_bias": {"experts": _EXPERTS.model_copy(update={"bias": True})},
     "latent_attention": {"latent": _LATENT},
     "latent_bias": _LATENT_BIASES,
+    "score": {"head": "score", "n_classes": 3},
+    "score_bias": {"head": "score_bias", "n_classes": 3},
+    "no_head": {"head": "none"},
+    **{name: {"special": {name: "of one class"}} for name in sorted(SPECIAL)},
 }
 """A model with each feature, to ask every family about."""
 
 _TOGETHER: tuple[Mapping[str, Any], ...] = (
     dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "head_bias"), True),
+    dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True),
+    {"parallel_residual": True, "parallel_norms": True},
     _LATENT_BIASES,
     {"rope_scaling": RopeScaling(kind="longrope")},
     {
@@ -121,14 +138,17 @@ def _features() -> Iterator[str]:
 
 
 def _held(family: str) -> str:
+    if any(item.name == "architecture" for item in refusals(family, _model())):
+        return "what its own class has; no other class becomes one of these"
     found = []
     absent = {item.name for item in refusals(family, _model()) if item.kind == "absent"}
+    known = MODEL_TYPES.get(family.removeprefix("hf-"))
+    own = {"experts"} if known is not None and known.routing is not None else set()
     for name, changes in _FEATURES.items():
         models = [
             spec for more in (changes, *_TOGETHER) if name in (spec := _model(**more)).features()
         ]
-        is_scoring = name == "experts" and family == "hf-deepseek_v3"
-        if is_scoring or any(name not in _refused(family, spec) for spec in models):
+        if name in own or any(name not in _refused(family, spec) for spec in models):
             found.append(f"**{name}**" if name in absent else name)
     return ", ".join(found)
 
@@ -165,6 +185,7 @@ def _remainders() -> Iterator[str]:
         fates = [
             *((pattern.text, f"dropped: {reason}") for pattern, reason in table.ignored),
             *((p.text, f"kept in `{table.aside_file}`: {why}") for p, why in table.aside),
+            *((f"{p.prefix}*", f"kept as stored: {p.role}") for p in table.kept),
             *((key, f"made: {rule}") for key, rule in table.derived.items()),
         ]
         for fate in fates:

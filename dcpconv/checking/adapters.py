@@ -13,17 +13,20 @@ from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.adapting import merge_of
 from dcpconv.plan.coverage import Coverage, Piece, Target, as_stored
 from dcpconv.sources.adapters.naming import Weighed
-from dcpconv.sources.adapters.reading import read_adapter
-from dcpconv.sources.adapters.spotting import WEIGHTS, is_adapter
+from dcpconv.sources.adapters.reading import open_adapter, read_adapter
+from dcpconv.sources.adapters.spotting import MINIMIND, WEIGHTS, is_adapter
+from dcpconv.sources.fitting import bare
 from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand_described
 from dcpconv.stores.hub import Repository, is_hub_id, locate_adapter
 
+_TORCH_FILES = frozenset({".pth", ".pt", ".bin"})
+
 
 def adapter_path(source: Openable) -> Path | None:
-    """The directory of a PEFT adapter that the user named, or ``None``.
+    """The PEFT directory or the file of MiniMind's LoRA that the user named, or ``None``.
 
     Raises:
         HubError: A repository was named that is not there, or cannot be reached.
@@ -35,7 +38,20 @@ def adapter_path(source: Openable) -> Path | None:
         return locate_adapter(name) if Repository.open(name).is_adapter() else None
     path = Path(source)
     directory = path.parent if path.name in WEIGHTS else path
-    return directory if is_adapter(directory) else None
+    if is_adapter(directory):
+        return directory
+    return path if _is_lora_file(path) else None
+
+
+def _is_lora_file(path: Path) -> bool:
+    """Whether a file that is called after LoRA holds nothing else, as MiniMind's trainer saves it.
+
+    A file of another name is not looked into, since every check would read it twice.
+    """
+    if "lora" not in path.name or path.suffix not in _TORCH_FILES or not path.is_file():
+        return False
+    keys = open_adapter(path).tensors
+    return bool(keys) and all(MINIMIND.fullmatch(bare(key)) for key in keys)
 
 
 def check_adapter(

@@ -12,8 +12,9 @@ from itertools import product
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.errors import LayoutError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap
+from dcpconv.families.keymaps import Keymap, Row
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target
+from dcpconv.plan.sizes import Sizes
 from dcpconv.sources.recognition import Weights
 
 _ENOUGH = 0.5
@@ -175,13 +176,16 @@ def expected(
     The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
     names of a tied tensor are not among them.
     """
-    sizes = spec.axes()
+    sizes = Sizes(spec, [table])
     for row in table.rows:
-        try:
-            shape = row.layout.shape(sizes)
-        except LayoutError:
-            shape = None
-        for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
+        for values in product(*(range(sizes.usual.get(name, 0)) for name in row.pattern.names)):
             indices = dict(zip(row.pattern.names, values, strict=True))
-            if spec.has(row.when, indices.get("L", 0)):
-                yield row.pattern.key(indices), shape, row.slots
+            if sizes.has(row.when, indices) and not sizes.lacks(row):
+                yield row.pattern.key(indices), _shape(sizes, row, indices), row.slots
+
+
+def _shape(sizes: Sizes, row: Row, indices: Mapping[str, int]) -> tuple[int, ...] | None:
+    try:
+        return sizes.shape(row, indices)
+    except LayoutError:
+        return None

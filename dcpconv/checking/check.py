@@ -31,7 +31,7 @@ from dcpconv.plan.kept import explains_more
 from dcpconv.plan.manifests import cover_manifest, manifest_in
 from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.opening import Openable
-from dcpconv.sources.recognition import Weights
+from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
 from dcpconv.stores.hub import locate
@@ -206,9 +206,9 @@ def _against(
             )
         return _into(source, table, numbers=target.spec), {}
     live = target.model if target.said.from_ is None else None
-    if live is not None and spells_like_files(source.weights):
+    if live is not None and spells_like_files(source.weights, live):
         return _as_live(source.weights, target.catalog, live)
-    weights, wanted_keys = source.weights, target.weights
+    weights, wanted_keys = source.weights, _keys_of(target, source)
     is_tied = any(one.spec is not None and one.spec.tied for one in (source, target))
     alike = compare_keys(weights, wanted_keys, is_tied=is_tied)
     table = wanted_keys.keymap
@@ -229,6 +229,18 @@ def _against(
         raise
     accounts = (alike, converted) if may_be_alike else (converted,)
     return min(accounts, key=_faults), wanted_keys.entries
+
+
+def _keys_of(target: Source, source: Source) -> Weights:
+    """The keys of a target that names no model: those of the source's, if they are all of that."""
+    found = target.weights
+    if source.spec is None or target.spec is not None or target.said.from_ is not None:
+        return found
+    alike = recognise(target.catalog, spec=source.spec)
+    if alike.keymap is None or alike.keymap is found.keymap:
+        return found
+    whole = recognise(target.catalog, tables=[alike.keymap])
+    return found if whole.keymap is None else whole
 
 
 def _as_live(

@@ -115,7 +115,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
 
 def _taken_up(going: Aim) -> tuple[Aim, tuple[str, ...]]:
     """The aim with what was kept aside beside its source, if the target has a place for it."""
-    if going.table is None or not going.table.aside:
+    if going.table is None or not (going.table.aside or going.table.kept):
         return going, ()
     from dcpconv.plan.taking_up import take_up  # noqa: PLC0415 - one family has some
 

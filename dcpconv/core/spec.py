@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
+from dcpconv.core.blocks import Count, Experts, LatentAttention, Positive, RopeScaling, Size
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.record import Json, Record, field
 
-Size = Annotated[int, field(ge=1, le=2**31 - 1)]
-"""Length of an axis, in elements."""
-
-Count = Annotated[int, field(ge=1, le=100_000)]
-"""Layers, heads or experts.  The bound keeps a hostile file from asking for billions of keys."""
-
-Positive = Annotated[float, field(gt=0)]
+__all__ = [
+    "FEATURES",
+    "Count",
+    "Experts",
+    "LatentAttention",
+    "ModelSpec",
+    "Positive",
+    "RopeScaling",
+    "Size",
+]
 
 
 def _label(dtype: str | None) -> str | None:
@@ -26,6 +30,14 @@ def _label(dtype: str | None) -> str | None:
     return known.label
 
 
+SPECIAL = frozenset(
+    {
+        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
+        *("scaled_inputs", "sparse_mixer", "temperature"),
+    }
+)
+"""Names of features that one class of transformers alone has."""
+
 FEATURES = frozenset(
     {
         *("rope_scaling", "partial_rotary", "sliding_window", "layer_types"),
@@ -34,91 +46,14 @@ FEATURES = frozenset(
         *("attn_softcap", "final_softcap", "query_multiplier", "embedding_multiplier"),
         *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
         *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
+        *("sinks", "clamped_glu", "expert_bias"),
+        *("score", "score_bias", "no_head"),
+        *("norm_bias", "positions", "embed_norm", "parallel_norms"),
+        *("attention_gate", "bare_norms"),
+        *SPECIAL,
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
-
-
-class RopeScaling(Record):
-    """How rotary frequencies are stretched beyond the length a model was first trained for.
-
-    Attributes:
-        kind: ``rope_type`` in transformers: ``linear``, ``dynamic``, ``yarn``, ``longrope``,
-            ``llama3``, ...
-        parameters: The other fields, as the source spells them.
-    """
-
-    kind: str
-    parameters: Mapping[str, Json] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        factor = self.parameters.get("factor")
-        return self.kind if factor is None else f"{self.kind}, factor {factor}"
-
-
-class Experts(Record):
-    """A mixture of experts in place of one feed-forward block.
-
-    Attributes:
-        count: Routed experts.
-        per_token: Routed experts that see each token.
-        ffn_size: Width of one routed expert.
-        shared_count: Experts that see every token.
-        shared_ffn_size: Width of one shared expert; present exactly when there are any.
-        norm_topk: Whether the weights of the chosen experts are scaled to sum to one.
-        dense_layers: Layers that have a plain feed-forward block, in order.
-        scoring: What turns router logits into weights: ``softmax`` over all experts or ``sigmoid``.
-        selection_bias: Whether a stored bias takes part in choosing experts, not in weighing them.
-        routed_scale: Factor on what the routed experts add.
-        groups: Groups of experts that compete first; 1 for none.
-        top_groups: Groups that stay in the race.
-    """
-
-    count: Count
-    per_token: Count
-    ffn_size: Size
-    shared_count: Annotated[int, field(ge=0, le=100_000)] = 0
-    shared_ffn_size: Size | None = None
-    norm_topk: bool = False
-    dense_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
-    scoring: str = "softmax"
-    selection_bias: bool = False
-    routed_scale: Positive = 1.0
-    groups: Count = 1
-    top_groups: Count = 1
-
-    def agree(self) -> None:
-        if (self.shared_count > 0) != (self.shared_ffn_size is not None):
-            raise ValueError("shared_count and shared_ffn_size must both be set or both be absent")
-        if self.per_token > self.count:
-            raise ValueError(f"per_token {self.per_token} exceeds the {self.count} experts")
-
-    def __str__(self) -> str:
-        shared = f", {self.shared_count} shared" if self.shared_count else ""
-        return f"{self.count} experts, {self.per_token} per token{shared}"
-
-
-class LatentAttention(Record):
-    """Attention whose keys and values pass through a narrow projection (DeepSeek's MLA).
-
-    ``ModelSpec.head_dim`` is then the part of a head that RoPE turns.
-
-    Attributes:
-        q_rank: Width of the query's projection, or ``None`` where queries are projected directly.
-        kv_rank: Width of the projection that keys and values share.
-        nope_dim: Channels of a query or key head that RoPE leaves alone.
-        value_dim: Channels of a value head.
-        bias: Whether the projections into the ranks have biases; those out of them have none.
-    """
-
-    q_rank: Size | None
-    kv_rank: Size
-    nope_dim: Size
-    value_dim: Size
-    bias: bool = False
-
-    def __str__(self) -> str:
-        return f"rank {self.kv_rank}"
 
 
 class ModelSpec(Record):
@@ -151,16 +86,34 @@ class ModelSpec(Record):
         gated: Whether the feed-forward block has a gate.
         parallel_residual: Whether attention and feed-forward see the same normalised input
             (Cohere).
+        parallel_norms: Whether each of them has a norm of its own there (GPT-NeoX).
+        norm_bias: Whether norms add a bias, which those of q and k within attention may lack.
+        embed_norm: Whether a norm follows the embedding (Bloom).
+        bare_norms: Whether norms without weights follow the embedding and stand before RoPE in q
+            and k (Muse Glimmer).
+        attention_gate: Whether the sigmoid of a projection is a factor on what attention gives.
+        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; or
+            ``alibi``, a slope per head.
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.
         activation: As transformers names it, ``swish`` being ``silu``.
+        glu_limit: Bound on gate and up before they are multiplied, up plus one, and ``None`` where
+            nothing bounds them (gpt-oss).
+        glu_alpha: Factor inside the gate's sigmoid, where there is a bound.
+        sinks: Whether every head has a number that takes part in the softmax over the keys and
+            adds nothing (gpt-oss).
         query_multiplier: Factor on query-key products; ``None`` for ``head_dim ** -0.5``.
         residual_multiplier: Factor on what each block adds to the residual stream.
         logits_scaling: The logits are divided by it.
         latent: Low-rank attention, or ``None`` for the usual kind.
         qkv_per_head: Whether the rows of a fused q, k, v matrix count heads first (ChatGLM with
             ``multi_query_attention`` off).  It says where tensors lie, not what they do.
+        head: What stands behind the last layer: ``lm``, logits of every token; ``score``, scores of
+            a whole text, as reward models and classifiers have; ``score_bias``, scores of every
+            token; or ``none``.
+        n_classes: What scores tell apart, where the head gives scores.
+        special: Features that one class alone has: their stable name, and what a person would say.
         bos_token_id: First token; ``None`` where there is none or no one said.
         origin: ``config`` of the table whose parameter file this was read from, such as ``lingua``
             or ``hf-llama``; empty where it was put together otherwise.
@@ -169,6 +122,7 @@ class ModelSpec(Record):
         unaccounted: Fields of the parameter file, as ``name: value``, whose meaning nobody knows;
             each refuses a change of naming.
         extra: Fields of an HF config that mean nothing here and are carried over as they are.
+        stated: All its fields, from which axes and kinds follow that a table declares.
 
     >>> from dcpconv.core.spec import ModelSpec
     >>> ModelSpec(
@@ -206,10 +160,19 @@ class ModelSpec(Record):
     no_rope_layers: tuple[Annotated[int, field(ge=0)], ...] = ()
     gated: bool = True
     parallel_residual: bool = False
+    parallel_norms: bool = False
     norm: str = "rmsnorm"
+    norm_bias: bool = False
+    embed_norm: bool = False
+    bare_norms: bool = False
+    attention_gate: bool = False
+    positions: str = "rope"
     pre_norms: bool = True
     post_norms: bool = False
     activation: str = "silu"
+    glu_limit: Positive | None = None
+    glu_alpha: Positive = 1.0
+    sinks: bool = False
     attn_logit_softcap: Positive | None = None
     final_logit_softcap: Positive | None = None
     query_multiplier: Positive | None = None
@@ -219,6 +182,10 @@ class ModelSpec(Record):
     experts: Experts | None = None
     latent: LatentAttention | None = None
     qkv_per_head: bool = False
+    special: Mapping[str, str] = field(default_factory=dict)
+
+    head: str = "lm"
+    n_classes: Count | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -227,6 +194,15 @@ class ModelSpec(Record):
     unsaid: tuple[str, ...] = ()
     unaccounted: tuple[str, ...] = ()
     extra: Mapping[str, Json] = field(default_factory=dict)
+    stated: Mapping[str, Json] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both describe the same model, in whatever words a file states it."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return {**self.__dict__, "stated": {}} == {**other.__dict__, "stated": {}}
+
+    __hash__ = Record.__hash__
 
     def agree(self) -> None:
         if self.n_heads % self.n_kv_heads:
@@ -251,7 +227,11 @@ class ModelSpec(Record):
             "g": self.n_kv_heads,
             "e": self.head_dim,
             "f": self.ffn_size,
+            "r": self.n_heads // self.n_kv_heads,
+            "t": self.max_seq_len,
         }
+        if self.n_classes is not None:
+            sizes["k"] = self.n_classes
         if self.vocab_size is not None:
             sizes["V"] = self.vocab_size
         if self.head_dim % 2 == 0:
@@ -290,11 +270,15 @@ class ModelSpec(Record):
 
     def _has(self, condition: str, layer: int) -> bool:
         if condition in {"tied", "untied"}:
-            return self.tied == (condition == "tied")
+            return self.head == "lm" and self.tied == (condition == "tied")
         experts = self.experts
         is_moe = experts is not None and layer not in experts.dense_layers
         if condition in {"dense", "moe"}:
             return is_moe == (condition == "moe")
+        if condition == "sequential":
+            return not self.parallel_residual
+        if condition == "no_parallel_norms":
+            return not self.parallel_norms
         if condition == "shared_experts":
             return is_moe and experts is not None and experts.shared_count > 0
         if condition in {"q_latent", "q_direct"}:
@@ -337,11 +321,23 @@ class ModelSpec(Record):
                 f"no RoPE in {len(self.no_rope_layers)} of {self.n_layers} layers",
             ),
             ("norm", self.norm != "rmsnorm", self.norm),
+            ("norm_bias", self.norm_bias, "on what norms give"),
+            ("embed_norm", self.embed_norm, "a norm behind the embedding"),
+            ("bare_norms", self.bare_norms, "without weights, behind the embedding, on q and k"),
+            ("attention_gate", self.attention_gate, "a sigmoid on what attention gives"),
+            ("positions", self.positions != "rope", f"{self.positions}, no RoPE"),
             ("no_pre_norms", not self.pre_norms, "nothing before attention and feed-forward"),
             ("post_norms", self.post_norms, "after attention and feed-forward"),
             ("parallel_residual", self.parallel_residual, "attention beside feed-forward"),
+            ("parallel_norms", self.parallel_norms, "beside each other, each with its norm"),
             ("ungated", not self.gated, "a feed-forward block without a gate"),
             ("activation", self.activation != "silu", self.activation),
+            (
+                "clamped_glu",
+                self.glu_limit is not None,
+                f"gate and up within {self.glu_limit}, up plus one, alpha {self.glu_alpha}",
+            ),
+            ("sinks", self.sinks, "a number per head in the softmax of attention"),
             *(
                 (name, value != neutral, f"{value}")
                 for name, value, neutral in (
@@ -353,7 +349,15 @@ class ModelSpec(Record):
                     ("logits_scaling", self.logits_scaling, 1.0),
                 )
             ),
+            ("score", self.head.startswith("score"), f"{self.n_classes} scores for logits"),
+            ("score_bias", self.head == "score_bias", "on scores of every token"),
+            ("no_head", self.head == "none", "nothing behind the last layer"),
             ("experts", self.experts is not None, f"{self.experts}"),
+            (
+                "expert_bias",
+                self.experts is not None and self.experts.bias,
+                "on the router and in routed experts",
+            ),
             ("latent_attention", self.latent is not None, f"{self.latent}"),
             (
                 "latent_bias",
@@ -361,4 +365,4 @@ class ModelSpec(Record):
                 "on the projections into ranks",
             ),
         )
-        return {name: text for name, present, text in rows if present}
+        return {name: text for name, present, text in rows if present} | dict(self.special)

@@ -27,6 +27,7 @@ class OfferedTensor:
         sources: Stored keys that it is made of.
         factors: Stored keys of factors without which its elements mean nothing.
         tied_to: The key it repeats.
+        part: What it is of, where a part of the model is kept as it is stored.
     """
 
     shape: tuple[int, ...]
@@ -35,6 +36,7 @@ class OfferedTensor:
     sources: tuple[str, ...]
     factors: tuple[str, ...]
     tied_to: str | None
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ def offer_of(supply: Supply, source: str) -> Offer:
                 tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
                 supply.factors_of(target),
                 root + target.tied_to if target.tied_to else None,
+                target.part,
             )
             for key, target in supply.targets().items()
         },
@@ -188,7 +191,11 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
     for fault in offer.unknown:
         if fault.key not in used:
             unexpected[fault.key] = fault.why
+    parts = {one.part for fqn, one in offer.tensors.items() if fqn in names}
     for fqn, one in offer.tensors.items():
+        if one.part and one.part not in parts:
+            ignored.extend(Fault(key, one.part) for key in one.sources)
+            continue
         if fqn in names or (one.tied_to is not None and one.tied_to in names):
             continue
         for key in one.sources:

@@ -130,7 +130,7 @@ def prepare(
         live is not None
         and wanted is not None
         and options.names_no_table
-        and spells_like_files(understood.weights)
+        and spells_like_files(understood.weights, live)
     ):
         return _in_memory(understood, options, live, wanted)
     going = aim(understood, to=options.to, form="dcp", wanted=wanted)

@@ -216,7 +216,9 @@ def aim_at(
     if table is None:
         return Aim(source, _as_wanted(weights, wanted), spec, None, form)
     is_same = table is weights.keymap
-    refused = refused_features(table, spec) if spec is not None and not is_same else ()
+    refused: tuple[Fault, ...] = ()
+    if spec is not None and not is_same:
+        refused = refused_features(table, spec, weights.keymap)
     root = recognise(model, keymap=table).root if model is not None else ""
     return Aim(source, weights, spec, table, form, refused, root)
 

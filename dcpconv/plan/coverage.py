@@ -66,6 +66,7 @@ class Target:
         slots: What it holds, for reports; empty where no table was needed.
         indices: Layer and expert numbers in the key.
         values: Elements in C order of a tensor that follows from the config, without any source.
+        part: What it is of, where a part of the model is kept as it is stored: a vision tower.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Target:
     slots: tuple[str, ...] = ()
     indices: tuple[int, ...] = ()
     values: tuple[float, ...] | None = None
+    part: str = ""
 
     @property
     def how(self) -> How:

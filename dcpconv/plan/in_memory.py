@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.errors import LayoutError
+from dcpconv.families.keymaps import is_known
 from dcpconv.plan.composed import Composed
 from dcpconv.plan.coverage import Coverage, Fault, Target, as_stored
 from dcpconv.plan.operations import Shapes, UntranslatableError, carry_out, target_keys
@@ -21,9 +22,15 @@ _FAMILIES = frozenset({"hf", "hf-memory"})
 """Namings whose keys transformers itself can read."""
 
 
-def spells_like_files(weights: Weights) -> bool:
-    """Whether a source's keys are ones that transformers' own conversion starts from."""
-    return weights.keymap is None or weights.keymap.family in _FAMILIES
+def spells_like_files(weights: Weights, model: LiveModel) -> bool:
+    """Whether a source's keys are ones that the model's own conversion starts from.
+
+    Those of another class are not, where a table knows what the model's class calls them.
+    """
+    table, kind = weights.keymap, model.model_type
+    if table is None:
+        return True
+    return table.family in _FAMILIES and (kind in table.architectures or not is_known(kind))
 
 
 def cover_in_memory(weights: Weights, model: LiveModel, wanted: Shapes) -> Coverage:

@@ -30,6 +30,10 @@ _TENSORS: Mapping[str, frozenset[str]] = {
         f"layer.{block}{name}_bias" for block in ("", "shared.") for name in ("gate", "up", "down")
     ),
     "head_bias": frozenset({"head_bias"}),
+    "attention_gate": frozenset({"layer.o_gate"}),
+    "indexer": frozenset(
+        f"layer.indexer.{name}" for name in ("q", "k", "k_norm", "k_norm_bias", "weights")
+    ),
     "qk_norm": frozenset({"layer.q_norm", "layer.k_norm"}),
     "qk_norm_whole": frozenset({"layer.q_norm_whole", "layer.k_norm_whole"}),
     "post_norms": frozenset({"layer.post_attn_norm", "layer.post_ffn_norm"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
 from dcpconv.core.catalog import TensorEntry
@@ -12,10 +13,9 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
 from dcpconv.plan.block_scales import SCALE, factors_along, scales_of
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
+from dcpconv.plan.sizes import Sizes, in_common
 from dcpconv.sources.numbers import solve
 from dcpconv.sources.recognition import Weights
-
-_INDEX_AXES = ("L", "E", "S")
 
 
 def cover(
@@ -50,8 +50,7 @@ class _Account:
     ) -> None:
         self.weights = weights
         source = weights.require_keymap()
-        # Where one side fuses axes of equal size, both sides have to call them the same.
-        same = {**source.same_sizes, **target.same_sizes}
+        same = in_common(source, target)
         self.source, self.target = source.with_axes(same), target.with_axes(same)
         self.spec = spec
         self.omit_ties = omit_ties
@@ -65,9 +64,10 @@ class _Account:
         self.second: dict[str, str] = {}
         self.stand_in: dict[str, str] = {}
         self.consumed: set[str] = set()
-        self.sizes: dict[str, int] = dict(spec.axes()) if spec else {}
-        self.placements: dict[tuple[Row, int], Placement] = {}
-        self.shapes: dict[Row, tuple[int, ...]] = {}
+        self.measures = Sizes(spec, (self.source, self.target))
+        self.sizes = self.measures.usual
+        rows = (*self.source.rows, *self.target.rows)
+        self.first = dict.fromkeys((name for row in rows for name in row.pattern.names), 0)
         self.scales: dict[str, TensorEntry] = {}
         self.derivable = {
             row.pattern.text: row
@@ -132,7 +132,7 @@ class _Account:
                 self.kept.append(as_stored(key, self.weights.entries[key]))
             elif match is None:
                 self.unknown.append(Fault(key, f"not in the table {self.source.name}"))
-            elif match.kind == "aside":
+            elif match.kind in {"aside", "kept"} or self._is_of_a_part(key, match.row):
                 self._set_aside(key, match.reason)
             elif match.row is None or key in self.weights.idle:
                 self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
@@ -144,18 +144,29 @@ class _Account:
                 self.present[key] = (match.row, match.indices)
         dropped = {fault.key: fault.why for fault in self.ignored} if factors else {}
         self.ignored += [Fault(k + SCALE, dropped[k]) for k in self.scales if k in dropped]
-        for name in _INDEX_AXES:
+        for name in self.first:
             seen = [at[name] for _, at in self.present.values() if name in at]
             if seen and name not in self.sizes:
                 self.sizes[name] = max(seen) + 1
 
+    def _is_of_a_part(self, key: str, row: Row | None) -> bool:
+        """Whether a key that has a row is kept with its part, since the target has no such row."""
+        if row is None or self.source.part_of(key) is None:
+            return False
+        return not any(slot in self.target.slots for slot in row.slots)
+
     def _set_aside(self, key: str, reason: str) -> None:
         """Keeps a tensor as it is: in its place where the target has one, else beside the rest."""
-        target = as_stored(key, self.weights.entries[key])
-        if self.target.keeps_aside(key):
-            self.kept.append(target)
+        entry = self.weights.entries[key]
+        part = self.source.part_of(key)
+        reason = reason or (part.role if part else "")
+        place = key if self.target.keeps_aside(key) else None
+        if part is not None:
+            place = self.target.place_of(key.removeprefix(part.prefix), part.role) or place
+        if place is not None:
+            self.kept.append(replace(as_stored(place, entry), part=reason))
         else:
-            self.aside.append(target)
+            self.aside.append(as_stored(key, entry))
             self.ignored.append(Fault(key, reason))
 
     def _beyond(self, indices: dict[str, int]) -> str | None:
@@ -176,7 +187,7 @@ class _Account:
         have, or a head that is absent.
         """
         entries, shared = self.weights.entries, self.weights.tied
-        is_tied = self.spec.tied if self.spec else None
+        is_tied = self.spec.has("tied") if self.spec else None
         for second, owner in self.source.tie_pairs().items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:
@@ -201,22 +212,22 @@ class _Account:
 
     def _check_shapes(self) -> None:
         """Compares every stored shape with its layout, after solving for sizes no config gave."""
-        if self.spec is None:
+        declared = {*self.source.declared.axes, *self.target.declared.axes}
+        if self.spec is None or not declared <= self.sizes.keys():
             self.sizes["two"] = 2
             for key, (row, _) in self.present.items():
                 solve(row, self.weights.entries[key].shape, self.sizes)
-        for key, (row, _) in self.present.items():
-            if row not in self.shapes:
-                try:
-                    self.shapes[row] = row.layout.shape(self.sizes)
-                except LayoutError:
-                    continue  # needed only where elements change places; said there
+        for key, (row, indices) in self.present.items():
+            try:
+                shape = self.measures.shape(row, indices)
+            except LayoutError:
+                continue  # needed only where elements change places; said there
             found = self.weights.entries[key].shape
-            if found != self.shapes[row]:
-                expected = list(self.shapes[row])
-                self.misshapen.append(Fault.unlike(key, expected, list(found), row.slots))
+            if found != shape:
+                self.misshapen.append(Fault.unlike(key, list(shape), list(found), row.slots))
 
     def _targets(self, *, is_tied: bool) -> Iterator[Target]:
+        kept = {target.key for target in self.kept}
         for row in self.target.rows:
             ranges = [range(self.sizes.get(name, 0)) for name in row.pattern.names]
             for values in product(*ranges):
@@ -224,6 +235,8 @@ class _Account:
                 if not self._is_expected(row, indices, is_tied=is_tied):
                     continue
                 if row.pattern.text in self.derivable and not self._has_all(row):
+                    continue
+                if kept and row.pattern.key(indices) in kept:
                     continue
                 target = self._target(row, indices)
                 if target is not None:
@@ -241,7 +254,7 @@ class _Account:
                 name = row.pattern.key(indices) if row else key
                 if name in made or (row and not self._is_needed(row, indices)):
                     continue
-                shape = row.layout.shape(self.sizes) if row else None
+                shape = self.measures.shape(row, indices) if row else None
                 from dcpconv.plan.derived import derive  # noqa: PLC0415 - few tables have rules
 
                 derived = derive(rule, name, spec=self.spec, shape=shape, dtype=dtype)
@@ -249,17 +262,17 @@ class _Account:
         return found
 
     def _is_needed(self, row: Row, indices: dict[str, int]) -> bool:
-        if self.spec is not None:
-            return self.spec.has(row.when, indices.get("L", 0))
+        if self.measures.says(row):
+            return self.measures.has(row.when, indices)
         alike = (r for r in self.target.rows if r.when == row.when and r is not row)
         return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
 
     def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
-        if self.spec is not None:
-            return self.spec.has(row.when, indices.get("L", 0))
+        if self.measures.says(row):
+            return self.measures.has(row.when, indices)
         if ("untied" if is_tied else "tied") in row.conditions:
             return False
-        if row.conditions <= {"tied", "untied"}:
+        if row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
             return True
         return any(self._supplies(slot, indices) for slot in row.slots)
 
@@ -268,7 +281,7 @@ class _Account:
 
     def _supplies(self, slot: str, indices: dict[str, int]) -> bool:
         return any(
-            srow.pattern.key({"L": 0, "E": 0, "S": 0, **indices}) in self.weights.entries
+            srow.pattern.key({**self.first, **indices}) in self.weights.entries
             for srow, _ in self.source.holders(slot)
         )
 
@@ -306,7 +319,7 @@ class _Account:
             self.misshapen.append(Fault(key, why, row.slots))
             return None
         whole = pieces[0].wanted is None
-        shape = pieces[0].entry.shape if whole else row.layout.shape(self.sizes)
+        shape = pieces[0].entry.shape if whole else self.measures.shape(row, indices)
         return Target(
             key,
             shape,
@@ -320,7 +333,7 @@ class _Account:
     def _holder(self, holders: list[tuple[Row, int]], indices: dict[str, int]) -> tuple[Row, int]:
         """The source row that is really there, of those that could hold the slot."""
         for srow, sterm in holders:
-            if srow.pattern.key({"E": 0, "S": 0, **indices}) in self.weights.entries:
+            if srow.pattern.key({**self.first, **indices}) in self.weights.entries:
                 return srow, sterm
         return holders[0]
 
@@ -333,8 +346,8 @@ class _Account:
         indices: dict[str, int],
         lacking: list[tuple[str, str]],
     ) -> Iterator[Piece]:
-        wanted = self._place(row, term)
-        placed = self._place(srow, sterm)
+        wanted = self._place(row, term, indices)
+        placed = self._place(srow, sterm, indices)
         free = [name for name in srow.pattern.names if name not in indices]
         fixed = {
             name: (value, value + 1)
@@ -348,18 +361,15 @@ class _Account:
                 limit = {**fixed, **{name: (v, v + 1) for name, v in more.items()}}
                 yield Piece(entry, placed, wanted, limit)
 
-    def _place(self, row: Row, term: int) -> Placement:
-        found = self.placements.get((row, term))
-        if found is None:
-            try:
-                found = self.placements[row, term] = row.layout.place(self.sizes, term)
-            except LayoutError as error:
-                raise LayoutError(
-                    error.headline,
-                    [("key", row.pattern.text), *error.facts],
-                    hint="--assets DIR names a config; --spec heads=N,kv_heads=M says it",
-                ) from None
-        return found
+    def _place(self, row: Row, term: int, indices: dict[str, int]) -> Placement:
+        try:
+            return self.measures.place(row, term, indices)
+        except LayoutError as error:
+            raise LayoutError(
+                error.headline,
+                [("key", row.pattern.text), *error.facts],
+                hint="--assets DIR names a config; --spec heads=N,kv_heads=M says it",
+            ) from None
 
     def _entry(self, key: str, lacking: list[tuple[str, str]]) -> TensorEntry | None:
         key = self.stand_in.get(key, key)
@@ -378,9 +388,9 @@ class _Account:
             if value >= self.sizes.get(name, value + 1):
                 what = {"L": "layers", "E": "experts", "S": "shared experts"}.get(name, name)
                 return f"the config has only {self.sizes[name]} {what}"
-        if self.spec is not None:
-            layer, has = indices.get("L", 0), self.spec.has
-            lacking = sorted(word for word in row.conditions if not has(word, layer))
+        if self.measures.says(row):
+            has = self.measures.has
+            lacking = sorted(word for word in row.conditions if not has(word, indices))
             if lacking:
                 return f"the config says that the model has no {' and no '.join(lacking)}"
         return f"nothing in {self.target.name} uses it"

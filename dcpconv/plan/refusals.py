@@ -13,17 +13,21 @@ from dcpconv.plan.coverage import Fault
 from dcpconv.sources.said import CHOICES, FIELD
 
 
-def refused_features(target: Keymap, spec: ModelSpec) -> tuple[Fault, ...]:
+def refused_features(target: Keymap, spec: ModelSpec, source: Keymap | None) -> tuple[Fault, ...]:
     """What the target cannot say about the model, ``key`` being the feature or the field.
 
     A field of the parameter file whose meaning nobody here knows may be all the difference, unless
-    the result keeps a parameter file of the same class.
+    the result keeps a parameter file of the same class.  A table that follows from a field axes or
+    kinds of layers knows what it means.
     """
+    known = {*target.declared.fields, *(source.declared.fields if source else ())}
     refusals = configs.refusals(target.parameter_family, spec)
     refused = [Fault(item.name, item.reason) for item in refusals]
     if spec.origin != target.config:
         for text in spec.unaccounted:
             name, _, value = text.partition(": ")
+            if name in known:
+                continue
             why = f"{value}: nothing here knows what this field does to the model"
             refused.append(Fault(FIELD + name, why))
     return tuple(refused)

@@ -18,7 +18,7 @@ def take_up(aim: Aim) -> tuple[Aim, tuple[str, ...]]:
         FormatError: The file is damaged.
     """
     table, weights = aim.table, aim.weights
-    if table is None or not table.aside or not aim.renames:
+    if table is None or not (table.aside or table.kept) or not aim.renames:
         return aim, ()
     file = weights.catalog.path / table.aside_file
     is_part_of_it = file.name in weights.catalog.files

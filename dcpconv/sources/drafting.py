@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, TensorEntry
@@ -12,6 +13,7 @@ from dcpconv.core.errors import KeymapError
 from dcpconv.core.layout import Layout
 from dcpconv.families.keymaps import Keymap, is_known, keymaps, read_keymap, split_key
 from dcpconv.families.keymaps.reading import line_of
+from dcpconv.sources.explaining import Explanations
 from dcpconv.sources.recognition import recognise
 
 _INDEX_AFTER = {"shared_experts": "S", "experts": "E", "layers": "L", "layer": "L", "blocks": "L"}
@@ -29,6 +31,7 @@ class _Guess:
         layout: Best guess, or empty.
         shape: What the checkpoint has.
         remark: Why a person should look.
+        when: Kind of the layers that have it; empty for all.
     """
 
     key: str
@@ -36,6 +39,7 @@ class _Guess:
     layout: str
     shape: tuple[int, ...]
     remark: str
+    when: str = ""
 
 
 def checked_keymap(path: Path) -> Keymap:
@@ -53,7 +57,7 @@ def checked_keymap(path: Path) -> Keymap:
         line = line_of(lines, (row.pattern.text,))
         for term, slot in enumerate(row.slots):
             known = ours.get(slot)
-            axes = row.axes(term)
+            axes = row.canonical_axes(term)
             if known is not None and axes not in known:
                 wanted = " ".join(min(sorted(axes) for axes in known))
                 what = f"{slot} has the axes {wanted}, here {' '.join(sorted(axes))}"
@@ -81,7 +85,13 @@ def foreign_slots(table: Keymap) -> list[str]:
     return sorted(slot for slot in table.slots if slot not in ours)
 
 
-def draft(catalog: Catalog, *, name: str = "my-family", architecture: str = "") -> str:
+def draft(
+    catalog: Catalog,
+    *,
+    name: str = "my-family",
+    architecture: str = "",
+    said: Explanations | None = None,
+) -> str:
     """The text of a table for a checkpoint whose naming no table knows.
 
     Slots and layouts are guessed from the ends of keys and from shapes; every guess that needs a
@@ -91,9 +101,11 @@ def draft(catalog: Catalog, *, name: str = "my-family", architecture: str = "") 
         catalog: The checkpoint.
         name: What the table shall be called.
         architecture: What the parameter file beside it names.
+        said: What that file says of shapes and of kinds of layers.
     """
-    weights = recognise(catalog)
-    guesses = list(_guesses(weights.entries))
+    said = said or Explanations({}, None)
+    entries = recognise(catalog).entries
+    guesses = _in_some_layers(_guesses(entries, said), entries, said)
     keys = [guess for guess in guesses if guess.slot]
     unknown = [guess for guess in guesses if not guess.slot]
     width = max((len(guess.key) + 2 for guess in keys), default=0)
@@ -106,17 +118,58 @@ def draft(catalog: Catalog, *, name: str = "my-family", architecture: str = "") 
         'title         = ""',
         f'architectures = ["{architecture or "llama"}"]   # model_type of the models it is for',
         'source        = ""          # where the facts come from',
+        *_section("axes", said.axes),
+        *_section("kinds", said.kinds),
         "",
         "[keys]",
     ]
     for guess in keys:
         key, slot, layout = f'"{guess.key}"', f'"{guess.slot}",', f'"{guess.layout}"]'
+        if guess.when:
+            layout = f'"{guess.layout}", "{guess.when}"]'
         shape = f"# {list(guess.shape)}{f'  {guess.remark}' if guess.remark else ''}"
         lines.append(f"{key:<{width}} = [{slot:<{slots}} {layout:<{layouts}}   {shape}")
     if unknown:
         lines += ["", "# Not guessed: move each to [keys], or to [ignore] with a reason."]
-        lines += [f'# "{guess.key}" = ["", ""]   # {list(guess.shape)}' for guess in unknown]
+        for guess in unknown:
+            when = f', "{guess.when}"' if guess.when else ""
+            row = f'# "{guess.key}" = ["", "{guess.layout}"{when}]'
+            lines.append(f"{row}   # {list(guess.shape)}{guess.remark and f'  {guess.remark}'}")
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _section(name: str, rules: Mapping[str, str]) -> list[str]:
+    width = max((len(key) for key in rules), default=0)
+    lines = [f'{key:<{width}} = "{rule}"' for key, rule in rules.items()]
+    return ["", f"[{name}]", *lines] if lines else []
+
+
+def _in_some_layers(
+    guesses: Iterable[_Guess], entries: Mapping[str, TensorEntry], said: Explanations
+) -> list[_Guess]:
+    """The guesses with the kind of the layers that have them, and layouts for those without."""
+    layers: dict[str, set[int]] = {}
+    for key in entries:
+        pattern, numbers = _pattern(key)
+        if "{L}" in pattern:
+            layers.setdefault(pattern, set()).add(numbers["L"])
+    count = max((max(some) + 1 for some in layers.values()), default=0)
+    found = []
+    kinds = {
+        key: (frozenset(some), re.sub(r"[^a-z]+", "_", key.partition("{L}.")[2].partition(".")[0]))
+        for key, some in layers.items()
+    }
+    if said.fields:
+        for has, block in kinds.values():
+            said.condition(has, count, block)  # the rest of a kind may come before it
+    for guess in guesses:
+        layout = guess.layout if guess.slot else said.layout(guess.shape)
+        when, remark = "", guess.remark
+        if guess.key in kinds and said.fields:
+            kind = said.condition(kinds[guess.key][0], count, kinds[guess.key][1])
+            when, remark = kind or "", "in some layers only" if kind is None else remark
+        found.append(replace(guess, layout=layout, when=when, remark=remark))
+    return found
 
 
 def _axes_by_slot() -> dict[str, set[frozenset[str]]]:
@@ -124,11 +177,11 @@ def _axes_by_slot() -> dict[str, set[frozenset[str]]]:
     for table in keymaps().values():
         for row in table.rows:
             for term, slot in enumerate(row.slots):
-                found.setdefault(slot, set()).add(row.axes(term))
+                found.setdefault(slot, set()).add(row.canonical_axes(term))
     return found
 
 
-def _guesses(entries: Mapping[str, TensorEntry]) -> Iterator[_Guess]:
+def _guesses(entries: Mapping[str, TensorEntry], said: Explanations) -> Iterator[_Guess]:
     patterns = _patterns(entries)
     endings = _endings(patterns)
     taken: Counter[str] = Counter()
@@ -140,7 +193,7 @@ def _guesses(entries: Mapping[str, TensorEntry]) -> Iterator[_Guess]:
             fitting = [
                 (times, slots, layout)
                 for (slots, layout), times in endings.get(tuple(parts[-count:]), {}).items()
-                if len(Layout(layout).nodes) == len(shape)
+                if len(Layout(layout).nodes) == len(shape) and said.can_say(layout)
             ]
             if not fitting:
                 continue
@@ -152,6 +205,7 @@ def _guesses(entries: Mapping[str, TensorEntry]) -> Iterator[_Guess]:
         if found[0] and taken[found[0]]:
             found = ("", "", "")
         taken[found[0]] += bool(found[0])
+        said.declare(found[1])
         yield _Guess(key, found[0], found[1], shape, found[2])
 
 
@@ -177,19 +231,25 @@ def _patterns(entries: Mapping[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
     """Keys with their numbers named, and the shape of the first of each."""
     shapes: dict[str, tuple[int, ...]] = {}
     for key, entry in entries.items():
-        template, numbers = split_key(key)
-        parts = template.split(".")
-        at = 0
-        used: set[str] = set()
-        for position, part in enumerate(parts):
-            if part != "{}":
-                continue
-            before = parts[position - 1] if position else ""
-            index = _INDEX_AFTER.get(before, "L" if at == 0 else "")
-            if index in used:
-                index = ""
-            used.add(index)
-            parts[position] = f"{{{index}}}" if index else str(numbers[at])
-            at += 1
-        shapes.setdefault(".".join(parts), entry.shape)
+        shapes.setdefault(_pattern(key)[0], entry.shape)
     return shapes
+
+
+def _pattern(key: str) -> tuple[str, dict[str, int]]:
+    """A key with its numbers named, and the numbers."""
+    template, numbers = split_key(key)
+    parts = template.split(".")
+    at = 0
+    used: dict[str, int] = {}
+    for position, part in enumerate(parts):
+        if part != "{}":
+            continue
+        before = parts[position - 1] if position else ""
+        index = _INDEX_AFTER.get(before, "L" if at == 0 else "")
+        if index in used:
+            index = ""
+        if index:
+            used[index] = numbers[at]
+        parts[position] = f"{{{index}}}" if index else str(numbers[at])
+        at += 1
+    return ".".join(parts), used

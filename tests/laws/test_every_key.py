@@ -54,11 +54,21 @@ TOGETHER: Mapping[str, dict[str, bool]] = {
 """Switches that the class takes together only."""
 
 
+BEYOND: Mapping[str, frozenset[str]] = {
+    "falcon": frozenset({"parallel_attn"}),
+    "gpt2": frozenset({"add_cross_attention"}),
+}
+"""Switches that make another kind of model, with layers that look at an encoder, or that make none
+that can be run together with others."""
+
+
 def switches(model_type: str) -> dict[str, bool]:
     """The booleans of a config class, each turned away from its default."""
     config = CONFIG_MAPPING[model_type]
     kinds = inspect.get_annotations(config)
-    return {name: not getattr(config, name) for name, kind in kinds.items() if "bool" in str(kind)}
+    beyond = BEYOND.get(model_type, frozenset())
+    names = [name for name, kind in kinds.items() if "bool" in str(kind) and name not in beyond]
+    return {name: not getattr(config, name) for name in names}
 
 
 def _variants() -> Iterator[Any]:

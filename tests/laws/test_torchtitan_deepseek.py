@@ -1,21 +1,11 @@
-"""torchtitan's own DeepSeek-V3: the logits of the Hugging Face model, the bytes of its adapter.
-
-Two parts are replaced so that the package computes on a CPU in fp32: the attention kernel, and the
-grouped product, which it does in bf16.
-"""
+"""torchtitan's own DeepSeek-V3: the logits of the Hugging Face model, the bytes of its adapter."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from dcpconv import check, convert
 from dcpconv.core.errors import NotExpressibleError
@@ -27,16 +17,14 @@ from support.checkpoints.families import (
     torch_tensors,
 )
 from support.models.hf_models import save_hf, tiny
+from support.models.titan_package import built, on_a_cpu
 
 pytest.importorskip("torchtitan", reason="needs .[interop]")
 
 
 @pytest.fixture(autouse=True)
-def _without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels for experts on several devices, which the package imports whatever it runs on."""
-    kernels = "torchtitan.distributed.minimal_async_ep.kernels"
-    if importlib.util.find_spec("triton") is None:
-        monkeypatch.setitem(sys.modules, kernels, MagicMock())
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_cpu(monkeypatch)
 
 
 YARN = {
@@ -66,22 +54,10 @@ CASES = [
 ]
 
 
-class _Attend(nn.Module):
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, attention_masks: Any, scale: float
-    ) -> Tensor:
-        del attention_masks
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return out.transpose(1, 2)
-
-
-def _in_fp32(self: Any, x: Tensor, counts: Tensor) -> Tensor:
-    parts = torch.split(x, counts.int().tolist())
-    weights = zip(parts, self.w1_EFD, self.w3_EFD, self.w2_EDF, strict=True)
-    return torch.cat(
-        [(functional.silu(part @ w1.T) * (part @ w3.T)) @ w2.T for part, w1, w3, w2 in weights]
-    )
+def _dense(config: Any) -> int:
+    """How many layers have no experts, the first ones."""
+    kinds = getattr(config, "mlp_layer_types", None)
+    return int(config.first_k_dense_replace if kinds is None else kinds.count("dense"))
 
 
 def titan_config(hf: Any) -> Any:
@@ -104,7 +80,7 @@ def titan_config(hf: Any) -> Any:
     )
     layers = _build_dsv3_layers(
         n_layers=config.num_hidden_layers,
-        n_dense_layers=config.first_k_dense_replace,
+        n_dense_layers=_dense(config),
         dim=config.hidden_size,
         n_heads=config.num_attention_heads,
         q_lora_rank=config.q_lora_rank or 0,
@@ -118,9 +94,9 @@ def titan_config(hf: Any) -> Any:
         num_experts=config.n_routed_experts,
         num_shared_experts=config.n_shared_experts,
         router_top_k=config.num_experts_per_tok,
-        router_score_func="sigmoid",
-        router_num_expert_groups=config.n_group if config.n_group > 1 else None,
-        router_num_limited_groups=config.topk_group if config.n_group > 1 else None,
+        router_score_func="softmax" if config.model_type == "deepseek_v2" else "sigmoid",
+        router_num_expert_groups=config.n_group if (config.n_group or 1) > 1 else None,
+        router_num_limited_groups=config.topk_group if (config.n_group or 1) > 1 else None,
         router_route_scale=config.routed_scaling_factor,
         router_route_norm=config.norm_topk_prob,
         attn_backend="flex",
@@ -142,17 +118,9 @@ def titan_config(hf: Any) -> Any:
     )
 
 
-def titan(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def titan(hf: Any) -> Any:
     """The model that torchtitan builds, without weights."""
-    from torchtitan.models.common.moe import GroupedExperts
-
-    monkeypatch.setattr(GroupedExperts, "forward", _in_fp32)
-    model = titan_config(hf).build().eval()
-    for module in model.modules():
-        if hasattr(module, "inner_attention"):
-            module.inner_attention = _Attend()
-        if isinstance(module, nn.RMSNorm):
-            module.eps = hf.config.rms_norm_eps
+    model = built(titan_config(hf), eps=hf.config.rms_norm_eps)
     for layer in model.layers.values():
         # Between latent ranks transformers has an eps of its own.
         layer.attention.kv_norm.eps = 1e-6
@@ -163,7 +131,7 @@ def titan(hf: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("overrides", CASES)
 def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
-    tmp_path: Path, overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
     from torchtitan.models.deepseek_v3 import DeepSeekV3StateDictAdapter
 
@@ -173,7 +141,7 @@ def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
     assert report.target.family == "torchtitan-deepseek_v3"
     found = torch_tensors(tmp_path / "titan.pth")
 
-    model = titan(hf, monkeypatch)
+    model = titan(hf)
     model.load_state_dict(found)
     assert difference(model, hf) < RIGHT
 
@@ -185,6 +153,63 @@ def test_torchtitan_gives_the_logits_and_its_adapter_the_bytes(
 
     convert(tmp_path / "titan.pth", tmp_path / "back", form="hf", assets=source)
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        pytest.param("deepseek_v2", {}, id="deepseek_v2"),
+        pytest.param("deepseek_v2", {"q_lora_rank": None}, id="deepseek_v2-direct"),
+        pytest.param("deepseek_v2", {"rope_parameters": YARN}, id="deepseek_v2-yarn"),
+        pytest.param(
+            "deepseek_v2",
+            {"num_hidden_layers": 11, "n_routed_experts": 12, "n_shared_experts": 2},
+            id="deepseek_v2-eleven-layers-twelve-experts",
+        ),
+        pytest.param("glm4_moe_lite", {}, id="glm4_moe_lite"),
+        pytest.param(
+            "glm4_moe_lite", {"norm_topk_prob": False, "n_group": 1}, id="glm4_moe_lite-as-scored"
+        ),
+    ],
+)
+def test_torchtitan_computes_what_the_classes_around_deepseek_v3_do(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    hf = tiny(model_type, **overrides)
+    source = save_hf(hf, tmp_path / "hf")
+    assert check(source, to="torchtitan-deepseek_v3")
+    convert(source, tmp_path / "titan.pth", to="torchtitan-deepseek_v3")
+    model = titan(hf)
+    model.load_state_dict(torch_tensors(tmp_path / "titan.pth"))
+    assert difference(model, hf) < RIGHT
+
+    convert(tmp_path / "titan.pth", tmp_path / "back", form="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "reason"),
+    [
+        pytest.param(
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+            "2 groups",
+            id="groups-by-their-best",
+        ),
+        pytest.param(
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+            "dense layers 1",
+            id="a-dense-layer-between",
+        ),
+    ],
+)
+def test_experts_that_torchtitan_does_not_have_are_refused(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], reason: str
+) -> None:
+    source = save_hf(tiny(model_type, **overrides), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError, match=f"experts: {reason}"):
+        convert(source, tmp_path / "out", to="torchtitan-deepseek_v3")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,17 @@ _TOKENS = "which tokens mean what; the tokenizer goes along"
 _ORIGIN = "where and by what the file was written"
 _RUNNING = "how the class computes, not what"
 _LABELS = "names of classes; no tensor depends on them"
+_SUMMARY = "a head for multiple choice, whose tensors are accounted for themselves"
 _SIZES = "a size that follows from others"
+_TOWERS = "describes a part by itself, whose tensors are accounted for like all others"
 _PREFIX = "the prefix of p-tuning, whose tensors are kept by themselves"
 
 HARMLESS_FIELDS: Mapping[str, str] = {
     **dict.fromkeys(
         (
             *("attention_dropout", "attn_dropout", "classifier_dropout", "classifier_dropout_prob"),
-            *("dropout", "embd_pdrop", "embed_dropout", "hidden_dropout", "hidden_dropout_prob"),
+            *("dropout", "embd_pdrop", "embed_dropout", "embedding_dropout", "hidden_dropout"),
+            "hidden_dropout_prob",
             *(
                 "resid_pdrop",
                 "resid_dropout",
@@ -48,7 +51,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             ),
             *("moe_capacity", "moe_use_aux_free", "moe_aux_loss_coef", "z_loss_weight"),
             *("rescale_layer", "gradient_checkpointing", "use_gradient_checkpointing"),
-            *("router_entropy_coef", "freeze_router", "freq_allocation_dropout"),
+            *("router_entropy_coef", "freeze_router", "freq_allocation_dropout", "attn_pdrop"),
         ),
         _TRAINING,
     ),
@@ -72,7 +75,12 @@ HARMLESS_FIELDS: Mapping[str, str] = {
         (
             *("decoder_start_token_id", "sep_token_id", "unk_token_id", "mask_token_id"),
             *("cls_token_id", "tokenizer_class", "prefix", "im_start_id", "im_end_id"),
-            *("im_patch_id", "vocab_file", "bos_token", "eos_token", "pad_token", "chat_template"),
+            *("image_token_id", "video_token_id", "audio_token_id", "image_token_index"),
+            *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
+            *("boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id"),
+            *("media_placeholder_token_id", "video_placeholder", "ignore_index"),
+            *("im_patch_id", "eod_token_id", "vocab_file", "bos_token", "eos_token", "pad_token"),
+            "chat_template",
         ),
         _TOKENS,
     ),
@@ -94,13 +102,35 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("use_sparse_flash_attn", "low_cpu_mem_usage", "tensor_parallel_degree"),
             *("sequence_parallel", "tensor_parallel_output", "pipeline_parallel_degree"),
             *("recompute", "recompute_granularity", "attn_mode", "use_rms_norm_kernel"),
-            *("quantization_config", "compression_ratio"),
+            "enable_moe_fp32_combine",
+            *("quantization_config", "compression_ratio", "reorder_and_upcast_attn"),
+            "use_unified_vision_chunk",
+            *("slow_but_exact", "attention_softmax_in_fp32", "masked_softmax_fusion"),
+            *("bias_dropout_fusion", "skip_bias_add", "skip_bias_add_qkv"),
         ),
         _RUNNING,
     ),
+    **dict.fromkeys(
+        (
+            *("summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
+            *("summary_type", "summary_use_proj"),
+        ),
+        _SUMMARY,
+    ),
     **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "label_names"), _LABELS),
+    **dict.fromkeys(
+        (
+            *("vision_config", "audio_config", "text_config", "vision_feature_layer"),
+            *("vision_feature_select_strategy", "projector_hidden_act", "spatial_merge_size"),
+            *("multimodal_projector_bias", "image_seq_length", "mm_tokens_per_image"),
+            *("downsample_ratio", "vision_soft_tokens_per_image"),
+        ),
+        _TOWERS,
+    ),
     **dict.fromkeys(("pre_seq_len", "prefix_projection"), _PREFIX),
-    **dict.fromkeys(("qk_head_dim", "original_max_position_embeddings"), _SIZES),
+    **dict.fromkeys(
+        ("qk_head_dim", "original_max_position_embeddings", "projection_hidden_size"), _SIZES
+    ),
 }
 """Field of any class's config.json -> why the logits do not depend on it, or not on it alone.
 
@@ -110,15 +140,19 @@ Source: the ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0.
 
 HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
     "add_cross_attention": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
     "cross_attention_hidden_size": (),
     "is_causal": (True,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "moe_layer_freq": (1,),
     "moe_norm_min": (1e-12,),
+    "num_mtp_layers": (0, 1, 2, 3),
     "num_nextn_predict_layers": (0, 1, 2, 3),
+    "projection_layer_norm_eps": (1e-5,),
     "pruned_heads": ({}, []),
     "rope_interleave": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
     "scoring_func": ("sigmoid",),
     "tie_encoder_decoder": (False,),
     "topk_method": ("noaux_tc",),
@@ -130,7 +164,8 @@ HARMLESS_IF: Mapping[str, tuple[object, ...]] = {
 }
 """Fields that change the arithmetic unless they have one of these values.
 
-``num_nextn_predict_layers`` counts layers after the last, whose keys are accounted for themselves.
+``num_nextn_predict_layers`` and ``num_mtp_layers`` count layers after the last, whose keys are
+accounted for themselves.
 """
 
 

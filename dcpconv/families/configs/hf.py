@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import slots_of
-from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
+from dcpconv.core.spec import LatentAttention, ModelSpec, RopeScaling
+from dcpconv.families.configs.classics import CLASSICS
+from dcpconv.families.configs.experts import read_experts
 from dcpconv.families.configs.fields import unaccounted
-from dcpconv.families.configs.hf_fields import HfConfig
+from dcpconv.families.configs.hf_fields import TEXT, HfConfig, nested_text
+from dcpconv.families.configs.hf_heads import classes_of, head_of
+from dcpconv.families.configs.hybrids import HYBRIDS
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
+from dcpconv.families.configs.mixtures import MIXTURES
+from dcpconv.families.configs.model_type import ModelType
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
 
@@ -24,6 +32,17 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 _TEMPERATURE = "llama_4_scaling_beta"
 """Grows with the position; 0 for none.  Source: ``modeling_ministral3.py``, same version."""
 
+_OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
+    ("llama_shaped_reading", LLAMA_SHAPED),
+    ("gpt_oss", ("gpt_oss",)),
+    ("muse_glimmer", ("muse_glimmer",)),
+    ("mixture_reading", MIXTURES),
+    ("classics_reading", CLASSICS),
+    ("hybrid_reading", HYBRIDS),
+)
+"""Module that reads what only some classes say, and those classes; it has ``own_names``,
+``own_values`` and ``layer_words``."""
+
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
 
@@ -35,7 +54,12 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         SpecError: Facts list every field that is missing or does not fit.
     """
     fields = _with_defaults(fields)
-    config = checked(HfConfig, fields, file)
+    text = nested_text(fields, _language(fields))
+    config = checked(HfConfig, text, file)
+    model_type = str(fields.get("model_type") or config.model_type)
+    known, outer = MODEL_TYPES.get(config.model_type), MODEL_TYPES.get(model_type)
+    unheeded = tuple(_unheeded(text, known))
+    config = config.model_copy(update=dict(known.assumes) if known else {})
     head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim
     if head_dim is None:
         if config.hidden_size % config.num_attention_heads:
@@ -49,14 +73,9 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
             )
         head_dim = config.hidden_size // config.num_attention_heads
     window, layer_types = _windows(config, file)
-    own_names, own_values = frozenset[str](), dict[str, object]()
-    if config.model_type in LLAMA_SHAPED:
-        from dcpconv.families.configs import llama_shaped_reading as shaped  # noqa: PLC0415
-
-        own_names = shaped.own_names(config.model_type)
-        own_values = dict(shaped.own_values(config, file))
+    own = _own_reader(config.model_type)
     values: dict[str, object] = {
-        "architecture": config.model_type,
+        "architecture": model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "n_layers": config.num_hidden_layers,
@@ -79,23 +98,55 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
-        "experts": _experts(config, file),
+        "experts": read_experts(config, outer if outer and outer.routing else known, file),
         "latent": _latent(config, file),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
-        "origin": "hf-" + SAME_KEYS.get(config.model_type, config.model_type),
+        "head": (head := head_of(config.architectures or (), known)),
+        "n_classes": classes_of(fields) if head.startswith("score") else None,
+        "origin": "hf-" + SAME_KEYS.get(model_type, model_type),
         "unaccounted": (
-            *unaccounted(config.model_extra or {}, used=_spellings() | own_names),
-            *_rope_strangers(config),
+            *unaccounted(
+                config.model_extra or {},
+                used=_spellings() | (own.own_names(config) if own else frozenset()),
+                harmless_if=known.allows if known else None,
+            ),
+            *_rope_strangers(config, is_by_kind=config.model_type == "gemma3_text"),
+            *unheeded,
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
+        "stated": fields,
     }
-    if config.model_type in {"gemma", "gemma2"}:
+    if config.model_type in {"gemma", "gemma2", "gemma3_text"}:
         values["embedding_multiplier"] = config.hidden_size**0.5
-    known = MODEL_TYPES.get(config.model_type)
-    values |= own_values
+    values |= own.own_values(config, file) if own else {}
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
+
+
+def _language(fields: Mapping[str, object]) -> object:
+    """The class whose language model a file describes: its own, or the one beside a tower."""
+    model_type, inner = fields.get("model_type"), fields.get(TEXT)
+    known = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    if known is None or known.language is None:
+        return model_type
+    stated = inner.get("model_type") if isinstance(inner, Mapping) else None
+    return known.language or stated
+
+
+def _own_reader(model_type: str) -> Any:
+    """The module that reads what only this class says, or ``None``."""
+    module = next((name for name, types in _OWN_READERS if model_type in types), None)
+    return None if module is None else import_module(f"dcpconv.families.configs.{module}")
+
+
+def _unheeded(fields: Mapping[str, object], known: ModelType | None) -> Iterator[str]:
+    """Fields that the class does not look at and that say something else than it does."""
+    slots = slots_of(HfConfig)
+    for slot, value in (known.assumes if known else {}).items():
+        name = next((name for name in slots[slot].names if name in fields), "")
+        if name and (fields[name] or None) != (value or None):
+            yield f"{name}: {fields[name]!r}"
 
 
 def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
@@ -112,9 +163,21 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
         merged.setdefault("max_position_embeddings", merged.pop("max_sequence_length"))
     if isinstance(model_type, str):
         merged["model_type"] = model_type
-        known = MODEL_TYPES.get(model_type)
-        for key, value in (known.defaults if known else {}).items():
-            merged.setdefault(key, value)
+        known = MODEL_TYPES.get(str(_language(merged)))
+        inner = merged.get(TEXT)
+        holder = merged if not isinstance(inner, Mapping) else dict(inner)
+        own = MODEL_TYPES.get(model_type)
+        defaults = {**(known.defaults if known else {}), **(own.defaults if own else {})}
+        for key, value in defaults.items():
+            holder.setdefault(key, value)
+        if known and known.routing and known.routing.dense == "none":
+            # No layer has a plain block whose width it could be.
+            holder.setdefault("intermediate_size", holder.get("moe_intermediate_size"))
+        if known and known.completes:
+            holder = dict(known.completes(holder))
+        if known is not None:
+            holder = known.read(holder)
+        merged = {**merged, TEXT: holder} if isinstance(inner, Mapping) else holder
     return merged
 
 
@@ -127,6 +190,7 @@ def _rope(config: HfConfig, file: Path) -> dict[str, object]:
         # One mapping per layer type; the layers that see everything speak for the model.
         stated = nested.get("full_attention", next(iter(nested.values())))
     kind = stated.get("rope_type", stated.get("type", "default"))
+    kind = "default" if kind == "mrope" else kind  # all its dimensions are alike for text
     scaling = None
     if (kind is not None and kind != "default") or stated.get(_TEMPERATURE):
         parameters = {key: value for key, value in stated.items() if key not in _ROPE_OWN}
@@ -157,17 +221,23 @@ _ROPE_KNOWN = frozenset(
         *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
         *("low_freq_factor", "high_freq_factor", "long_factor", "short_factor", "truncate"),
         *(_TRAINED_LENGTH, "finetuned"),
+        *("mrope_section", "mrope_interleaved"),  # all alike for text
     }
 )
 """Source: ``modeling_rope_utils.py`` of transformers 5.23.0; what else stands there is a class's
 own, such as the temperature ``llama_4_scaling_beta``."""
 
 
-def _rope_strangers(config: HfConfig) -> Iterator[str]:
-    """What a RoPE mapping says beyond ``RopeScaling``."""
+def _rope_strangers(config: HfConfig, *, is_by_kind: bool) -> Iterator[str]:
+    """What a RoPE mapping says beyond ``RopeScaling``.
+
+    Args:
+        config: What every class says.
+        is_by_kind: Whether layers of two kinds turn otherwise, and only models of the class may.
+    """
     stated: Mapping[str, object] = config.rope_scaling or config.rope_parameters or {}
     nested = [value for value in stated.values() if isinstance(value, dict)]
-    if any(value != nested[0] for value in nested):
+    if any(value != nested[0] for value in nested) and not is_by_kind:
         yield "rope_parameters: another one per layer type"
     for name, value in (nested[0] if nested else stated).items():
         if name not in _ROPE_KNOWN and value is not None and (name != _TEMPERATURE or value):
@@ -206,7 +276,7 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
         layers = range(config.num_hidden_layers)
         last = config.max_window_layers
         slides = None
-        if config.model_type in {"qwen2", "qwen3"} and last is not None:
+        if config.model_type in {"qwen2", "qwen3", "dots1"} and last is not None:
             slides = [layer >= last for layer in layers]
         elif config.model_type == "qwen2_moe" and last is not None:
             slides = [layer % 2 == 0 and layer < last for layer in layers]
@@ -214,61 +284,14 @@ def _windows(config: HfConfig, file: Path) -> tuple[int | None, tuple[str, ...] 
             slides = [layer % 2 == 0 for layer in layers]
         if slides is not None:
             types = ["sliding_attention" if slide else "full_attention" for slide in slides]
-        elif config.model_type in LLAMA_SHAPED:
-            from dcpconv.families.configs.llama_shaped_reading import layer_words  # noqa: PLC0415
-
-            types = layer_words(config, file)
+        elif (own := _own_reader(config.model_type)) is not None:
+            types = own.layer_words(config, file)
     if types is not None:
         if not any("sliding" in word for word in types):
             window = None
         if len(set(types)) == 1:
             types = None
     return window, None if types is None else tuple(types)
-
-
-def _experts(config: HfConfig, file: Path) -> Experts | None:
-    if not config.num_experts:
-        return None
-    width = config.moe_intermediate_size or config.intermediate_size
-    shared, shared_width = config.n_shared_experts or 0, config.shared_expert_intermediate_size
-    if shared_width and not shared:
-        # One block as wide as several experts computes what they do side by side.
-        shared, rest = divmod(shared_width, width)
-        shared, shared_width = (1, shared_width) if rest else (shared, width)
-    return checked(
-        Experts,
-        {
-            "count": config.num_experts,
-            "per_token": config.num_experts_per_tok,
-            "ffn_size": width,
-            "shared_count": shared,
-            "shared_ffn_size": (shared_width or width) if shared else None,
-            "norm_topk": config.norm_topk_prob,
-            "dense_layers": tuple(
-                n for n in range(config.num_hidden_layers) if _is_dense(config, n)
-            ),
-            "routed_scale": config.routed_scaling_factor,
-            "groups": config.n_group or 1,
-            "top_groups": config.topk_group or 1,
-            **(known.experts if (known := MODEL_TYPES.get(config.model_type)) else {}),
-        },
-        file,
-    )
-
-
-def _is_dense(config: HfConfig, layer: int) -> bool:
-    """Source: the ``*DecoderLayer`` classes of transformers 5.23.0."""
-    if config.model_type == "ernie4_5_moe":
-        end = config.moe_layer_end_index
-        last = config.num_hidden_layers - 1 if end == -1 else end
-        is_due = (layer + 1) % config.moe_layer_interval == 0
-        return not (is_due and config.moe_layer_start_index <= layer <= last)
-    skipped = layer in (config.mlp_only_layers or ())
-    return (
-        skipped
-        or layer < config.first_k_dense_replace
-        or (layer + 1) % config.decoder_sparse_step != 0
-    )
 
 
 def _latent(config: HfConfig, file: Path) -> LatentAttention | None:

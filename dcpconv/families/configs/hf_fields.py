@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from dcpconv.core.record import Json, Record, field
 from dcpconv.core.spec import Count, Positive, Size
+
+TEXT: Final = "text_config"
+"""What a class with a vision or audio tower says of its language model."""
+
+
+def nested_text(fields: Mapping[str, object], language: object) -> Mapping[str, object]:
+    """The fields of the language model, whether they are nested or not; a class's own name and what
+    it ties stand outside.
+
+    Args:
+        fields: The file.
+        language: Class of the language model.
+    """
+    inner = fields.get(TEXT)
+    if not isinstance(inner, Mapping):
+        return fields if language is None else {**fields, "model_type": language}
+    outside = {name: value for name, value in fields.items() if name != TEXT}
+    own = {name: fields[name] for name in ("architectures",) if name in fields}
+    own |= {} if language is None else {"model_type": language}
+    tied = {name: fields[name] for name in ("tie_word_embeddings",) if fields.get(name) is not None}
+    return {**outside, **inner, **own, **tied}
 
 
 class HfConfig(Record, extra="allow"):
@@ -57,10 +81,14 @@ class HfConfig(Record, extra="allow"):
         ge=0,
         names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
-    num_experts_per_tok: Count | None = field(default=None, names=("num_experts_per_tok", "moe_k"))
+    num_experts_per_tok: Count | None = field(
+        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk")
+    )
     moe_intermediate_size: Size | None = None
     n_shared_experts: int | None = field(
-        default=None, ge=0, names=("n_shared_experts", "moe_num_shared_experts")
+        default=None,
+        ge=0,
+        names=("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"),
     )
     shared_expert_intermediate_size: int | None = field(
         default=None,
@@ -68,13 +96,17 @@ class HfConfig(Record, extra="allow"):
         names=("shared_expert_intermediate_size", "shared_intermediate_size"),
     )
     norm_topk_prob: bool = False
-    first_k_dense_replace: int = field(default=0, ge=0)
+    first_k_dense_replace: int = field(
+        default=0, ge=0, names=("first_k_dense_replace", "num_dense_layers")
+    )
     decoder_sparse_step: Count = 1
     mlp_only_layers: list[int] | None = None
     moe_layer_start_index: int = field(default=0, ge=0)
     moe_layer_end_index: int = -1
     moe_layer_interval: Count = 1
-    routed_scaling_factor: Positive = 1.0
+    routed_scaling_factor: Positive = field(
+        default=1.0, names=("routed_scaling_factor", "router_scaling_factor", "route_scale")
+    )
     n_group: Count | None = None
     topk_group: Count | None = None
 

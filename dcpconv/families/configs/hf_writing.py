@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
 from dcpconv.core.record import Json
-from dcpconv.core.spec import Experts, ModelSpec
+from dcpconv.core.spec import ModelSpec
+from dcpconv.families.configs import classics_writing, gpt_oss, mixture_writing
+from dcpconv.families.configs.experts import shared_width, strided, unfit
+from dcpconv.families.configs.hf_fields import TEXT
+from dcpconv.families.configs.hf_heads import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
@@ -15,20 +19,26 @@ from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwis
 _ATTENTION = ("attention_bias", ("qkv_bias", "o_bias"))
 _SWITCHES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **SWITCHES,
+    **mixture_writing.SWITCHES,
+    **classics_writing.SWITCHES,
     "llama": _ATTENTION,
     "qwen3": _ATTENTION,
     "qwen3_moe": _ATTENTION,
     "gemma2": _ATTENTION,
     "olmo2": _ATTENTION,
+    "gpt_oss": _ATTENTION,
     "glm": ("attention_bias", ("qkv_bias",)),
-    "granitemoeshared": _ATTENTION,
     "ernie4_5_moe": ("use_bias", ("qkv_bias", "o_bias", "mlp_bias", "head_bias")),
-    "deepseek_v3": ("attention_bias", ("latent_bias", "o_bias")),
 }
 """The field that adds biases, and the features that come and go with it."""
 
-_OWN_HEAD_DIM = frozenset(MODEL_TYPES) - {"granitemoeshared", "helium", "phi3"}
+_OWN_HEAD_DIM = frozenset(
+    name for name, known in MODEL_TYPES.items() if "head_dim" not in known.silent
+) - {"granitemoe", "granitemoeshared", "helium", "olmoe", "phi3"}
 """Classes that heed ``head_dim``; the others divide the hidden size by the heads."""
+
+_ANY_HEADS = frozenset({"gpt_oss"})
+"""Classes that do not ask that the heads divide the hidden size."""
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
@@ -43,25 +53,31 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     if known is None or known.expresses is None:
         return (Refusal("architecture", f"{model_type}: no config.json is written for it"),)
     name = known.class_name
+    if known.is_copied:
+        if model_type in {spec.architecture, _nested_type(spec)}:
+            return ()
+        return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
     features = spec.features()
-    found = unexpressed(spec, known.expresses, name=name, requires=known.requires)
+    expresses = known.expresses | (HEADS if model_type in SCORING else frozenset())
+    found = unexpressed(spec, expresses, name=name, requires=known.requires)
     switch, together = _SWITCHES.get(model_type, ("", ()))
     if not features.keys() >= set(together):
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
         found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
     found += turned_otherwise(spec, model_type, name=name)
+    found += classics_writing.rules(model_type, spec, name)
     scaling = spec.rope_scaling
     if model_type == "phi3" and scaling is not None and scaling.kind != "longrope":
         found.append(Refusal("rope_scaling", f"{scaling}: {name} knows longrope only"))
-    if spec.hidden_size % spec.n_heads:
+    if spec.hidden_size % spec.n_heads and model_type not in _ANY_HEADS:
         reason = f"{name} wants a divisor of the hidden size {spec.hidden_size}"
         found.append(Refusal("n_heads", f"{spec.n_heads}: {reason}"))
     elif model_type not in _OWN_HEAD_DIM and spec.head_dim * spec.n_heads != spec.hidden_size:
         reason = f"{name} divides the hidden size by the heads"
         found.append(Refusal("head_dim", f"{spec.head_dim}: {reason}"))
-    if spec.experts is not None and "experts" in known.expresses:
-        unfit = _unfit(model_type, spec.experts, name, spec.n_layers)
-        found += [Refusal("experts", why) for why in unfit]
+    if spec.experts is not None and known.routing is not None:
+        reasons = unfit(known.routing, spec.experts, name, spec.n_layers)
+        found += [Refusal("experts", why) for why in reasons]
     return tuple(found)
 
 
@@ -88,8 +104,10 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
             [("known", name) for name, known in MODEL_TYPES.items() if known.expresses is not None],
         )
     label = wishes.dtype or spec.dtype
+    if known.is_copied:
+        return _as_read(spec, model_type, label)
     fields: dict[str, object] = {
-        "architectures": [known.class_name],
+        "architectures": [class_name(known, spec.head)],
         "model_type": model_type,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
@@ -108,6 +126,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         switch, together = _SWITCHES[model_type]
         fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
+    fields |= mixture_writing.own_fields(model_type, spec)
+    fields = known.written(fields)
     eos = spec.eos_token_id
     fields |= {
         "bos_token_id": spec.bos_token_id,
@@ -116,6 +136,9 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     }
     if spec.bos_token_id is None and model_type == "cwm":
         del fields["bos_token_id"]  # the one class that takes no null
+    if model_type == "mellum":  # takes what stands outside for what its kinds of layers have
+        del fields["rope_theta"], fields["rope_scaling"]
+    fields |= label_fields(spec.n_classes)
     if label is not None:
         name = _torch_name(label)
         fields |= {"dtype": name, "torch_dtype": name}
@@ -124,58 +147,36 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
 
 
+def _nested_type(spec: ModelSpec) -> object:
+    """The class of the language model alone, where a class has it beside a tower."""
+    inner = spec.stated.get(TEXT)
+    return inner.get("model_type") if isinstance(inner, Mapping) else None
+
+
+def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, object]:
+    """What was read, or the part of it that is of the language model, with the type of the tensors
+    that are written."""
+    left = ("_name_or_path", "transformers_version")
+    fields: dict[str, object] = {k: v for k, v in spec.stated.items() if k not in left}
+    inner = fields.get(TEXT)
+    if spec.tied != fields.get("tie_word_embeddings", spec.tied):
+        fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
+    if model_type != spec.architecture and isinstance(inner, Mapping):
+        own = {"architectures": [MODEL_TYPES[model_type].class_name], "model_type": model_type}
+        fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None
+    if label is not None:
+        fields |= {"dtype": _torch_name(label), "torch_dtype": _torch_name(label)}
+        if isinstance(inner, Mapping):
+            fields[TEXT] = {**inner, "dtype": _torch_name(label)}
+    return fields
+
+
 def _model_type(family: str, spec: ModelSpec) -> str:
     """The class to write for: a model keeps its own where both name their tensors alike."""
     if not family.startswith("hf-"):
         return spec.architecture
     named = family.removeprefix("hf-")
     return spec.architecture if SAME_KEYS.get(spec.architecture) == named else named
-
-
-def _unfit(model_type: str, experts: Experts, name: str, n_layers: int) -> list[str]:
-    """Why a class computes something else from these experts.
-
-    Source: the ``*TopKRouter`` classes of transformers 5.23.0.
-    """
-    found = []
-    if model_type != "deepseek_v3":
-        if experts.scoring != "softmax":
-            found.append(f"{experts.scoring} scores: {name} has softmax")
-        if experts.groups > 1:
-            found.append(f"{experts.groups} groups: {name} has none")
-        if experts.routed_scale != 1.0:
-            found.append(f"scaled by {experts.routed_scale}: {name} does not scale")
-    elif experts.scoring != "sigmoid":
-        found.append(f"{experts.scoring} scores: {name} has sigmoid")
-    if experts.selection_bias and model_type not in {"deepseek_v3", "ernie4_5_moe"}:
-        found.append(f"a selection bias: {name} has none")
-    if experts.shared_count and model_type in {"mixtral", "qwen3_moe"}:
-        found.append(f"{experts.shared_count} shared: {name} has none")
-    if not experts.norm_topk and model_type in {"mixtral", "granitemoeshared", "ernie4_5_moe"}:
-        found.append(f"weights do not sum to one: in {name} they do")
-    dense = experts.dense_layers
-    if dense and model_type in {"mixtral", "granitemoeshared"}:
-        found.append(f"{len(dense)} dense layers: {name} has experts in all")
-    elif model_type == "deepseek_v3" and dense != tuple(range(len(dense))):
-        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has them first")
-    elif model_type == "ernie4_5_moe" and _strided(experts, n_layers) is None:
-        found.append(f"dense layers {', '.join(map(str, dense))}: {name} has experts at a stride")
-    shared = experts.shared_count * (experts.shared_ffn_size or 0)
-    if model_type in {"ernie4_5_moe", "deepseek_v3"} and shared % experts.ffn_size:
-        found.append(f"shared width {shared}: {name} wants a multiple of {experts.ffn_size}")
-    return found
-
-
-def _strided(experts: Experts, n_layers: int) -> tuple[int, int, int] | None:
-    """First and last layer with experts and the step between them, counted as ERNIE counts it, or
-    ``None`` where there is no such step."""
-    sparse = [layer for layer in range(n_layers) if layer not in experts.dense_layers]
-    if not sparse:
-        return n_layers, n_layers, 1
-    step = sparse[1] - sparse[0] if len(sparse) > 1 else 1
-    first, last = sparse[0], sparse[-1]
-    is_due = sparse == list(range(first, last + 1, step)) and (first + 1) % step == 0
-    return (first, last, step) if is_due else None
 
 
 def _nothing(spec: ModelSpec) -> dict[str, object]:
@@ -266,64 +267,26 @@ def _glm(spec: ModelSpec) -> dict[str, object]:
     return {"partial_rotary_factor": spec.partial_rotary_factor}
 
 
-def _granite(spec: ModelSpec) -> dict[str, object]:
-    if spec.experts is None:
-        return {}
-    return {
-        "intermediate_size": spec.experts.ffn_size,
-        "attention_multiplier": spec.query_multiplier or spec.head_dim**-0.5,
-        "embedding_multiplier": spec.embedding_multiplier,
-        "residual_multiplier": spec.residual_multiplier,
-        "logits_scaling": spec.logits_scaling,
-        "num_local_experts": spec.experts.count,
-        "num_experts_per_tok": spec.experts.per_token,
-        "shared_intermediate_size": _shared_width(spec.experts),
-    }
-
-
 def _ernie(spec: ModelSpec) -> dict[str, object]:
     experts = spec.experts
     if experts is None:
         return {}
-    first, last, step = _strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
+    first, last, step = strided(experts, spec.n_layers) or (0, spec.n_layers - 1, 1)
     # Its shared experts are as wide as the routed ones, so their number follows from the width.
     return {
         "moe_intermediate_size": experts.ffn_size,
         "moe_k": experts.per_token,
         "moe_num_experts": experts.count,
-        "moe_num_shared_experts": _shared_width(experts) // experts.ffn_size,
+        "moe_num_shared_experts": shared_width(experts) // experts.ffn_size,
         "moe_layer_start_index": first,
         "moe_layer_end_index": last,
         "moe_layer_interval": step,
     }
 
 
-def _deepseek(spec: ModelSpec) -> dict[str, object]:
-    experts, latent = spec.experts, spec.latent
-    if experts is None or latent is None:
-        return {}
-    return {
-        "moe_intermediate_size": experts.ffn_size,
-        "n_routed_experts": experts.count,
-        "n_shared_experts": _shared_width(experts) // experts.ffn_size,
-        "num_experts_per_tok": experts.per_token,
-        "norm_topk_prob": experts.norm_topk,
-        "first_k_dense_replace": len(experts.dense_layers),
-        "routed_scaling_factor": experts.routed_scale,
-        "n_group": experts.groups,
-        "topk_group": experts.top_groups,
-        "scoring_func": experts.scoring,
-        "topk_method": "noaux_tc",
-        "q_lora_rank": latent.q_rank,
-        "kv_lora_rank": latent.kv_rank,
-        "qk_nope_head_dim": latent.nope_dim,
-        "qk_rope_head_dim": spec.head_dim,
-        "v_head_dim": latent.value_dim,
-    }
-
-
 _OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
     **OWN_FIELDS,
+    **classics_writing.OWN_FIELDS,
     "llama": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,
@@ -333,15 +296,10 @@ _OWN_FIELDS: Mapping[str, Callable[[ModelSpec], dict[str, object]]] = {
     "phi3": _phi3,
     "gemma2": _gemma2,
     "glm": _glm,
-    "granitemoeshared": _granite,
+    "gpt_oss": gpt_oss.own_fields,
     "ernie4_5_moe": _ernie,
-    "deepseek_v3": _deepseek,
 }
 """Fields that only some classes have."""
-
-
-def _shared_width(experts: Experts) -> int:
-    return experts.shared_count * (experts.shared_ffn_size or 0)
 
 
 def _rope(spec: ModelSpec) -> dict[str, object]:

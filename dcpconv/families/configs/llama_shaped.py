@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dcpconv.families.configs.model_type import ANY, BIASES, GEMMA, LLAMA, WINDOWS, ModelType
+from dcpconv.families.configs.model_type import ANY, BIASES, GEMMA, GLM, LLAMA, WINDOWS, ModelType
 
 _MLP_BIAS = frozenset({"mlp_bias"})
 _NOPE = frozenset({"no_rope_layers"})
@@ -174,18 +174,7 @@ LLAMA_SHAPED: Mapping[str, ModelType] = {
     ),
     "glm4": ModelType(
         "Glm4ForCausalLM",
-        {
-            "tie_word_embeddings": False,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 10_000.0,
-            "partial_rotary_factor": 0.5,
-            "attention_bias": True,
-            "eos_token_id": [151_329, 151_336, 151_338],
-            "pad_token_id": 151_329,
-        },
+        GLM,
         {"post_norms": True},
         expresses=ANY | {"partial_rotary", "qkv_bias", "post_norms"},
         requires=frozenset({"post_norms"}),

@@ -26,9 +26,9 @@ def own_values(config: HfConfig, file: Path) -> Values:
     return {} if read is None else read(config, file)
 
 
-def own_names(model_type: str) -> frozenset[str]:
+def own_names(config: HfConfig) -> frozenset[str]:
     """Fields that ``own_values`` and ``layer_words`` look at, which other classes do not have."""
-    return _NAMES.get(model_type, frozenset())
+    return _NAMES.get(config.model_type, frozenset())
 
 
 def layer_words(config: HfConfig, file: Path) -> list[str] | None:
@@ -45,7 +45,7 @@ def layer_words(config: HfConfig, file: Path) -> list[str] | None:
         slides = [layer in _without_rope(config, file) for layer in layers]
     elif config.model_type == "cwm":
         slides = [layer % _CWM_PERIOD != 0 for layer in layers]
-    elif config.model_type == "exaone4":
+    elif config.model_type in {"exaone4", "exaone_moe"}:
         period = _stated(config, "sliding_window_pattern")
         if not isinstance(period, int) or period < 1:
             raise SpecError(
@@ -77,17 +77,19 @@ def _without_rope(config: HfConfig, file: Path) -> tuple[int, ...]:
     return tuple(layer for layer in range(count) if not turns[layer])
 
 
-def _exaone4(config: HfConfig, file: Path) -> Values:
-    """Source: ``Exaone4Attention`` of transformers 5.23.0: as soon as there is a window, the layers
+def unturned_layers(config: HfConfig, file: Path) -> tuple[int, ...]:
+    """Layers of an EXAONE that RoPE leaves alone.
+
+    Source: ``Exaone4Attention`` of transformers 5.23.0: as soon as there is a window, the layers
     that see everything do not turn."""
     if config.sliding_window is None:
-        return {}
+        return ()
     words = config.layer_types or layer_words(config, file) or []
-    return {
-        "no_rope_layers": tuple(
-            layer for layer, word in enumerate(words) if word != "sliding_attention"
-        )
-    }
+    return tuple(layer for layer, word in enumerate(words) if word != "sliding_attention")
+
+
+def _exaone4(config: HfConfig, file: Path) -> Values:
+    return {"no_rope_layers": unturned_layers(config, file)}
 
 
 def _cohere(config: HfConfig, file: Path) -> Values:

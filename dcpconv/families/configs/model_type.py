@@ -2,8 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a class chooses and weighs experts, and in which layers it has them.
+
+    Attributes:
+        scoring: What turns router logits into weights.
+        selection_bias: Whether a stored bias takes part in choosing.
+        norm_topk: Whether the weights of the chosen experts sum to one; ``None`` where the config
+            says so.
+        groups: Whether groups of experts may compete first.
+        scaled: Whether what the routed experts add may have a factor.
+        shared: Whether it has no shared experts, some of any width, or some whose summed width is a
+            multiple of a routed one's.
+        shared_gate: Whether every token weighs what the shared experts add.
+        bias: Whether the router and the projections of routed experts have biases.
+        dense: Whether layers without experts are none, the first ones, any, or those between a
+            stride.
+    """
+
+    scoring: str = "softmax"
+    selection_bias: bool = False
+    norm_topk: bool | None = None
+    groups: bool = False
+    scaled: bool = False
+    shared: Literal["none", "any", "whole"] = "none"
+    shared_gate: bool = False
+    bias: bool = False
+    dense: Literal["none", "first", "any", "strided"] = "none"
+
+    @property
+    def fixed(self) -> Mapping[str, object]:
+        """``Experts`` fields that the class's code fixes and no file states."""
+        stated = {
+            "scoring": self.scoring,
+            "selection_bias": self.selection_bias,
+            "shared_gate": self.shared_gate,
+            "bias": self.bias,
+        }
+        return stated if self.norm_topk is None else {**stated, "norm_topk": self.norm_topk}
+
+
+SIGMOID = Routing(
+    "sigmoid", selection_bias=True, groups=True, scaled=True, shared="whole", dense="first"
+)
+"""As in DeepSeek-V3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +63,64 @@ class ModelType:
         defaults: Value of each config.json field that is left out.  Sizes are never left out:
             transformers writes every field that only the class knows.
         implied: ``ModelSpec`` fields that the class's code fixes and no file states.
-        experts: ``Experts`` fields that the class's code fixes and no file states.
+        routing: What becomes of experts; ``None`` where it has none.
         expresses: Features that the class can hold, by name, or ``None`` where we write no
             config.json for it.
         requires: Features that a model of the class always has.
+        allows: Values with which a field is harmless that otherwise nobody here knows.
+        language: Class of the language model of a class with a tower; empty where the file says
+            which that is, and ``None`` where there is no tower.
+        is_copied: Whether config.json is written as it was read, and for models of the class alone.
+        assumes: Fields that the class does not look at, and what they have to say all the same.
+        spellings: Field of its file -> what the others call it.
+        older: The same for fields that are read and no longer written.
+        heeds: What the others call a field that the class understands beside its own spelling.
+        silent: Fields of the others that the class does not look at.
+        ffn_times: Width of the feed-forward block in hidden sizes, where the file states none.
+        completes: Makes up fields from others, as the class does.
     """
 
     class_name: str
     defaults: Mapping[str, object]
     implied: Mapping[str, object] = field(default_factory=dict)
-    experts: Mapping[str, object] = field(default_factory=dict)
+    routing: Routing | None = None
     expresses: frozenset[str] | None = None
     requires: frozenset[str] = frozenset()
+    allows: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    assumes: Mapping[str, object] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    older: Mapping[str, str] = field(default_factory=dict)
+    heeds: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    ffn_times: int | None = None
+    language: str | None = None
+    is_copied: bool = False
+    completes: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
+
+    @property
+    def experts(self) -> Mapping[str, object]:
+        """``Experts`` fields that the class's code fixes and no file states."""
+        return self.routing.fixed if self.routing else {}
+
+    def read(self, fields: Mapping[str, object]) -> dict[str, object]:
+        """The fields of a file under the names that the others have for them."""
+        names = {**self.older, **self.spellings}
+        unseen = self.silent | (frozenset(self.spellings.values()) - self.heeds)
+        found = {n: value for n, value in fields.items() if n not in names and n not in unseen}
+        found |= {
+            names[name]: value
+            for name, value in fields.items()
+            if name in names and value is not None
+        }
+        hidden = found.get("hidden_size")
+        if self.ffn_times is not None and isinstance(hidden, int):
+            found.setdefault("intermediate_size", self.ffn_times * hidden)
+        return found
+
+    def written(self, fields: Mapping[str, object]) -> dict[str, object]:
+        """Fields as its file has them, in the same order."""
+        own = {name: spelling for spelling, name in self.spellings.items()}
+        return {own.get(n, n): value for n, value in fields.items() if n not in self.silent}
 
 
 ANY = frozenset({"rope_scaling", "activation"})
@@ -34,6 +128,7 @@ BIASES = frozenset({"qkv_bias", "o_bias"})
 WINDOWS = frozenset({"sliding_window", "layer_types"})
 EXPERTS = frozenset({"experts"})
 QK_NORM = frozenset({"qk_norm"})
+LATENT = frozenset({"latent_attention"})
 
 LLAMA: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -53,4 +148,16 @@ GEMMA: dict[str, object] = {
     "bos_token_id": 2,
     "eos_token_id": 1,
     "pad_token_id": 0,
+}
+GLM: dict[str, object] = {
+    "tie_word_embeddings": False,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-07,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "eos_token_id": [151_329, 151_336, 151_338],
+    "pad_token_id": 151_329,
 }

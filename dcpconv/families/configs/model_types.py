@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dcpconv.families.configs.classics import CLASSICS
+from dcpconv.families.configs.hybrids import HYBRIDS
 from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
+from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import (
     ANY,
     BIASES,
     EXPERTS,
     GEMMA,
+    GLM,
     LLAMA,
     QK_NORM,
+    SIGMOID,
     WINDOWS,
     ModelType,
+    Routing,
 )
+from dcpconv.families.configs.muse_glimmer import MUSE_GLIMMER
+from dcpconv.families.configs.towers import TOWERS
 
 _MISTRAL: dict[str, object] = LLAMA | {
     "num_key_value_heads": 8,
@@ -30,8 +38,14 @@ _QWEN: dict[str, object] = {
     "sliding_window": 4096,
 }
 
+_GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
+
 MODEL_TYPES: Mapping[str, ModelType] = {
     **LLAMA_SHAPED,
+    **HYBRIDS,
+    **TOWERS,
+    **MIXTURES,
+    **CLASSICS,
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),
     "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=ANY | {"sliding_window"}),
     "mixtral": ModelType(
@@ -43,8 +57,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
         },
+        routing=Routing(norm_topk=True),
         expresses=ANY | EXPERTS | {"sliding_window"},
         requires=EXPERTS,
     ),
@@ -54,19 +68,6 @@ MODEL_TYPES: Mapping[str, ModelType] = {
         {"qkv_bias": True},
         expresses=ANY | WINDOWS | {"qkv_bias"},
         requires=frozenset({"qkv_bias"}),
-    ),
-    "qwen2_moe": ModelType(
-        "Qwen2MoeForCausalLM",
-        _QWEN
-        | {
-            "num_key_value_heads": 16,
-            "max_window_layers": 28,
-            "qkv_bias": True,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-        },
     ),
     "qwen3": ModelType(
         "Qwen3ForCausalLM",
@@ -85,6 +86,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "moe_intermediate_size": 768,
         },
         {"qk_norm": True},
+        routing=Routing(dense="any"),
         expresses=ANY | BIASES | QK_NORM | EXPERTS | {"sliding_window"},
         requires=QK_NORM | EXPERTS,
     ),
@@ -142,18 +144,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     ),
     "glm": ModelType(
         "GlmForCausalLM",
-        {
-            "tie_word_embeddings": False,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "max_position_embeddings": 131_072,
-            "rope_theta": 10_000.0,
-            "partial_rotary_factor": 0.5,
-            "attention_bias": True,
-            "eos_token_id": [151_329, 151_336, 151_338],
-            "pad_token_id": 151_329,
-        },
+        GLM,
         expresses=ANY | {"partial_rotary", "qkv_bias"},
     ),
     "granitemoeshared": ModelType(
@@ -165,7 +156,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "num_experts_per_tok": 2,
             "shared_intermediate_size": 0,
         },
-        experts={"norm_topk": True},
+        routing=Routing(norm_topk=True, shared="any"),
         expresses=ANY
         | BIASES
         | EXPERTS
@@ -176,6 +167,36 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "logits_scaling",
         },
         requires=EXPERTS,
+    ),
+    "gpt_oss": ModelType(
+        "GptOssForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150_000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        {"sinks": True},
+        routing=Routing(norm_topk=True, bias=True),
+        expresses=BIASES | WINDOWS | EXPERTS | _GPT_OSS_PARTS | {"rope_scaling"},
+        requires=EXPERTS | _GPT_OSS_PARTS,
     ),
     "ernie4_5_moe": ModelType(
         "Ernie4_5_MoeForCausalLM",
@@ -194,7 +215,7 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        experts={"norm_topk": True, "selection_bias": True},
+        routing=Routing(selection_bias=True, norm_topk=True, shared="whole", dense="strided"),
         expresses=ANY | BIASES | EXPERTS | {"mlp_bias", "head_bias"},
         requires=EXPERTS,
     ),
@@ -222,10 +243,11 @@ MODEL_TYPES: Mapping[str, ModelType] = {
             "bos_token_id": 0,
             "eos_token_id": 1,
         },
-        experts={"scoring": "sigmoid", "selection_bias": True},
+        routing=SIGMOID,
         expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
         requires=EXPERTS | {"latent_attention"},
     ),
+    "muse_glimmer": MUSE_GLIMMER,
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""
 

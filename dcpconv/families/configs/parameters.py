@@ -80,7 +80,11 @@ def unexpressed(
     ]
 
 
-_TURNED = {"glm": "neighbouring channels", "glm4": "neighbouring channels", "phi3": "halves"}
+_TURNED = {
+    **dict.fromkeys(("glm", "glm4"), "neighbouring channels"),
+    **dict.fromkeys(("glm4_moe", "minimax_m2", "phi3"), "halves"),
+    **dict.fromkeys(("gpt_neox", "phi", "stablelm"), "halves"),
+}
 """What RoPE pairs within the share of a head that it turns, by class."""
 
 

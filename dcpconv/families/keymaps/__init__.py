@@ -53,9 +53,7 @@ def tables_for(
         if (not head.by_name if architecture is None else architecture in head.architectures)
         if any(keys & head.templates for keys in readings)
     ]
-    whole = {
-        head.name for head in heads if any(keys <= head.templates for keys in readings if keys)
-    }
+    whole = {head.name for head in heads if any(head.knows_all(keys) for keys in readings if keys)}
     return [
         tables()[head.name]
         for head in heads

@@ -13,10 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcpconv.families.keymaps.building import sound_keymap
+from dcpconv.families.keymaps.building import TABLES, sound_keymap
 from dcpconv.families.keymaps.table import Keymap
 
-TABLES = Path(__file__).parent / "tables"
 TABLE_INDEX = TABLES / "index.json"
 
 
@@ -25,6 +24,8 @@ class Head(NamedTuple):
 
     Attributes:
         nbytes: Size of its file.
+        like: The table whose rows it took over.
+        kept: What keys begin with that are kept as they are stored.
         templates: Keys that it knows, with ``{}`` for every number.
     """
 
@@ -35,7 +36,14 @@ class Head(NamedTuple):
     also: Collection[str]
     architectures: Collection[str]
     by_name: bool
+    like: str
+    kept: Collection[str]
     templates: frozenset[str]
+
+    def knows_all(self, keys: Collection[str]) -> bool:
+        """Whether every one of these templates is of the table."""
+        others = self.templates
+        return all(key in others or key.startswith(tuple(self.kept)) for key in keys)
 
     @property
     def file(self) -> Path:
@@ -54,6 +62,8 @@ def head_of(file: Path) -> Head:
         table.also,
         table.architectures,
         table.by_name,
+        table.like,
+        [part.prefix for part in table.kept],
         table.templates,
     )
 
@@ -70,10 +80,15 @@ class Tables(Mapping[str, Keymap]):
                 if entry.name.endswith(".toml")
             }
         known = {head.name: head for head in _indexed()}
+
+        def is_current(name: str) -> bool:
+            head = known.get(name)
+            if head is None or head.nbytes != sizes[name]:
+                return False
+            return not head.like or is_current(head.like)
+
         self.heads: Mapping[str, Head] = {
-            name: known[name]
-            if name in known and known[name].nbytes == sizes[name]
-            else head_of(TABLES / f"{name}.toml")
+            name: known[name] if is_current(name) else head_of(TABLES / f"{name}.toml")
             for name in sorted(sizes)
         }
         self.read: dict[str, Keymap] = {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 
+from dcpconv.core.declared import AXIS, KIND, check_kind, check_size
 from dcpconv.core.errors import KeymapError, LayoutError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps.building import keymap_of, row_of, tie_of
+from dcpconv.families.keymaps.building import complete, declared_of, keymap_of, row_of, tie_of
 from dcpconv.families.keymaps.table import Keymap, Pattern, Row
 from dcpconv.families.keymaps.words import AXES, CONDITIONS, INDICES
 from dcpconv.stores.local import read_regular
@@ -55,6 +56,9 @@ class _Table(pydantic.BaseModel):
     architectures: tuple[str, ...] = ()
     root: str = ""
     source: str = ""
+    like: str = ""
+    without: tuple[str, ...] = ()
+    moved: dict[str, str] = {}
     keys: dict[str, tuple[str, str] | tuple[str, str, str]]
     tied: dict[str, str | tuple[str, Literal["omitted"]]] = {}
     ignore: dict[str, str] = {}
@@ -63,6 +67,9 @@ class _Table(pydantic.BaseModel):
     always: tuple[str, ...] = ()
     derived: dict[str, Literal["zeros", "inv_freq"]] = {}
     beyond: dict[str, str] = {}
+    axes: dict[str, str | dict[str, str]] = {}
+    kinds: dict[str, str | tuple[str, ...]] = {}
+    kept: dict[str, str] = {}
     same_sizes: dict[str, str] = {}
     by_name: bool = False
     hints: dict[str, int | bool] = {}
@@ -80,7 +87,10 @@ def read_keymap(path: Path) -> Keymap:
     text = ""
     try:
         text = read_regular(path, most=_LARGEST).decode("utf-8")
-        table = _Table.model_validate(tomllib.loads(text))
+        stated = tomllib.loads(text)
+        if "like" in stated:
+            stated.setdefault("keys", {})  # all of its rows may be the other's
+        table = _Table.model_validate(stated)
     except pydantic.ValidationError as error:
         lines = text.splitlines()
         facts = [
@@ -90,7 +100,8 @@ def read_keymap(path: Path) -> Keymap:
         raise KeymapError("the keymap has fields of the wrong kind", facts) from None
     except (OSError, ValueError, RecursionError) as error:  # TOML of 5,000 digits, or levels
         raise KeymapError("cannot read the keymap", [("file", path), ("because", error)]) from None
-    return _Builder(path, text, table).build()
+    whole = _Table.model_validate(complete(stated)) if table.like else table
+    return _Builder(path, text, whole).build()
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
@@ -116,6 +127,11 @@ class _Builder:
         self.lines = text.splitlines()
         self.table = table
         self.problems: list[tuple[str, str]] = []
+        self.declared = declared_of(table.axes, table.kinds)
+        own = self.declared.axes.keys()
+        self.axes = {**AXES, **dict.fromkeys(own)}
+        self.indices = {*INDICES, *(axis for axis in own if len(axis) == 1 and axis.isupper())}
+        self.conditions = [*CONDITIONS, *self.declared.kinds]
 
     def build(self) -> Keymap:
         table = self.table
@@ -128,6 +144,7 @@ class _Builder:
         self._check_overlaps(rows, table.tied, unheld)
         self._check_slots(rows)
         self._check_names(rows, known)
+        self._check_declared()
         if self.problems:
             raise KeymapError("the keymap breaks the rules of a table", self.problems)
         return keymap_of(table.model_dump(), self.path)
@@ -141,12 +158,42 @@ class _Builder:
         for key in self.table.derived:
             if key not in known and key not in self.table.ignore:
                 self._problem(key, "is derived, but neither a key nor ignored")
-        for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - AXES.keys():
+        for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - self.axes.keys():
             self._problem("same_sizes", f"there is no axis {axis}")
         for name in self.table.spec.keys() - _FACTS:
             self._problem(name, "a model has no such field")
         for name in self.table.hints.keys() - _HINTS:
             self._problem(name, "no shape and no config says this")
+
+    def _check_declared(self) -> None:
+        """Rules for axes and kinds can be read, and kinds that have sizes exist."""
+        declared = self.declared
+        for axes in (declared.axes, *declared.of_kind.values()):
+            for axis, rule in axes.items():
+                if not AXIS.fullmatch(axis):
+                    self._problem(axis, "is no name of an axis: letters and digits")
+                elif axes is not declared.axes and axis not in self.axes:
+                    self._problem(axis, f"is no axis; there is {', '.join(self.axes)}")
+                self._checked(axis, check_size, rule)
+        for kind in declared.of_kind.keys() - declared.kinds.keys():
+            self._problem(f"axes.{kind}", f"there is no kind {kind}; [kinds] says which there are")
+        for kind, rules in declared.kinds.items():
+            if not KIND.fullmatch(kind):
+                self._problem(kind, "is no name of a kind: small letters")
+            for rule in rules:
+                self._checked(kind, check_kind, rule, declared.kinds)
+        prefixes = list(self.table.kept)
+        for prefix in prefixes:
+            if not prefix.endswith("."):
+                self._problem(prefix, "is no prefix: it has to end with a dot")
+            if any(other != prefix and other.startswith(prefix) for other in prefixes):
+                self._problem(prefix, "begins another prefix")
+
+    def _checked(self, key: str, check: Callable[..., None], *said: object) -> None:
+        try:
+            check(*said)
+        except LayoutError as error:
+            self._problem(key, error.headline)
 
     def _problem(self, key: str, what: str) -> None:
         line = line_of(self.lines, (key,))
@@ -162,13 +209,15 @@ class _Builder:
         if layout.terms != len(slots):
             self._problem(key, f"{len(slots)} slots but {layout.terms} alternatives in the layout")
             return None
-        for word in sorted(row.conditions - CONDITIONS.keys()):
-            self._problem(key, f"no condition {word!r}; there is {', '.join(CONDITIONS)}")
+        for word in sorted(row.conditions - set(self.conditions)):
+            self._problem(key, f"no condition {word!r}; there is {', '.join(self.conditions)}")
         axes = {axis for term in range(layout.terms) for axis in layout.axes(term)}
-        for axis in sorted(axes - AXES.keys()):
-            self._problem(key, f"axis {axis} has no size; there is {', '.join(AXES)}")
-        for name in sorted(set(pattern.names) - INDICES.keys()):
-            self._problem(key, f"{{{name}}} is no index; there is {', '.join(INDICES)}")
+        for axis in sorted(axes - self.axes.keys()):
+            self._problem(key, f"axis {axis} has no size; there is {', '.join(self.axes)}")
+        for name in sorted(set(pattern.names) - self.indices):
+            self._problem(
+                key, f"{{{name}}} is no index; there is {', '.join(sorted(self.indices))}"
+            )
         repeated = set(pattern.names) & axes
         if repeated or len(set(pattern.names)) != len(pattern.names):
             self._problem(key, f"index {', '.join(sorted(repeated or pattern.names))} occurs twice")

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
+from dcpconv.core.declared import Declared
 from dcpconv.core.layout import Layout
 
 _INDEX = re.compile(r"\{([A-Z])\}")
@@ -103,6 +104,11 @@ class Row:
         """What tells elements of a slot apart: indices of the key, axes of the layout."""
         return frozenset((*self.pattern.names, *self.layout.axes(term)))
 
+    def canonical_axes(self, term: int) -> frozenset[str]:
+        """The same, where query heads are counted over all groups however they are stored."""
+        axes = self.axes(term)
+        return (axes - {"g", "r"}) | {"h"} if "r" in axes else axes
+
 
 @dataclass(frozen=True, slots=True)
 class Tie:
@@ -113,7 +119,20 @@ class Tie:
     omitted: bool
 
 
-RuleKind = Literal["row", "tied", "ignored", "aside"]
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A part of a model that is kept as it is stored: a vision tower, layers that predict ahead.
+
+    Attributes:
+        prefix: What its keys begin with.
+        role: What it is; it goes to the prefix that another family has for the same role.
+    """
+
+    prefix: str
+    role: str
+
+
+RuleKind = Literal["row", "tied", "ignored", "aside", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +141,11 @@ class Match:
 
     Attributes:
         row: The row, or for a tied key the row of its owner; ``None`` for an ignored key and one
-            that is kept aside.
+            that is kept.
         indices: Index values read from the key.
-        kind: Whether the key is a tensor of its own, a second name, dropped, or kept aside.
-        reason: Why it is ignored or kept aside.
+        kind: Whether the key is a tensor of its own, a second name, dropped, kept aside, or of a
+            part that is kept.
+        reason: Why it is ignored or kept aside, or what it is a part of.
     """
 
     row: Row | None
@@ -154,6 +174,7 @@ class Keymap:
         file: The table's file, for errors.
         also: Further groups that the table serves: what a live model calls its tensors is what the
             files call them, unless a table of ``hf-memory`` says otherwise.
+        like: The table whose rows it took over; empty for none.
         always: Slots without which a checkpoint is of another family, besides the rows without a
             condition.
         derived: Key -> what it is computed from where the source has no such tensor.
@@ -165,6 +186,8 @@ class Keymap:
             (query heads per kv head), or a field of ``ModelSpec``.
         facts: Fields of ``ModelSpec`` that no file of the family states.
         published: Sizes of the published models, by ``ModelSpec`` field and ``name``.
+        declared: Axes and kinds of layers of its own.
+        kept: Parts that are kept as they are stored.
     """
 
     name: str
@@ -180,6 +203,7 @@ class Keymap:
     file: Path
     aside: tuple[tuple[Pattern, str], ...] = ()
     also: tuple[str, ...] = ()
+    like: str = ""
     always: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     beyond: Mapping[str, str] = field(default_factory=dict)
@@ -188,6 +212,8 @@ class Keymap:
     hints: Mapping[str, int | bool] = field(default_factory=dict)
     facts: Mapping[str, int | float | bool] = field(default_factory=dict)
     published: tuple[Mapping[str, int | str], ...] = ()
+    declared: Declared = field(default_factory=Declared)
+    kept: tuple[Kept, ...] = ()
     _by_template: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = field(
         init=False, repr=False, compare=False
     )
@@ -223,11 +249,20 @@ class Keymap:
             indices = pattern.indices(numbers)
             if indices is not None:
                 return Match(row, indices, kind, reason)
-        return None
+        part = self.part_of(key)
+        return None if part is None else Match(None, {}, "kept", part.role)
+
+    def part_of(self, key: str) -> Kept | None:
+        """The part that is kept as it is stored and that a key is of."""
+        return next((part for part in self.kept if key.startswith(part.prefix)), None)
+
+    def place_of(self, key: str, role: str) -> str | None:
+        """What this family calls a key, without its prefix, of a part with this role."""
+        return next((part.prefix + key for part in self.kept if part.role == role), None)
 
     def knows(self, template: str) -> bool:
         """Whether some key with this template is in the table."""
-        return template in self._by_template
+        return template in self._by_template or self.part_of(template) is not None
 
     @property
     def templates(self) -> frozenset[str]:
@@ -264,14 +299,16 @@ class Keymap:
         return self.name if self.family == "hf" else self.config
 
     def keeps_aside(self, key: str) -> bool:
-        """Whether this is the only family with a place for a key."""
+        """Whether a key has its place here and in no family that lacks the part it is of."""
         match = self.match(key)
-        return match is not None and match.kind == "aside"
+        is_aside = match is not None and match.kind == "aside"
+        return is_aside or self.part_of(key) is not None
 
     @property
     def aside_module(self) -> str:
         """The module that all such tensors are in: ``transformer.prefix_encoder``."""
-        paths = [pattern.text.split(".") for pattern, _ in self.aside]
+        keys = [*(pattern.text for pattern, _ in self.aside), *(p.prefix for p in self.kept)]
+        paths = [key.split(".") for key in keys]
         return ".".join(takewhile(str, map(_shared, zip(*paths, strict=False))))
 
     @property

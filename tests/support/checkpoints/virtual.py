@@ -35,6 +35,49 @@ _SHARED = Experts(count=3, per_token=2, ffn_size=4, shared_count=2, shared_ffn_s
 _ONE_SHARED = Experts(count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=4)
 _LATENT = LatentAttention(q_rank=5, kv_rank=3, nope_dim=4, value_dim=6)
 
+_BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+_GATED_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 6,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+}
+_VISION = {
+    "depth": 2,
+    "hidden_size": 3,
+    "intermediate_size": 7,
+    "num_position_embeddings": 5,
+    "in_channels": 3,
+    "temporal_patch_size": 2,
+    "patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 5,
+}
+_TOWER = {
+    "vision_config": {
+        "hidden_size": 12,
+        "intermediate_size": 7,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "patch_size": 2,
+        "patch_temporal": 2,
+        "pos_emb_height": 5,
+        "pos_emb_width": 3,
+        "merge_kernel_size": 2,
+    },
+    "out_hidden_size": 48,
+    "projector_hidden_size": 9,
+}
+_WEIGHED = Experts(
+    count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
+)
+_INDEXER = {
+    "index_n_heads": 2,
+    "index_head_dim": 3,
+}
+
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "qkv-bias": {"qkv_bias": True},
@@ -42,11 +85,22 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "all-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "as-many-kv-heads": {"n_kv_heads": 6, "qkv_bias": True},
     "qk-norm": {"qk_norm": True},
+    "qk-norm-whole": {"qk_norm_whole": True},
     "qk-norm-heads": {"qk_norm_heads": True},
     "qk-norm-biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True},
+    "score": {"head": "score", "n_classes": 3},
+    "score-tokens": {"head": "score_bias", "n_classes": 3},
+    "no-head": {"head": "none"},
+    "all-biases-head": {"head_bias": True, **_BIASES},
+    "all-biases-qk-norm": {"head_bias": True, "qk_norm": True, **_BIASES},
+    "all-biases-as-many-kv-heads": {"n_kv_heads": 6, **_BIASES},
+    "beside": {"parallel_residual": True, "qkv_bias": True},
+    "beside-qk-norm-heads": {"parallel_residual": True, "qk_norm_heads": True},
+    "beside-each-its-norm": {"parallel_residual": True, "parallel_norms": True, **_BIASES},
     "experts": {"experts": _MOE},
     "experts-shared": {"experts": _SHARED},
     "experts-one-shared": {"experts": _ONE_SHARED},
+    "experts-gated-shared": {"experts": _SHARED.model_copy(update={"shared_gate": True})},
     "experts-biases": {"experts": _SHARED, "qkv_bias": True, "o_bias": True},
     "experts-all-biases": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
@@ -65,6 +119,28 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "qkv_bias": True,
         "o_bias": True,
     },
+    "gated-delta": {"qk_norm": True, "stated": _GATED_DELTA},
+    "gated-delta-biases": {
+        "qk_norm": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "stated": _GATED_DELTA,
+    },
+    "gated-delta-experts": {"qk_norm": True, "experts": _WEIGHED, "stated": _GATED_DELTA},
+    "gated-delta-some-dense": {
+        "qk_norm": True,
+        "experts": _WEIGHED.model_copy(update={"dense_layers": (1,)}),
+        "stated": _GATED_DELTA,
+    },
+    "gated-delta-vision": {
+        "qk_norm": True,
+        "stated": {**_GATED_DELTA, "vision_config": _VISION},
+    },
+    "gated-delta-vision-experts": {
+        "qk_norm": True,
+        "experts": _WEIGHED,
+        "stated": {**_GATED_DELTA, "vision_config": _VISION},
+    },
     "latent": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
         "latent": _LATENT,
@@ -78,6 +154,41 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "latent": _LATENT.model_copy(update={"bias": True}),
         "o_bias": True,
     },
+    "latent-tower": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT,
+        "stated": _TOWER,
+    },
+    "latent-tower-biased": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": _TOWER,
+    },
+    "latent-direct-tower": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"q_rank": None}),
+        "stated": _TOWER,
+    },
+    "tower": {"stated": _TOWER},
+    "tower-biases": {"qkv_bias": True, "o_bias": True, "stated": _TOWER},
+    "latent-indexer": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT,
+        "stated": _INDEXER,
+    },
+    "latent-indexer-biased": {
+        "experts": _SHARED,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": _INDEXER,
+    },
+    "latent-indexer-in-some": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": {**_INDEXER, "indexer_types": ["full", "shared"] * 6},
+    },
     "latent-none-shared": {
         "experts": _MOE,
         "latent": _LATENT,
@@ -87,8 +198,14 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 
 def spec_of(kind: str, **sizes: Any) -> ModelSpec:
-    """A tiny model of a kind; odd sizes, so that no two axes are alike by chance."""
-    return ModelSpec(**{**PLAIN, **KINDS[kind], **sizes})
+    """A tiny model of a kind; odd sizes, so that no two axes are alike by chance.
+
+    Its file states the counts of heads, from which a table may take an index.
+    """
+    fields = {**PLAIN, **KINDS[kind], **sizes}
+    stated = {"num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads"}
+    heads = {name: fields[own] for name, own in stated.items()}
+    return ModelSpec(**{**fields, "stated": {**heads, **fields.get("stated", {})}})
 
 
 @dataclass(frozen=True, slots=True)

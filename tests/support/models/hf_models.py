@@ -30,6 +30,25 @@ SIZES: Mapping[str, object] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ROUTED: Mapping[str, object] = {
+    "moe_intermediate_size": 52,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT: Mapping[str, object] = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+}
+_INDEXER: Mapping[str, object] = {"index_topk": 8, "index_n_heads": 4, "index_head_dim": 18}
+_GROUPS: Mapping[str, object] = {"n_group": 2, "topk_group": 1}
+_NEXT = {"num_nextn_predict_layers": 0}
+
 MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "llama": {"head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": None},
@@ -67,6 +86,21 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "shared_intermediate_size": 52,
         "attention_multiplier": 0.25,
     },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": {
+            "rope_theta": 15e4,
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "deepseek_v3": {
         "num_key_value_heads": 6,
         "moe_intermediate_size": 52,
@@ -83,6 +117,13 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "v_head_dim": 14,
         "num_nextn_predict_layers": 0,
     },
+    "phi": {"num_key_value_heads": 2, "hidden_act": "gelu"},
+    "starcoder2": {"tie_word_embeddings": False},
+    "gpt_neox": {"num_key_value_heads": 6},
+    "stablelm": {},
+    "falcon": {"ffn_hidden_size": 152, "tie_word_embeddings": False},
+    "gpt2": {"n_inner": 152, "tie_word_embeddings": False, "num_key_value_heads": 6},
+    "bloom": {"intermediate_size": 384, "tie_word_embeddings": False, "num_key_value_heads": 6},
     "smollm3": {"no_rope_layers": [1] * 16, "tie_word_embeddings": False},
     "ernie4_5": {"head_dim": 16, "tie_word_embeddings": False},
     "helium": {"head_dim": 16},
@@ -107,6 +148,83 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "granite": {"attention_multiplier": 0.25},
     "cohere": {"tie_word_embeddings": False},
     "gemma": {"head_dim": 16},
+    "qwen2_moe": {
+        "moe_intermediate_size": 52,
+        "shared_expert_intermediate_size": 60,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2},
+    "flex_olmo": {"num_experts": 5, "num_experts_per_tok": 2},
+    "granitemoe": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.25,
+    },
+    "dots1": {**_ROUTED, **_GROUPS, "first_k_dense_replace": 1, "sliding_window": None},
+    "glm4_moe": {**_ROUTED, **_GROUPS, **_NEXT, "head_dim": 16, "use_qk_norm": True},
+    "solar_open": {**_ROUTED, **_GROUPS, "head_dim": 16},
+    "exaone_moe": {
+        **_GROUPS,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+    },
+    "hy_v3": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "minimax_m2": {
+        "head_dim": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "deepseek_v2": {**_ROUTED, **_LATENT, "first_k_dense_replace": 1},
+    "glm4_moe_lite": {**_ROUTED, **_LATENT, **_GROUPS},
+    "mellum": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v32": {**_ROUTED, **_LATENT, **_GROUPS, **_INDEXER, "first_k_dense_replace": 1},
+    "glm_moe_dsa": {
+        **_ROUTED,
+        **_LATENT,
+        **_INDEXER,
+        "first_k_dense_replace": 1,
+        "indexer_types": ["full", "shared", "full"],
+    },
+    "afmoe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 52,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "global_attn_every_n_layers": 2,
+        "route_scale": 1.5,
+    },
+    "llama4_text": {
+        "head_dim": 16,
+        "intermediate_size": 52,
+        "intermediate_size_mlp": 152,
+        "num_local_experts": 5,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+    },
+    "phimoe": {"num_local_experts": 5},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
 
@@ -157,11 +275,12 @@ def save_hf(
 
 def _as_version_4(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of transformers 4.57: RoPE at the top level, ``torch_dtype``, ``num_experts``."""
-    rope = dict(config.pop("rope_parameters"))
-    config["rope_theta"] = rope.pop("rope_theta")
-    if "partial_rotary_factor" in rope:
-        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    rope = dict(config.pop("rope_parameters", {}))
+    if rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     config["torch_dtype"] = config.pop("dtype")
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")

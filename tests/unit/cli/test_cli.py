@@ -128,6 +128,18 @@ def test_families_of_a_model_type_are_those_that_list_it() -> None:
     assert runner.invoke(app, ["families", "no_such_model"]).exit_code != 0
 
 
+def test_families_are_found_by_a_word_of_the_model_card() -> None:
+    runner = CliRunner()
+    lines = runner.invoke(app, ["families", "Pythia"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["hf-gpt_neox", "hf-memory-gpt_neox"]
+    found = runner.invoke(app, ["families", "deepseek-v3"]).stdout
+    assert {"hf-deepseek_v3", "torchtitan-deepseek_v3"} <= {
+        line.split()[0] for line in found.splitlines()
+    }
+    group = runner.invoke(app, ["families", "hf"]).stdout.splitlines()
+    assert all(line.startswith("hf-") for line in group)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -31,6 +31,7 @@ def test_a_plain_spec_has_the_axes_of_a_llama_and_no_features() -> None:
         "two": 2,
         "p": 5,
         "f": 28,
+        "r": 3,
     }
     assert SPEC.features() == {}
 

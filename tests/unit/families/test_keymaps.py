@@ -11,8 +11,9 @@ import torch
 from dcpconv import convert
 from dcpconv.cli import main as command_line
 from dcpconv.core.errors import KeymapError
-from dcpconv.families.keymaps import index, keymaps, read_keymap, resolve_family
-from dcpconv.families.keymaps.index import TABLE_INDEX, TABLES, Tables, index_text
+from dcpconv.families.keymaps import building, index, keymaps, read_keymap, resolve_family
+from dcpconv.families.keymaps.building import TABLES
+from dcpconv.families.keymaps.index import TABLE_INDEX, Tables, index_text
 from dcpconv.families.keymaps.words import AXES, CONDITIONS
 from docs.families_page import families_page
 from support.checkpoints.families import (
@@ -99,6 +100,56 @@ def test_a_broken_rule_is_told_with_its_line(
     assert any(label == where and what in value for label, value in told), told
 
 
+LIKE = """
+name    = "mine"
+like    = "hf-qwen3_moe"
+without = ["layer.q_norm", "layer.k_norm", "score"]
+
+[keys]
+"layers.{L}.experts.in" = ["layer.expert.gate | layer.expert.up", "E [m | m] d", "moe"]
+"embed.weight"          = ["embed", "V d"]
+"""
+
+
+def test_a_table_that_is_like_another_takes_over_what_it_does_not_say(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(LIKE)
+    mine, theirs = read_keymap(path), keymaps()["hf-qwen3_moe"]
+    gone = {"layer.q_norm", "layer.k_norm", "score"}
+    assert mine.slots == theirs.slots - gone
+    assert [row.pattern.text for row, _ in mine.holders("layer.expert.up")] == [
+        "layers.{L}.experts.in"
+    ]
+    same = {row.slots: row for row in theirs.rows}
+    taken = [row for row in mine.rows if row.pattern.text not in LIKE]
+    assert all(row == same[row.slots] for row in taken)
+    assert len(mine.rows) == len(theirs.rows) - len(gone) - 1  # two rows of experts are one here
+    # The head was tied to a key that is not there.
+    assert theirs.ties
+    assert not mine.ties
+
+
+def test_a_table_like_one_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(LIKE.replace("hf-qwen3_moe", "../tables/hf-qwen3_moe"))
+    with pytest.raises(KeymapError, match="does not exist"):
+        read_keymap(path)
+
+
+def test_a_table_is_read_anew_if_the_one_it_is_like_was_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in TABLES.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    table = tmp_path / "hf-qwen3_moe.toml"
+    table.write_text(table.read_text().replace('"model.norm.weight"', '"model.last_norm.weight"'))
+    monkeypatch.setattr(index, "TABLES", tmp_path)
+    monkeypatch.setattr(building, "TABLES", tmp_path)
+    heads = Tables().heads
+    for name in ("hf-qwen3_moe", "hf-dots1", "hf-memory-dots1"):
+        assert "model.last_norm.weight" in heads[name].templates
+
+
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(SOUND.replace("(h two p) d", "(h x) d").replace("untied", "never"))
@@ -117,8 +168,9 @@ def test_axes_are_what_a_spec_has_sizes_for() -> None:
 
 
 def test_conditions_are_what_models_differ_in() -> None:
-    used = {word for table in keymaps().values() for row in table.rows for word in row.conditions}
-    assert used <= set(CONDITIONS)
+    for table in keymaps().values():
+        used = {word for row in table.rows for word in row.conditions}
+        assert used <= {*CONDITIONS, *table.declared.kinds}
     for condition in set(CONDITIONS) - {"tied", "untied"}:
         answers = {spec_of(kind).has(condition, layer) for kind in KINDS for layer in (0, 1)}
         assert answers == {True, False}, condition

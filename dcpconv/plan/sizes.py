@@ -1,0 +1,98 @@
+"""How long every axis is, in every layer, as far as config and shapes say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from dcpconv.core.declared import Measured
+from dcpconv.core.layout import Placement
+from dcpconv.core.spec import ModelSpec
+from dcpconv.families.keymaps import Keymap, Row
+
+Differing = tuple[tuple[str, int], ...]
+"""Sizes that some layers have otherwise than most."""
+
+
+class Sizes:
+    """The sizes of a model as two namings see it.
+
+    Args:
+        spec: What its parameter file says; without it sizes come from the shapes where they can.
+        tables: Both namings, whose declarations count.
+
+    Attributes:
+        usual: Size of every axis, as most layers have it; shapes add to it.
+        measured: What config and tables say; ``None`` without a config.
+    """
+
+    def __init__(self, spec: ModelSpec | None, tables: Iterable[Keymap]) -> None:
+        declared = [table.declared for table in tables]
+        self.measured = None if spec is None else Measured(spec, declared)
+        self.usual: dict[str, int] = {} if self.measured is None else self.measured.axes()
+        self._own = {axis for one in declared for axis in one.axes}
+        self._known = frozenset(self.usual)
+        self._shapes: dict[tuple[Row, Differing], tuple[int, ...]] = {}
+        self._placements: dict[tuple[Row, int, Differing], Placement] = {}
+
+    def says(self, row: Row) -> bool:
+        """Whether the config decides if a row exists; else the source's keys do."""
+        return self.measured is not None and self.measured.knows(row.when) and not self.lacks(row)
+
+    def lacks(self, row: Row) -> bool:
+        """Whether no field of the config gives the size of an axis that a table declares."""
+        if self.measured is None or not self._own:
+            return False
+        axes = {axis for term in range(len(row.slots)) for axis in row.axes(term)}
+        return not axes & self._own <= self._known
+
+    def has(self, condition: str, indices: Mapping[str, int]) -> bool:
+        """Whether a row exists, where the config decides it."""
+        return self.measured is not None and self.measured.has(condition, indices.get("L", 0))
+
+    def shape(self, row: Row, indices: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of a tensor that a row describes.
+
+        Raises:
+            LayoutError: A size is not known.
+        """
+        differing = self._differing(indices)
+        found = self._shapes.get((row, differing))
+        if found is None:
+            found = row.layout.shape(self._in(differing))
+            self._shapes[row, differing] = found
+        return found
+
+    def place(self, row: Row, term: int, indices: Mapping[str, int]) -> Placement:
+        """Where a slot lies in a tensor that a row describes.
+
+        Raises:
+            LayoutError: A size is not known.
+        """
+        differing = self._differing(indices)
+        found = self._placements.get((row, term, differing))
+        if found is None:
+            found = row.layout.place(self._in(differing), term)
+            self._placements[row, term, differing] = found
+        return found
+
+    def _differing(self, indices: Mapping[str, int]) -> Differing:
+        return () if self.measured is None else self.measured.differing(indices.get("L"))
+
+    def _in(self, differing: Differing) -> Mapping[str, int]:
+        return {**self.usual, **dict(differing)} if differing else self.usual
+
+
+def in_common(source: Keymap, target: Keymap) -> dict[str, str]:
+    """Axes that both sides have to call the same, and what they are called.
+
+    Where one side fuses axes of equal size, neither tells them apart.  Where one side counts query
+    heads within their key and value head, so do both.
+    """
+    same = {**source.same_sizes, **target.same_sizes}
+    if not (_counts_within(source) or _counts_within(target)):
+        return same
+    return {"h": "g", "r": "1"} if same else {"h": "(g r)"}
+
+
+def _counts_within(table: Keymap) -> bool:
+    return any("r" in row.axes(term) for row in table.rows for term in range(len(row.slots)))
