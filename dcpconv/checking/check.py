@@ -32,6 +32,7 @@ from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
+from dcpconv.stores.places import path_of
 
 _NO_CONFIG = (
     "no config beside the source: its layers and experts are those its keys count; --assets DIR"
@@ -79,6 +80,8 @@ def check(
         LayoutError: A size is needed that neither config nor shapes reveal.
     """
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow)
+    if isinstance(source, (str, os.PathLike)):
+        source = path_of(source)  # lists a store once
     adapter = adapter_path(source)
     if adapter is not None and to is None:
         return check_adapter(adapter, against, said)

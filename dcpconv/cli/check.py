@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from dcpconv.cli.answers import answers, say
+from dcpconv.cli.answers import answers_of, say
 from dcpconv.cli.options import Assets, From, KeymapFile, Spec
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def judges(command: Callable[P, None]) -> Callable[P, None]:
 
 
 @judges
-@answers
+@answers_of("source", "against", "assets")
 def check(
     source: Annotated[
         str,

@@ -23,7 +23,8 @@ from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.said import Said
-from dcpconv.stores.hub import locate
+from dcpconv.stores.hub import download
+from dcpconv.stores.places import is_remote, path_of
 
 if TYPE_CHECKING:
     from dcpconv.sources.adapters.naming import Weighed
@@ -65,14 +66,16 @@ def convert(
     engine: Engine = "stream",
     trust: bool = False,
     overwrite: bool = False,
+    cache: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
     """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
 
     Args:
-        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub id
-            (``org/name[@revision]``, ``hf://...``), which is downloaded into the hub's cache.
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, here or in
+            a store (``s3://``, ``gs://``, ``az://``, ``https://``, ``hf://``), or a hub id
+            (``org/name[@revision]``); what is in a store is read by ranges of bytes.
         target: Where the result goes.
         form: ``hf``, ``torch`` or ``dcp``; by default from the target's name (``*.pth``, ``*.pt``
             and ``*.bin`` are torch files), else ``hf`` for a DCP source and ``dcp`` otherwise.
@@ -102,6 +105,7 @@ def convert(
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
         overwrite: Replace an existing target, in one step once the result is complete.
+        cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
         progress: Called with the bytes done, from worker threads.
 
@@ -128,8 +132,15 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
+    here = download(os.fspath(source)) if cache else path_of(source)
+    request = Request(here, said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
+    if is_by_torch and is_remote(here):
+        raise DcpconvError(
+            "torch's own functions read files of this machine only",
+            [("source", here)],
+            hint="leave --engine torch out, or copy the checkpoint to a disk first",
+        )
     if not dry_run:
         request.check_target()
         if is_by_torch and (form := request.plain_form()) is not None:

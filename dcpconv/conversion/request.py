@@ -13,6 +13,7 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
+from dcpconv.stores.places import is_remote
 
 if TYPE_CHECKING:
     from dcpconv.sources.adapters.naming import Weighed
@@ -69,7 +70,7 @@ class Request:
     """A conversion as the user asked for it.
 
     Attributes:
-        source: A local path.
+        source: Where it is, here or in a store.
         said: How to understand it.
         only: The part of it to take.
         wanted: What the result should be.
@@ -119,6 +120,8 @@ def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | N
         target: Where the result goes.
         files: What the source is known to consist of.
     """
+    if is_remote(source) or is_remote(target):
+        return None
     is_beside = (
         target.suffix in {".pth", ".pt", ".bin"}
         and target.is_file()

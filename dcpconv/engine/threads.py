@@ -17,6 +17,8 @@ from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
+from dcpconv.engine.wanting import of_unit
+from dcpconv.stores.ahead import Ahead
 from dcpconv.stores.local import Sources
 
 _SECONDS_TO_START = 1.0
@@ -193,7 +195,7 @@ class Crew:
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self._open: set[_Output] = set()
-        self._work = self._list(files, target)
+        self._work = Ahead(sources, self._list(files, target), lambda work: of_unit(work[1]))
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
@@ -209,6 +211,7 @@ class Crew:
             self._stop.set()
             for worker in started:
                 worker.join()
+            self._work.close()
             for output in self._open:
                 os.close(output.fd)
         if self._errors:
@@ -229,12 +232,13 @@ class Crew:
         try:
             while not self._stop.is_set():
                 with self._lock:
-                    output, unit = next(self._work, (None, None))
-                    if output and unit:
-                        output.pending += 1
-                if not output:
+                    work = next(self._work, None)
+                    if work and work[1]:
+                        work[0].pending += 1
+                if not work:
                     return
-                done = self._write(output, unit, desk)
+                done = self._write(*work, desk)
+                self._work.done(work)
                 if done:
                     self._progress(done)
         except BaseException as error:  # noqa: BLE001 - raised again by run()

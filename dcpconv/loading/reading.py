@@ -13,7 +13,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +24,9 @@ from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.cast import cast
-from dcpconv.engine.dequantise import Computed
+from dcpconv.engine.dequantise import Computed, plain_box
+from dcpconv.engine.wanting import of_box
+from dcpconv.stores.ahead import Ahead, Wanted
 from dcpconv.stores.local import Sources
 
 BUFFER = 4 << 20
@@ -151,7 +153,10 @@ def read_landings(
     Raises:
         FormatError: A source file is missing, unreadable or too short.
     """
-    work = iter([unit for landing in landings for unit in _units(landing)])
+    listed = [unit for landing in landings for unit in _units(landing)]
+    if sources.is_remote:  # neighbours are fetched together
+        listed.sort(key=lambda unit: next(iter(_wanted(unit)), ("", 0, 0)))
+    work = Ahead(sources, listed, _wanted)
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
@@ -175,6 +180,7 @@ def read_landings(
                     with lock:
                         over, under = losses.get(unit.landing.key, (0, 0))
                         losses[unit.landing.key] = (over + lost[0], under + lost[1])
+                work.done(unit)
                 if progress is not None:
                     progress((unit.stop - unit.start) * unit.landing.box.itemsize)
             desk.finish()
@@ -188,9 +194,16 @@ def read_landings(
     loop()
     for thread in threads:
         thread.join()
+    work.close()
     if errors:
         raise errors[0]
     return losses
+
+
+def _wanted(unit: _Unit) -> Iterable[Wanted]:
+    """What of its sources a unit reads; factors beside them are read when needed."""
+    box = unit.landing.box
+    return () if isinstance(box, Derived) else of_box(plain_box(box), unit.start, unit.stop)
 
 
 def _units(landing: Landing) -> Iterator[_Unit]:

@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Catalog, Identity
 from dcpconv.core.errors import FormatError, SourceChangedError
+from dcpconv.stores.places import path_of
+from dcpconv.stores.ranged import Ranged
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import scheme_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +88,8 @@ def read_regular(path: Path, *, most: int) -> bytes:
         OSError: It cannot be opened.
         FormatError: It is no regular file, or larger.
     """
+    if isinstance(path, RemotePath):
+        return path.read_at_most(most)
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -112,11 +118,13 @@ def read_json(path: Path, *, most: int = 1 << 26) -> object:
 
 
 def identity_of(file: Path | int) -> Identity:
-    """What a file is now.
+    """What a file is now; in a store, what it was when it was listed.
 
     Raises:
         OSError: It is gone.
     """
+    if isinstance(file, RemotePath):
+        return file.identity()
     state = os.stat(file)  # noqa: PTH116 - also of a descriptor
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
@@ -136,6 +144,9 @@ def require_unchanged(directory: Path, identities: Mapping[str, Identity]) -> No
     Raises:
         SourceChangedError: Some are not; all are listed.
     """
+    if isinstance(directory, RemotePath):
+        directory.require_unchanged(identities)
+        return
     changed = []
     for file, known in identities.items():
         path = directory / file
@@ -239,6 +250,24 @@ class SourceFile:
         return self.is_sparse and next(self.data(offset, nbytes), None) is None
 
 
+@dataclass(slots=True)
+class _Remote(SourceFile):
+    """An object of a store, which no system call copies from."""
+
+    ranged: Ranged | None = None
+
+    def read(self, offset: int, views: list[memoryview], nbytes: int) -> None:
+        assert self.ranged is not None  # noqa: S101  given where it is made
+        self.ranged.fill(offset, views, nbytes)
+
+
+def path_beside(directory: Path, file: str) -> Path:
+    """A file of a checkpoint, or one of an adapter, which is named whole, wherever either is."""
+    if scheme_of(file) is not None:
+        return path_of(file)
+    return Path(file) if file.startswith("/") else directory / file
+
+
 class Sources:
     """Source files below ``path``, opened when first used and kept open while there is room.
 
@@ -279,6 +308,16 @@ class Sources:
         with self._lock:
             require_unchanged(self._path, self._identities)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the files are objects of a store."""
+        return isinstance(self._path, RemotePath)
+
+    def ranged(self, file: str) -> Ranged | None:
+        """The object that a file is; ``None`` for a file of this machine."""
+        path = path_beside(self._path, file)
+        return path.ranged if isinstance(path, RemotePath) else None
+
     @contextmanager
     def open(self, file: str) -> Iterator[SourceFile]:
         """Lend an open file; it stays open at least until the block ends.
@@ -298,7 +337,10 @@ class Sources:
                 source.leases -= 1
 
     def _add(self, file: str) -> SourceFile:
-        path = self._path / file
+        path = path_beside(self._path, file)
+        if isinstance(path, RemotePath):
+            source: SourceFile = _Remote(path, -1, -1, False, self._system, ranged=path.ranged)
+            return self._files.setdefault(file, source)
         try:
             fd = open_regular(path)
         except OSError as error:
@@ -326,7 +368,9 @@ class Sources:
         """Close all files."""
         with self._lock:
             while self._files:
-                os.close(self._files.popitem()[1].fd)
+                fd = self._files.popitem()[1].fd
+                if fd >= 0:
+                    os.close(fd)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,6 @@ Source:
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,9 @@ from dcpconv.formats.safetensors.index import (
     unnamed,
 )
 from dcpconv.formats.safetensors.metadata import united
-from dcpconv.stores.local import identities_of, open_regular, read_regular
+from dcpconv.stores.local import identities_of, read_regular
+from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.remote import read_heads_ahead
 
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
@@ -79,6 +80,7 @@ def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
         found.extend(strays(present, weight_map) if problems is not None else ())
     names = choose(present, weight_map, found) if path.is_dir() else [path.name]
     identities = (identities if weight_map is not None else {}) | identities_of(directory, names)
+    read_heads_ahead(directory, names)
     catalog = gather(
         names,
         lambda name: _read_file(directory, name),
@@ -207,14 +209,9 @@ def outline(
 def _read_file(directory: Path, name: str) -> Headed:
     where = directory / name
     try:
-        with os.fdopen(open_regular(where), "rb") as file:
-            size = file.seek(0, 2)
-
-            def read(offset: int, nbytes: int) -> bytes:
-                file.seek(offset)
-                return file.read(nbytes)
-
-            start, header = parse_header(read, size, where)
+        with OpenFile(where) as file:
+            size = file.nbytes
+            start, header = parse_header(file.read, size, where)
     except OSError as error:
         raise FormatError(
             "cannot read the shard file", [("file", where), ("because", error.strerror)]

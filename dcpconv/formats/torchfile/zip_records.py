@@ -17,18 +17,20 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.torchfile.later import LOCAL, LOCAL_SIG, Later, Record
+from dcpconv.stores.ranged import Frame
 
 ReadAt = Callable[[int, int], bytes]
 """``read(offset, nbytes)``: bytes of the archive, fewer only at its end."""
 
-_LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
-_LOCAL_SIG, _CENTRAL_SIG, _END_SIG = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+_CENTRAL_SIG, _END_SIG = b"PK\x01\x02", b"PK\x05\x06"
 _END64_SIG, _LOCATOR_SIG = b"PK\x06\x06", b"PK\x06\x07"
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_HAS_FOOT, _FOOT, _FOOT64 = 8, 16, 24
 _ZIP64_ID = 1
 _PADDING_ID = b"FB"
 
@@ -36,13 +38,6 @@ _PAGE: Final = 4096
 """Bytes read at once around a header: both ends of a small archive come in two reads."""
 
 _CUT_SHORT: Final = "the file was cut short or altered; fetch or save it again"
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    header: int
-    nbytes: int
-    limit: int  # the next header, or the directory: no byte of this record lies there
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,8 @@ class Archive:
     nbytes: int
     _read: ReadAt
     _prefix: bytes
-    _records: Mapping[str, _Record]
+    _records: Mapping[str, Record]
+    _later: Later | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,16 +76,21 @@ class Archive:
             raise FormatError(
                 "record is missing", [("file", self.where), ("expected", name)], hint=_CUT_SHORT
             )
-        raw = self._read(record.header, _LOCAL.size)
-        if len(raw) < _LOCAL.size or raw[:4] != _LOCAL_SIG:
+        if self._later is not None and name.startswith("data/"):
+            return self._later.extent(name, record, self._extent)
+        return self._extent(name, record)
+
+    def _extent(self, name: str, record: Record) -> tuple[int, int]:
+        raw = self._read(record.header, LOCAL.size)
+        if len(raw) < LOCAL.size or raw[:4] != LOCAL_SIG:
             raise FormatError(
                 "record has no header where the directory puts it",
                 [("file", self.where), ("record", name), ("at", f"byte {record.header}")],
                 hint=_CUT_SHORT,
             )
-        name_length, extra_length = _LOCAL.unpack(raw)[-2:]
-        offset = record.header + _LOCAL.size + name_length + extra_length
-        if self._read(record.header + _LOCAL.size, name_length) != self._prefix + name.encode():
+        name_length, extra_length = LOCAL.unpack(raw)[-2:]
+        offset = record.header + LOCAL.size + name_length + extra_length
+        if self._read(record.header + LOCAL.size, name_length) != self._prefix + name.encode():
             raise FormatError(
                 "record's header has another name than the directory",
                 [("file", self.where), ("record", name), ("at", f"byte {record.header}")],
@@ -126,13 +127,16 @@ class Archive:
         return payload
 
 
-def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
+def read_archive(
+    read: ReadAt, nbytes: int, where: str, *, expect: Callable[[Frame], None] | None = None
+) -> Archive:
     """The directory of one archive, checked; no payload is read.
 
     Args:
         read: Bytes of the archive by offset from its own start, which may be inside a file.
         nbytes: Length of the archive.
         where: Name for error messages.
+        expect: Has a header checked when the payload after it is read.
 
     Raises:
         FormatError: The end is missing, a record is compressed, encrypted, duplicated, outside the
@@ -148,10 +152,10 @@ def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
     starts = sorted(entry[1] for entry in entries)
     # Reversed, so that of two records at one place the first ends where it starts, and is refused.
     following = dict(reversed([*zip(starts, [*starts[1:], directory_offset], strict=True)]))
-    records: dict[str, _Record] = {}
-    for raw_name, header, size in entries:
+    records: dict[str, Record] = {}
+    for raw_name, header, size, has_foot in entries:
         limit = following[header]
-        if header + _LOCAL.size + len(raw_name) + size > limit:
+        if header + LOCAL.size + len(raw_name) + size > limit:
             raise FormatError(
                 "records overlap or lie outside the file",
                 [
@@ -171,9 +175,13 @@ def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
             ) from error
         if name in records:
             raise FormatError("record appears twice", [("file", where), ("record", name)])
-        records[name] = _Record(header, size, limit)
+        foot = 0
+        if has_foot:
+            foot = _FOOT64 if size >= _MAX32 or header >= _MAX32 else _FOOT
+        records[name] = Record(header, size, limit, foot)
 
-    archive = Archive(where, nbytes, read, prefix, records)
+    later = Later(expect, prefix, where) if expect is not None else None
+    archive = Archive(where, nbytes, read, prefix, records, later)
     if "byteorder" in archive and archive.read("byteorder") != b"little":
         raise FormatError(
             "tensors are not stored little-endian",
@@ -240,8 +248,8 @@ def _find_directory(read: ReadAt, nbytes: int, where: str) -> tuple[bytes, int, 
     return read(offset, size), offset, count
 
 
-def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, int, int]]:
-    """``(name, offset of its header, nbytes)`` of every record."""
+def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, int, int, bool]]:
+    """``(name, offset of its header, nbytes, whether a foot follows)`` of every record."""
     position = 0
     for _ in range(count):
         fixed = directory[position : position + _CENTRAL.size]
@@ -280,7 +288,7 @@ def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, 
                 ],
                 hint="this is not a torch.save file, or another tool packed it again",
             )
-        yield name, header, size
+        yield name, header, size, bool(flags & _HAS_FOOT)
 
 
 def _zip64_fields(extra: bytes) -> Iterator[int]:
@@ -357,13 +365,13 @@ class ArchiveLayout:
         short = _MAX32 if is_wide else nbytes
         version = 45 if is_wide or header >= _MAX32 else 20
         extra = struct.pack("<2H2Q", _ZIP64_ID, 16, nbytes, nbytes) if is_wide else b""
-        start = header + _LOCAL.size + len(raw_name) + len(extra)
+        start = header + LOCAL.size + len(raw_name) + len(extra)
         padding = 0
         if start % modulus != residue:
             padding = (residue - start - 4) % modulus
             extra += _PADDING_ID + struct.pack("<H", padding)
-        local = _LOCAL.pack(
-            _LOCAL_SIG, version, 0, 0, 0, 0, crc, short, short, len(raw_name), len(extra) + padding
+        local = LOCAL.pack(
+            LOCAL_SIG, version, 0, 0, 0, 0, crc, short, short, len(raw_name), len(extra) + padding
         )
         self._literal(local + raw_name + extra)
         self.position += padding

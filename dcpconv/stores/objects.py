@@ -1,0 +1,328 @@
+"""Buckets and static servers, through obstore: ``s3``, ``gs``, ``az``, ``http`` and ``https``.
+
+Source:
+    obstore 0.12 over Rust's object_store: credentials come from the environment (``AWS_*``,
+    ``GOOGLE_*``, ``AZURE_*``) or from the machine's own identity; an object is read with
+    ``If-Match``; an iterable is sent as parts, which are aborted if it raises.  Its errors have
+    types for what is absent, denied or changed; of all others only the text has the status.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+from urllib.parse import urlsplit
+
+from dcpconv.stores.fetching import pool
+from dcpconv.stores.schemes import OBJECTS, without_secrets
+from dcpconv.stores.store import Buffer, ChangedError, Info, Store, StoreError, TransientError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_NO_LISTING: Final = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    ".metadata",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+)
+"""What is asked for by name on a server that lists nothing; an index names the rest."""
+
+
+def open_objects(url: str) -> tuple[ObjectsStore, str]:
+    """The store that a URL names, and the key in it.
+
+    Raises:
+        StoreError: obstore is not installed, or the URL names no bucket.
+    """
+    found = urlsplit(url)
+    scheme = OBJECTS[found.scheme.lower()]
+    if find_spec("obstore") is None:
+        raise StoreError(
+            f"{scheme}:// is read through obstore, which is not installed",
+            [("found", without_secrets(url))],
+            hint="pip install 'dcpconv[remote]'",
+        )
+    if scheme not in {"http", "https"}:
+        return _bucket(url, scheme)
+    if found.query or found.username:
+        raise StoreError(
+            "a URL with a password or a query is not read: it is no name that errors could say",
+            [("found", without_secrets(url))],
+            hint="use the store's own scheme (s3://, gs://, az://) and its credentials",
+        )
+    root = f"{scheme}://{found.netloc}"
+    from obstore.store import HTTPStore  # noqa: PLC0415  slow import
+
+    options: Any = {"allow_http": True, "timeout": "60s", "connect_timeout": "10s"}
+    reading = HTTPStore.from_url(root, client_options=options, retry_config={"max_retries": 0})
+    return HttpStore(root, reading, reading), found.path.strip("/")
+
+
+def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
+    found = urlsplit(url)
+    # abfss://container@account.dfs.core.windows.net/key has the container before the host
+    bucket = found.username or found.netloc
+    if not bucket:
+        facts = [("found", without_secrets(url)), ("expected", f"{scheme}://bucket/name")]
+        raise StoreError("the URL names no bucket", facts)
+    import obstore.store as stores  # noqa: PLC0415  slow import
+
+    kinds: Mapping[str, Any] = {
+        "s3": stores.S3Store,
+        "gs": stores.GCSStore,
+        "az": stores.AzureStore,
+    }
+    options: Any = {"timeout": "120s", "connect_timeout": "10s"}
+    named: dict[str, Any] = {}
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if endpoint:
+            named["endpoint"] = endpoint
+            options["allow_http"] = endpoint.startswith("http://")
+        named |= _credentials_of_boto3()
+    if scheme == "az" and os.environ.get("AZURE_STORAGE_USE_EMULATOR"):
+        options["allow_http"] = True
+    if scheme == "az" and found.username and found.hostname:
+        named["account_name"] = found.hostname.partition(".")[0]
+    if scheme == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
+        options["allow_http"] = True
+        named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
+    made = [
+        kinds[scheme](bucket, client_options=options, retry_config={"max_retries": n}, **named)
+        for n in (0, 8)
+    ]
+    return ObjectsStore(f"{scheme}://{bucket}", *made), found.path.strip("/")
+
+
+def _emulator() -> str:
+    host = os.environ["STORAGE_EMULATOR_HOST"]
+    return host if "://" in host else f"http://{host}"
+
+
+def _credentials_of_boto3() -> dict[str, Any]:
+    """Profiles and single sign-on, which only boto3 reads, where the environment has no key."""
+    if os.environ.get("AWS_ACCESS_KEY_ID") or find_spec("boto3") is None:
+        return {}
+    configured = os.path.expanduser("~/.aws")  # noqa: PTH111  as boto3 spells it
+    if not (os.environ.get("AWS_PROFILE") or os.path.isdir(configured)):  # noqa: PTH112
+        return {}
+    from boto3 import Session  # noqa: PLC0415  slow import
+    from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415  slow import
+
+    session = Session()
+    if session.get_credentials() is None:
+        return {}
+    region = {"region": session.region_name} if session.region_name else {}
+    return {"credential_provider": Boto3CredentialProvider(session), **region}
+
+
+class ObjectsStore(Store):
+    """A bucket.
+
+    Args:
+        root: Its URL.
+        reading: Tries once; ``fetch`` tries again.
+        writing: Tries parts again by itself.
+    """
+
+    def __init__(self, root: str, reading: ObjectStore, writing: ObjectStore) -> None:
+        super().__init__(root)
+        self._reading = reading
+        self._writing = writing
+
+    def _list(self, prefix: str) -> Iterable[tuple[str, Info | None]]:
+        import obstore  # noqa: PLC0415  slow import
+
+        above = f"{prefix}/" if prefix else ""
+        with self._complaints(prefix):
+            found = obstore.list_with_delimiter(self._writing, prefix or None)
+        for inner in found["common_prefixes"]:
+            yield inner.removeprefix(above).rstrip("/"), None
+        for meta in found["objects"]:
+            yield meta["path"].removeprefix(above), _info(meta)
+
+    def _look(self, key: str) -> Info | None:
+        import obstore  # noqa: PLC0415  slow import
+
+        try:
+            with self._complaints(key):
+                return _info(obstore.head(self._writing, key))
+        except FileNotFoundError:
+            return None
+
+    def get(self, key: str, offset: int, nbytes: int, info: Info) -> Buffer:
+        import obstore  # noqa: PLC0415  slow import
+
+        options: Any = {"range": (offset, offset + nbytes)}
+        if info.tag:
+            options["if_match"] = info.tag
+        try:
+            with self._complaints(key, may_pass=True):
+                found = obstore.get(self._reading, key, options=options)
+                meta = _info(found.meta)
+                data = found.bytes()
+        except FileNotFoundError:
+            raise ChangedError from None
+        if (info.tag and meta.tag and meta.tag != info.tag) or meta.nbytes != info.nbytes:
+            raise ChangedError
+        return memoryview(data)
+
+    def put(self, key: str, parts: Iterable[bytes | memoryview], *, at_once: int) -> None:
+        import obstore  # noqa: PLC0415  slow import
+
+        with self._complaints(key):
+            # It cuts what it is given into parts of this length, whatever the pieces are.
+            obstore.put(
+                self._writing,
+                key,
+                iter(parts),
+                use_multipart=True,
+                chunk_size=_PART,
+                max_concurrency=at_once,
+            )
+
+    def create(self, key: str, data: bytes, *, replaces: Info | None) -> bool:
+        import obstore  # noqa: PLC0415  slow import
+        from obstore.exceptions import (  # noqa: PLC0415  slow import
+            AlreadyExistsError,
+            PreconditionError,
+        )
+
+        mode: Any = "create" if replaces is None else {"e_tag": replaces.tag}
+        try:
+            with self._complaints(key, passes=(AlreadyExistsError, PreconditionError)):
+                obstore.put(self._writing, key, data, mode=mode)
+        except (AlreadyExistsError, PreconditionError):
+            return False
+        return True
+
+    def delete(self, keys: Sequence[str]) -> None:
+        import obstore  # noqa: PLC0415  slow import
+
+        for key in keys:
+            with suppress(FileNotFoundError), self._complaints(key):
+                obstore.delete(self._writing, key)
+
+    @contextmanager
+    def _complaints(
+        self,
+        key: str,
+        *,
+        may_pass: bool = False,
+        passes: tuple[type[Exception], ...] = (),
+    ) -> Iterator[None]:
+        """Turns what obstore raises into one error in plain words; absence stays what it is."""
+        from obstore.exceptions import (  # noqa: PLC0415  slow import
+            BaseError,
+            PreconditionError,
+        )
+
+        try:
+            yield
+        except passes:
+            raise
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                self._refuse(key, error)
+            raise
+        except PreconditionError:
+            raise ChangedError from None
+        except BaseError as error:
+            if may_pass and _may_pass(error):
+                raise TransientError(_in_short(error)) from None
+            self._refuse(key, error)
+
+    def _refuse(self, key: str, error: Exception) -> NoReturn:
+        status, code = _status(error), _code(error)
+        headline, hint = _meaning(type(error).__name__, status, code)
+        raise StoreError(
+            headline,
+            [("object", self.where(key)), ("answer", _in_short(error))],
+            hint=hint,
+        ) from None
+
+
+_PART: Final = 16 << 20
+"""Bytes of one part of an upload; 10,000 of them, the most that S3 takes, are 156 GiB."""
+
+
+class HttpStore(ObjectsStore):
+    """A server of static files, which lists nothing: names are known, or an index says them."""
+
+    def __init__(self, root: str, reading: ObjectStore, writing: ObjectStore) -> None:
+        super().__init__(root, reading, writing)
+        self.lists = False
+
+    def _list(self, prefix: str) -> Iterable[tuple[str, Info | None]]:
+        above = f"{prefix}/" if prefix else ""
+        found = pool().map(self._look, [above + name for name in _NO_LISTING])
+        return [(n, info) for n, info in zip(_NO_LISTING, found, strict=True) if info is not None]
+
+
+def _info(meta: Any) -> Info:
+    modified: datetime | None = meta["last_modified"]
+    at = int(modified.timestamp()) * 10**9 if modified is not None else 0
+    return Info(meta["size"], meta["e_tag"] or "", at)
+
+
+def _status(error: Exception) -> int:
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def _code(error: Exception) -> str:
+    found = _CODE.search(str(error))
+    return found[1] if found else ""
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try can help: too many requests, a fault of the server, a cut connection."""
+    status = _status(error)
+    named = type(error).__name__ in {"PermissionDeniedError", "UnauthenticatedError"}
+    unfit = type(error).__name__ in {"NotSupportedError", "InvalidPathError"}
+    return not named and not unfit and (status == 0 or status in {408, 429} or status >= 500)
+
+
+def _in_short(error: Exception) -> str:
+    """The status and its name, or the first line; nothing in which a credential could be."""
+    status, code = _status(error), _code(error)
+    if status:
+        return f"status {status}" + (f", {code}" if code else "")
+    line = without_secrets(str(error).partition("\n")[0])
+    return line[-160:].rpartition(": ")[2] or line[:160]
+
+
+def _meaning(kind: str, status: int, code: str) -> tuple[str, str | None]:
+    """What an answer means, and what to do."""
+    if code == "NoSuchBucket":
+        return "there is no such bucket", "is its name right, and the endpoint (AWS_ENDPOINT_URL)?"
+    if code in {"PermanentRedirect", "AuthorizationHeaderMalformed"} or status in {301, 307}:
+        return "the bucket is in another region", "say which: AWS_REGION=eu-central-1"
+    if kind in {"PermissionDeniedError", "UnauthenticatedError"} or status in {401, 403}:
+        return (
+            "access was denied",
+            "the credentials that were found may not do this; are they set, and of this account?",
+        )
+    if status in {408, 429} or status >= 500:
+        return "the store does not answer as it should", "it may be overloaded; run this again"
+    if kind == "NotSupportedError":
+        return "the server cannot do what is needed", "ranges of bytes have to be served"
+    return "the store does not answer as it should", "is the name right, and the endpoint?"
