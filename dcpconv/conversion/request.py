@@ -14,8 +14,10 @@ from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
 from dcpconv.stores.places import is_remote
+from dcpconv.stores.remote import RemotePath
 
 if TYPE_CHECKING:
+    from dcpconv.engine.placing import Ground
     from dcpconv.sources.adapters.naming import Weighed
 
 
@@ -34,6 +36,7 @@ class Wanted:
         model_parallel: Files of a result in Meta's naming.
         max_file_size: Bytes of tensors per file at most.
         overwrite: Whether an existing target is replaced.
+        stem: Goes into the names of data files, where objects of other names have to stay.
     """
 
     path: Path
@@ -46,6 +49,7 @@ class Wanted:
     model_parallel: int
     max_file_size: int | None
     overwrite: bool
+    stem: str = ""
 
     def form_from(self, source: Form) -> Form:
         """The form of the result: the one asked for, or what its name and the source suggest."""
@@ -85,15 +89,26 @@ class Request:
     trust: bool
     adapters: tuple[Weighed, ...] = ()
 
-    def check_target(self) -> None:
-        """Raises early, before anything is read, where the target cannot be written."""
+    def check_target(self) -> Ground | None:
+        """Raises early, before anything is read, where the target cannot be written; of a target in
+        a store, what is there."""
         form = self.wanted.form_from("hf")  # no source makes a directory a file, or back
+        if isinstance(self.wanted.path, RemotePath):
+            from dcpconv.engine.placing import survey  # noqa: PLC0415 - most targets are paths
+
+            return survey(
+                self.wanted.path,
+                overwrite=self.wanted.overwrite,
+                is_file=self.wanted.is_one_file(form),
+                source=self.source,
+            )
         check_target(
             self.wanted.path,
             overwrite=self.wanted.overwrite,
             is_file=self.wanted.is_one_file(form),
             source=guarded(self.source, self.wanted.path),
         )
+        return None
 
     def plain_form(self) -> Form | None:
         """Form of the target if torch's own two functions do all that is asked, else ``None``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,13 +15,12 @@ from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
-from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
+from dcpconv.engine.units import FAR_UNIT, Given, Run, Stretch, Tile, Unit, units
+from dcpconv.engine.uploading import Upload, Uploads
 from dcpconv.engine.wanting import of_unit
+from dcpconv.engine.worker import Worker
 from dcpconv.stores.ahead import Ahead
-from dcpconv.stores.local import Sources
-
-_SECONDS_TO_START = 1.0
-"""How long a thread may take to say that it runs, on a machine that is very busy."""
+from dcpconv.stores.local import Sources, System
 
 _WORTH_STARTING = 256 << 10
 """Bytes from which a unit is worth a system call to start writing it to disk."""
@@ -120,6 +118,15 @@ class _Output:
         except OSError as error:
             raise write_error(error, self.path) from error
 
+    def announce(self, unit: Unit) -> None:
+        """A file is written in any order."""
+
+    def skip(self, unit: Unit) -> None:
+        """What is not written is zeros."""
+
+    def write(self, data: memoryview | bytes, offset: int, *, system: System) -> None:
+        write(self.fd, data, offset, system=system)
+
     def write_back(self, unit: Unit) -> None:
         """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
         results that memory could hold.  What is still dirty stays cached."""
@@ -134,37 +141,6 @@ class _Output:
             os.close(self.fd)
 
 
-class _Worker:
-    """A thread that can be waited for although Ctrl-C interrupts the waiting.
-
-    ``Thread.join`` cannot: in CPython 3.11 an interrupted ``join`` takes the thread for ended.
-    """
-
-    def __init__(self, work: Callable[[Desk], None], desk: Desk) -> None:
-        self.ended = threading.Event()
-        self.thread = threading.Thread(
-            target=self._run, args=(work, desk), name="dcpconv", daemon=True
-        )
-
-    def _run(self, work: Callable[[Desk], None], desk: Desk) -> None:
-        try:
-            work(desk)
-        finally:
-            self.ended.set()
-
-    def join(self) -> None:
-        """Wait for the end of a thread whose ``start`` may have been interrupted.
-
-        Ctrl-C can arrive when the thread exists but has not said so yet.
-        """
-        deadline = time.monotonic() + _SECONDS_TO_START
-        while self.thread.ident is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if self.thread.ident is not None:
-            self.ended.wait()
-            self.thread.join()
-
-
 class Crew:
     """Threads that share one iterator of units, so that what exists at a time is a unit each.
 
@@ -175,6 +151,7 @@ class Crew:
         ladder: How to copy long runs.
         desks: One per thread, all of the same size.
         progress: Called with payload bytes done since its last call.
+        uploads: What makes objects of the files, where they go into a store.
     """
 
     def __init__(
@@ -186,21 +163,23 @@ class Crew:
         ladder: Ladder,
         desks: list[Desk],
         progress: Callable[[int], None],
+        uploads: Uploads | None = None,
     ) -> None:
         self.desks = desks
+        self._uploads = uploads
         self._sources = sources
         self._ladder = ladder
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
-        self._open: set[_Output] = set()
+        self._open: set[_Output | Upload] = set()
         self._work = Ahead(sources, self._list(files, target), lambda work: of_unit(work[1]))
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
-        workers = [_Worker(self._loop, desk) for desk in self.desks]
-        started: list[_Worker] = []
+        workers = [Worker(self._loop, desk) for desk in self.desks]
+        started: list[Worker[Desk]] = []
         try:
             for worker in workers:
                 started.append(worker)
@@ -209,22 +188,27 @@ class Crew:
                 worker.ended.wait()
         finally:
             self._stop.set()
+            if self._uploads is not None and (self._errors or self._open):
+                self._uploads.stop(waits=False)
             for worker in started:
                 worker.join()
             self._work.close()
             for output in self._open:
-                os.close(output.fd)
+                if isinstance(output, _Output):
+                    os.close(output.fd)
         if self._errors:
             raise self._errors[0]
 
     def _list(
         self, files: tuple[OutFile, ...], target: Path
-    ) -> Iterator[tuple[_Output, Unit | None]]:
+    ) -> Iterator[tuple[_Output | Upload, Unit | None]]:
         """Every unit with its file, and ``None`` once all units of a file are listed."""
         for file in files:
-            output = _Output(target, file)
+            output = self._uploads.open(file) if self._uploads else _Output(target, file)
             self._open.add(output)
-            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size):
+            is_far = self._sources.is_remote or self._uploads is not None
+            cuts = {"unit": FAR_UNIT} if is_far else {}
+            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size, **cuts):
                 yield output, unit
             yield output, None
 
@@ -235,6 +219,7 @@ class Crew:
                     work = next(self._work, None)
                     if work and work[1]:
                         work[0].pending += 1
+                        work[0].announce(work[1])
                 if not work:
                     return
                 done = self._write(*work, desk)
@@ -244,10 +229,12 @@ class Crew:
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._errors.append(error)
             self._stop.set()
+            if self._uploads is not None:
+                self._uploads.stop(waits=False)
         finally:
             desk.clear()
 
-    def _write(self, output: _Output, unit: Unit | None, desk: Desk) -> int:
+    def _write(self, output: _Output | Upload, unit: Unit | None, desk: Desk) -> int:
         """Do one unit, or end the listing of a file; returns payload bytes."""
         try:
             done = 0
@@ -261,7 +248,7 @@ class Crew:
             raise write_error(error, output.path) from error
         return done
 
-    def _release(self, output: _Output) -> None:
+    def _release(self, output: _Output | Upload) -> None:
         with self._lock:
             output.pending -= 1
             if output.pending:
@@ -269,9 +256,13 @@ class Crew:
             self._open.discard(output)
         output.finish()
 
-    def _do(self, unit: Unit, output: _Output, desk: Desk) -> int:
+    def _do(self, unit: Unit, output: _Output | Upload, desk: Desk) -> int:
         if isinstance(unit, Run):
             with self._sources.open(unit.file) as source:
+                if isinstance(output, Upload):
+                    output.receive(source, unit.source_offset, unit.offset, unit.nbytes)
+                    desk.tally.buffered += unit.nbytes
+                    return unit.nbytes
                 self._ladder.copy(
                     source,
                     output.fd,
@@ -283,17 +274,18 @@ class Crew:
                 )
             return unit.nbytes
         if isinstance(unit, Given):
-            write(output.fd, unit.data, unit.offset, system=self._ladder.system)
+            output.write(unit.data, unit.offset, system=self._ladder.system)
             return 0
         if isinstance(unit, Tile):
             return self._cast(unit, output, desk)
         return self._assemble(unit, output, desk)
 
-    def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> int:
+    def _assemble(self, stretch: Stretch, output: _Output | Upload, desk: Desk) -> int:
         """Put a stretch together and write it."""
         payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Given))
         if payload == stretch.nbytes and self._is_hole(stretch):
             desk.tally.holes += payload
+            output.skip(stretch)
             return payload
         tile = desk.tile[: stretch.nbytes]
         runs: dict[str, list[tuple[int, int, int]]] = {}
@@ -314,7 +306,7 @@ class Crew:
                 else:
                     desk.tally.buffered += piece.nbytes
         read_runs(runs, sources=self._sources, into=tile)
-        write(output.fd, tile, stretch.offset, system=self._ladder.system)
+        output.write(tile, stretch.offset, system=self._ladder.system)
         return payload
 
     def _is_hole(self, stretch: Stretch) -> bool:
@@ -340,7 +332,7 @@ class Crew:
             at=at,
         )
 
-    def _cast(self, tile: Tile, output: _Output, desk: Desk) -> int:
+    def _cast(self, tile: Tile, output: _Output | Upload, desk: Desk) -> int:
         fill = tile.box.fill
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
@@ -377,7 +369,7 @@ class Crew:
             lost = cast(
                 source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype
             )
-        write(output.fd, result, tile.offset, system=self._ladder.system)
+        output.write(result, tile.offset, system=self._ladder.system)
         if fill.changes:
             desk.tally.merged += tile.nbytes
         else:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
 
-from dcpconv.stores.fetching import pool
+from dcpconv.stores.fetching import fetch, pool
 from dcpconv.stores.schemes import OBJECTS, without_secrets
 from dcpconv.stores.store import Buffer, ChangedError, Info, Store, StoreError, TransientError
 
@@ -145,6 +145,7 @@ class ObjectsStore(Store):
 
     def __init__(self, root: str, reading: ObjectStore, writing: ObjectStore) -> None:
         super().__init__(root)
+        self.writes = True
         self._reading = reading
         self._writing = writing
 
@@ -185,17 +186,27 @@ class ObjectsStore(Store):
             raise ChangedError
         return memoryview(data)
 
-    def put(self, key: str, parts: Iterable[bytes | memoryview], *, at_once: int) -> None:
+    def put(
+        self,
+        key: str,
+        parts: Iterable[bytes | bytearray],
+        *,
+        nbytes: int,
+        part: int,
+        at_once: int,
+    ) -> None:
         import obstore  # noqa: PLC0415  slow import
 
         with self._complaints(key):
-            # It cuts what it is given into parts of this length, whatever the pieces are.
+            if nbytes <= part:
+                obstore.put(self._writing, key, b"".join(parts), use_multipart=False)
+                return
             obstore.put(
                 self._writing,
                 key,
                 iter(parts),
                 use_multipart=True,
-                chunk_size=_PART,
+                chunk_size=part,
                 max_concurrency=at_once,
             )
 
@@ -207,12 +218,20 @@ class ObjectsStore(Store):
         )
 
         mode: Any = "create" if replaces is None else {"e_tag": replaces.tag}
+        taken = (AlreadyExistsError, PreconditionError)
         try:
-            with self._complaints(key, passes=(AlreadyExistsError, PreconditionError)):
+            with self._complaints(key, passes=taken):
                 obstore.put(self._writing, key, data, mode=mode)
-        except (AlreadyExistsError, PreconditionError):
-            return False
+        except taken:
+            # A request whose answer was lost is sent again, and finds what it has made itself.
+            return self._holds(key, data)
         return True
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        info = self._look(key)
+        if info is None or info.nbytes != len(data):
+            return False
+        return bytes(fetch(self, key, 0, len(data), info)) == data
 
     def delete(self, keys: Sequence[str]) -> None:
         import obstore  # noqa: PLC0415  slow import
@@ -260,16 +279,12 @@ class ObjectsStore(Store):
         ) from None
 
 
-_PART: Final = 16 << 20
-"""Bytes of one part of an upload; 10,000 of them, the most that S3 takes, are 156 GiB."""
-
-
 class HttpStore(ObjectsStore):
     """A server of static files, which lists nothing: names are known, or an index says them."""
 
     def __init__(self, root: str, reading: ObjectStore, writing: ObjectStore) -> None:
         super().__init__(root, reading, writing)
-        self.lists = False
+        self.lists = self.writes = False
 
     def _list(self, prefix: str) -> Iterable[tuple[str, Info | None]]:
         above = f"{prefix}/" if prefix else ""

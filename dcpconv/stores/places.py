@@ -10,7 +10,7 @@ from dcpconv.stores.remote import Origin, RemotePath
 from dcpconv.stores.schemes import HUB, OBJECTS, refuse_unserved, scheme_of
 from dcpconv.stores.store import Store
 
-__all__ = ["is_remote", "path_of"]
+__all__ = ["is_remote", "path_of", "target_of"]
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
@@ -42,6 +42,17 @@ def path_of(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     store, key = _store(_with_both_slashes(text, scheme), scheme)
     return RemotePath(Origin(store, path_of), key)
+
+
+def target_of(name: str | os.PathLike[str]) -> Path:
+    """Where a result goes: a path, unless it is a URL; ``org/name`` is a directory here.
+
+    Raises:
+        SchemeError: It is a URL of a store that is not served.
+        StoreError: A package is not installed, or the URL is malformed.
+    """
+    is_url = isinstance(name, RemotePath) or scheme_of(name) is not None
+    return path_of(name) if is_url else Path(name)
 
 
 def _with_both_slashes(text: str, scheme: str | None) -> str:

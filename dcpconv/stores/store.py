@@ -67,12 +67,14 @@ class Store(ABC):
 
     Attributes:
         lists: Whether what is not listed is not there.
+        writes: Whether results are written to it.
         listed: What has been listed so far.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.lists = True
+        self.writes = False
         self.listed: dict[str, Mapping[str, Info | None]] = {}
         self._known: dict[str, Info | None] = {}
 
@@ -124,10 +126,31 @@ class Store(ABC):
         self.listed.clear()
         self._known.clear()
 
+    def look_at(self, key: str) -> Info | None:
+        """What an object is now; ``None`` where there is none."""
+        return self._look(key)
+
     def look_again(self, key: str) -> Info | None:
         """What an object is now, where a range is not asked for at the version listed."""
         info = self.info(key)
         return info if info is not None and info.tag else self._look(key)
+
+    def walk(self, prefix: str) -> dict[str, Info]:
+        """Every object below a prefix as it is now, by key.
+
+        Raises:
+            StoreError: There is no such bucket, or it may not be listed.
+        """
+        found, ahead = dict[str, Info](), [prefix]
+        while ahead:
+            below = ahead.pop()
+            for name, info in self._list(below):
+                key = f"{below}/{name}" if below else name
+                if info is None:
+                    ahead.append(key)
+                else:
+                    found[key] = info
+        return found
 
     @abstractmethod
     def _list(self, prefix: str) -> Iterable[tuple[str, Info | None]]:
@@ -147,15 +170,30 @@ class Store(ABC):
             StoreError: It will not work.
         """
 
-    def put(self, key: str, parts: Iterable[bytes | memoryview], *, at_once: int) -> None:
+    def put(
+        self,
+        key: str,
+        parts: Iterable[bytes | bytearray],
+        *,
+        nbytes: int,
+        part: int,
+        at_once: int,
+    ) -> None:
         """Makes an object of parts, which are sent in order, several at a time.
 
         What ``parts`` raises leaves no object, and no parts of one, behind.
 
+        Args:
+            key: Its name.
+            parts: Its bytes.
+            nbytes: How many they are together.
+            part: Length of every part but the last.
+            at_once: Parts on their way at a time.
+
         Raises:
             StoreError: The store cannot be written, or does not take it.
         """
-        del key, parts, at_once
+        del key, parts, nbytes, part, at_once
         raise self._read_only()
 
     def create(self, key: str, data: bytes, *, replaces: Info | None) -> bool:

@@ -172,6 +172,7 @@ def outline(
     modulus: int,
     max_file_size: int = MAX_FILE_SIZE,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "",
 ) -> Outline:
     """Places tensors into shard files, split as huggingface_hub splits them.
 
@@ -183,6 +184,7 @@ def outline(
         modulus: Block size to line up with, in bytes; a multiple of 8.
         max_file_size: Bytes of tensors in one file at most; a larger tensor gets its own file.
         metadata: Entries of ``__metadata__``, which every file says.
+        stem: Goes into the names of several files, where others have to stay.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415  slow import
 
@@ -197,11 +199,18 @@ def outline(
         one_file(name, [by_key[key] for key in keys], modulus=modulus, metadata=metadata)
         for name, keys in split.filename_to_tensors.items()
     )
+    if stem and len(files) > 1:
+        renamed = {file.name: file.name.replace("model-", f"model-{stem}-") for file in files}
+        files = tuple(replace(file, name=renamed[file.name]) for file in files)
+    else:
+        renamed = {file.name: file.name for file in files}
     if len(files) <= 1:
         return Outline(files or (one_file(SINGLE, [], modulus=modulus, metadata=metadata),))
     index = {
         "metadata": {"total_size": sum(tensor.chunks[0].fill.nbytes for tensor in tensors)},
-        "weight_map": dict(sorted(split.tensor_to_filename.items())),
+        "weight_map": {
+            key: renamed[name] for key, name in sorted(split.tensor_to_filename.items())
+        },
     }
     return Outline(files, ((INDEX, (json.dumps(index, indent=2) + "\n").encode()),))
 
