@@ -15,7 +15,7 @@ from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
-from dcpconv.engine.units import FAR_UNIT, Given, Run, Stretch, Tile, Unit, units
+from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.engine.uploading import Upload, Uploads
 from dcpconv.engine.wanting import of_unit
 from dcpconv.engine.worker import Worker
@@ -207,8 +207,9 @@ class Crew:
             output = self._uploads.open(file) if self._uploads else _Output(target, file)
             self._open.add(output)
             is_far = self._sources.is_remote or self._uploads is not None
-            cuts = {"unit": FAR_UNIT} if is_far else {}
-            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size, **cuts):
+            for unit in units(
+                file, block=self._ladder.block, tile=self.desks[0].size, is_far=is_far
+            ):
                 yield output, unit
             yield output, None
 

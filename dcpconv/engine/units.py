@@ -81,7 +81,7 @@ FAR_UNIT = 16 << 20
 """The same for what a network brings or takes, which is held in memory until it is done."""
 
 
-def units(file: OutFile, *, block: int, tile: int, unit: int = UNIT) -> Iterator[Unit]:
+def units(file: OutFile, *, block: int, tile: int, is_far: bool = False) -> Iterator[Unit]:
     """Every unit of a file, by offset.
 
     Args:
@@ -89,12 +89,12 @@ def units(file: OutFile, *, block: int, tile: int, unit: int = UNIT) -> Iterator
         block: File system block, in bytes.  What of a long run lies on whole blocks of both files
             becomes a ``Run`` of its own; the ends join their neighbours.
         tile: Bytes of a ``Stretch`` and of a ``Tile`` at most, in either type.
-        unit: Bytes of a ``Run``, about.
+        is_far: Whether bytes come from a store or go into one.
 
     Raises:
         ValueError: Pieces overlap or exceed the file, or leave out elements of a box.
     """
-    long = min(LONG_RUN, tile)
+    long, unit = min(LONG_RUN, tile), FAR_UNIT if is_far else UNIT
     room = min(CACHED, tile)
     held: list[Write] = []
     for piece in _pieces(file, block=block, tile=tile, long=long, unit=unit):

@@ -15,6 +15,7 @@ from typing import Any
 from dcpconv.core.catalog import Catalog
 from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.runs.entries import as_place
 from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.glance import emptied, glance, is_emptied
@@ -59,7 +60,7 @@ def verify_step(step: FoundStep) -> StepCheck:
         if step.form is not None and not problems:
             problems += _weights_problems(step)
         if step.path.is_dir():
-            listing = list_step(str(step.path))
+            listing = list_step(as_place(step.path))
             for name in sorted(listing.files):
                 problems += _file_problems(listing, name, step)
             for directory in sorted(listing.directories):
