@@ -77,7 +77,7 @@ class Stretch:
 Unit = Write | Stretch
 
 
-FAR_UNIT = 16 << 20
+FAR_UNIT = 8 << 20
 """The same for what a network brings or takes, which is held in memory until it is done."""
 
 

@@ -26,7 +26,7 @@ from dcpconv.engine.boxes import Box
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
 from dcpconv.engine.wanting import of_box
-from dcpconv.stores.ahead import Ahead, Wanted
+from dcpconv.stores.ahead import WINDOW, Ahead, Wanted
 from dcpconv.stores.local import Sources
 
 BUFFER = 4 << 20
@@ -153,7 +153,8 @@ def read_landings(
     Raises:
         FormatError: A source file is missing, unreadable or too short.
     """
-    listed = [unit for landing in landings for unit in _units(landing)]
+    direct = WINDOW if sources.is_remote else _DIRECT
+    listed = [unit for landing in landings for unit in _units(landing, direct)]
     if sources.is_remote:  # neighbours are fetched together
         listed.sort(key=lambda unit: next(iter(_wanted(unit)), ("", 0, 0)))
     work = Ahead(sources, listed, _wanted)
@@ -206,13 +207,13 @@ def _wanted(unit: _Unit) -> Iterable[Wanted]:
     return () if isinstance(box, Derived) else of_box(plain_box(box), unit.start, unit.stop)
 
 
-def _units(landing: Landing) -> Iterator[_Unit]:
+def _units(landing: Landing, direct: int) -> Iterator[_Unit]:
     into, numel = landing.into, landing.into.numel()
     if not numel:
         return
     box = landing.box
     if landing.is_direct or into.is_contiguous():
-        nbytes = _DIRECT if landing.is_direct and not box.is_relabelled else BUFFER
+        nbytes = direct if landing.is_direct and not box.is_relabelled else BUFFER
         step, flat = box.tile(nbytes), into.view(-1)
         for at in range(0, numel, step):
             stop = min(at + step, numel)

@@ -1,6 +1,6 @@
 """Work whose bytes are fetched before its turn comes: ranges of many pieces of work, together.
 
-Work is taken in windows of some tens of megabytes.  The ranges that a window wants are coalesced
+Work is taken in windows of some megabytes.  The ranges that a window wants are coalesced
 and asked for at once, several windows before any thread needs them, and are given up when the last
 piece of the window is done.  Memory is bounded by what is ahead, whatever the size of the model.
 """
@@ -18,10 +18,11 @@ from dcpconv.stores.ranged import Held, Ranged
 
 T = TypeVar("T")
 
-WINDOW: Final = 32 << 20
-"""Bytes that are wanted together: two requests of the longest kind."""
+WINDOW: Final = 16 << 20
+"""Bytes that are wanted together: a request of this length takes long enough for a round trip not
+to count."""
 
-AHEAD: Final = 128 << 20
+AHEAD: Final = 160 << 20
 """Bytes on their way or there, that no work has used up yet.  Work under way may hold one window
 more per thread."""
 

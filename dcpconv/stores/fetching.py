@@ -10,15 +10,17 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Final, TypeVar
 
 from dcpconv.core.errors import SourceChangedError
 from dcpconv.stores.store import Buffer, ChangedError, Info, Store, StoreError, TransientError
 
-PART: Final = 16 << 20
-"""Bytes of one request at most."""
+T = TypeVar("T")
+
+PART: Final = 32 << 20
+"""Bytes of one request at most; most are of half as many, so that several are on their way."""
 
 GAP: Final = 512 << 10
 """Bytes between two wanted ranges that are cheaper to fetch and drop than to ask anew: what a
@@ -75,6 +77,40 @@ def _cut(begin: int, end: int, part: int) -> Iterator[Range]:
         yield offset, min(part, end - offset)
 
 
+def patiently(call: Callable[[], T], *, where: str, expected: str) -> T:
+    """What a request answers, asked again where that may help.
+
+    Args:
+        call: Makes one request.
+        where: What errors call the object.
+        expected: What they say was asked for.
+
+    Raises:
+        StoreError: It cannot be had; says what was tried.
+        ChangedError: The object is another one by now.
+    """
+    started, seen = time.monotonic(), list[str]()
+    for attempt in range(TRIES):
+        if attempt:
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
+            time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  no secret
+        try:
+            return call()
+        except TransientError as error:
+            if error.what not in seen:
+                seen.append(error.what)
+    raise StoreError(
+        "the store does not answer as it should",
+        [
+            ("object", where),
+            ("expected", expected),
+            ("tried", f"{TRIES} times in {time.monotonic() - started:.0f} s"),
+            *(("answer", what) for what in seen),
+        ],
+        hint="is the endpoint right? run this again when the store answers",
+    )
+
+
 def fetch(store: Store, key: str, offset: int, nbytes: int, info: Info) -> memoryview:
     """Bytes of an object at the version listed.
 
@@ -84,30 +120,14 @@ def fetch(store: Store, key: str, offset: int, nbytes: int, info: Info) -> memor
     """
     if nbytes <= 0:
         return memoryview(b"")
-    started, seen = time.monotonic(), list[str]()
-    for attempt in range(TRIES):
-        if attempt:
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**attempt)
-            time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  no secret
-        try:
-            data = _whole(store.get(key, offset, nbytes, info), nbytes)
-        except ChangedError:
-            raise changed([store.where(key)]) from None
-        except TransientError as error:
-            if error.what not in seen:
-                seen.append(error.what)
-            continue
-        return data
-    raise StoreError(
-        "the store did not send what it was asked for",
-        [
-            ("object", store.where(key)),
-            ("expected", f"{nbytes:,} bytes from byte {offset:,}"),
-            ("tried", f"{TRIES} times in {time.monotonic() - started:.0f} s"),
-            *(("answer", what) for what in seen),
-        ],
-        hint="run this again; what was written so far has been removed",
-    )
+    try:
+        return patiently(
+            lambda: _whole(store.get(key, offset, nbytes, info), nbytes),
+            where=store.where(key),
+            expected=f"{nbytes:,} bytes from byte {offset:,}",
+        )
+    except ChangedError:
+        raise changed([store.where(key)]) from None
 
 
 def changed(objects: Iterable[str]) -> SourceChangedError:

@@ -9,16 +9,18 @@ Source:
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
 
-from dcpconv.stores.fetching import fetch, pool
+from dcpconv.stores.fetching import fetch, patiently, pool
 from dcpconv.stores.schemes import OBJECTS, without_secrets
 from dcpconv.stores.store import Buffer, ChangedError, Info, Store, StoreError, TransientError
 
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_LONG: Final = 1 << 20
+"""Bytes from which a body is worth memory of its own."""
+_CHUNK: Final = 512 << 10
+"""Bytes of a body that are taken over at a time."""
+_TRIES: Final = 9
+"""Requests for one part of an upload, the first included."""
 _NO_LISTING: Final = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -107,7 +115,7 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
         named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
     made = [
         kinds[scheme](bucket, client_options=options, retry_config={"max_retries": n}, **named)
-        for n in (0, 8)
+        for n in (0, _TRIES - 1)
     ]
     return ObjectsStore(f"{scheme}://{bucket}", *made), found.path.strip("/")
 
@@ -153,8 +161,12 @@ class ObjectsStore(Store):
         import obstore  # noqa: PLC0415  slow import
 
         above = f"{prefix}/" if prefix else ""
-        with self._complaints(prefix):
-            found = obstore.list_with_delimiter(self._writing, prefix or None)
+
+        def ask() -> Any:
+            with self._complaints(prefix, may_pass=True):
+                return obstore.list_with_delimiter(self._reading, prefix or None)
+
+        found = patiently(ask, where=self.where(prefix), expected="what is below it")
         for inner in found["common_prefixes"]:
             yield inner.removeprefix(above).rstrip("/"), None
         for meta in found["objects"]:
@@ -163,9 +175,12 @@ class ObjectsStore(Store):
     def _look(self, key: str) -> Info | None:
         import obstore  # noqa: PLC0415  slow import
 
+        def ask() -> Any:
+            with self._complaints(key, may_pass=True):
+                return obstore.head(self._reading, key)
+
         try:
-            with self._complaints(key):
-                return _info(obstore.head(self._writing, key))
+            return _info(patiently(ask, where=self.where(key), expected="its length"))
         except FileNotFoundError:
             return None
 
@@ -179,12 +194,12 @@ class ObjectsStore(Store):
             with self._complaints(key, may_pass=True):
                 found = obstore.get(self._reading, key, options=options)
                 meta = _info(found.meta)
-                data = found.bytes()
+                data = _gathered(found, nbytes) if nbytes >= _LONG else memoryview(found.bytes())
         except FileNotFoundError:
             raise ChangedError from None
         if (info.tag and meta.tag and meta.tag != info.tag) or meta.nbytes != info.nbytes:
             raise ChangedError
-        return memoryview(data)
+        return data
 
     def put(
         self,
@@ -272,9 +287,10 @@ class ObjectsStore(Store):
     def _refuse(self, key: str, error: Exception) -> NoReturn:
         status, code = _status(error), _code(error)
         headline, hint = _meaning(type(error).__name__, status, code)
+        tried = [("tried", f"{_TRIES} times")] if _may_pass(error) else []
         raise StoreError(
             headline,
-            [("object", self.where(key)), ("answer", _in_short(error))],
+            [("object", self.where(key)), *tried, ("answer", _in_short(error))],
             hint=hint,
         ) from None
 
@@ -287,9 +303,38 @@ class HttpStore(ObjectsStore):
         self.lists = self.writes = False
 
     def _list(self, prefix: str) -> Iterable[tuple[str, Info | None]]:
-        above = f"{prefix}/" if prefix else ""
-        found = pool().map(self._look, [above + name for name in _NO_LISTING])
-        return [(n, info) for n, info in zip(_NO_LISTING, found, strict=True) if info is not None]
+        found = self._those_of(_NO_LISTING, prefix)
+        for index in [name for name in found if name.endswith(".index.json")]:
+            key = f"{prefix}/{index}" if prefix else index
+            found |= self._those_of(self._named_by(key, found[index]), prefix)
+        return list(found.items())
+
+    def _those_of(self, names: Collection[str], prefix: str) -> dict[str, Info]:
+        """Those of the names that are there."""
+        keys = [f"{prefix}/{name}" if prefix else name for name in names]
+        looked = zip(names, pool().map(self._look, keys), strict=True)
+        return {name: info for name, info in looked if info is not None}
+
+    def _named_by(self, key: str, index: Info) -> set[str]:
+        """Files that an index names; whoever reads it tells what is wrong with it."""
+        try:
+            named = json.loads(bytes(fetch(self, key, 0, index.nbytes, index)))["weight_map"]
+            return {name for name in named.values() if isinstance(name, str) and "/" not in name}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return set()
+
+
+def _gathered(found: Any, nbytes: int) -> memoryview:
+    """A body in memory of its own, which goes back to the system as soon as nobody needs it.
+
+    What the heap gets of such a length it keeps, and scatters: twice as much as is in use.
+    """
+    whole, at = memoryview(mmap.mmap(-1, nbytes)), 0
+    for chunk in found.stream(min_chunk_size=_CHUNK):
+        piece = memoryview(chunk)[: nbytes - at]
+        whole[at : at + len(piece)] = piece
+        at += len(piece)
+    return whole[:at]
 
 
 def _info(meta: Any) -> Info:
