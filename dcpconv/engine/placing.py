@@ -89,7 +89,11 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
             "the target is an object, but the result is several", target, "choose another name"
         )
     marks = [key for key in found if key.rpartition("/")[2].startswith(_MARK)]
-    listed = {key for mark in marks for key in _listed(store, mark, found[mark])} | {*marks}
+    listed = {*marks}
+    for mark in marks:
+        names = _listed(store, mark, found[mark])
+        if names and names[-1] not in found:  # else it did end, and could not remove its mark
+            listed.update(names)
     left = {key: info for key, info in found.items() if key in listed}
     objects = {key: info for key, info in found.items() if key not in listed}
     if objects and not overwrite:
@@ -177,13 +181,14 @@ class Placing:
                 )
         self.is_published = True
         new = {*self.uploads.keys, *((self.path / name).key for name, _ in commit)}
-        self.store.delete([*self.marks, *({*self.ground.objects, *self.ground.left} - new)])
+        with suppress(DcpconvError):  # the result is whole, whatever stays beside it
+            self.store.delete([*self.marks, *({*self.ground.objects, *self.ground.left} - new)])
 
     def mark(self, keys: Sequence[str]) -> None:
-        """List what may be left behind if the process dies."""
+        """List what may be left behind if the process dies; the last one would make it whole."""
         key = (self.path / f"{_MARK}{secrets.token_hex(4)}").key
         self.marks.append(key)
-        self.store.create(key, json.dumps(sorted(keys)).encode(), replaces=None)
+        self.store.create(key, json.dumps(keys).encode(), replaces=None)
 
     def _beside(self, key: str, data: bytes) -> None:
         known = self.ground.objects.get(key)
@@ -225,9 +230,9 @@ def placing(
     placed = Placing(target, uploads, ground)
     try:
         if not is_file:
-            names = [*(file.name for file in outline.files), *beside]
-            keys = [(target / name).key for name in [*names, *(name for name, _ in outline.commit)]]
-            placed.mark([key for key in keys if key not in ground.objects])
+            names = [*beside, *(file.name for file in reversed(outline.files))]
+            names += [name for name, _ in outline.commit]
+            placed.mark([(target / name).key for name in names])
         yield placed
     finally:
         if not placed.is_published:

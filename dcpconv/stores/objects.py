@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
@@ -35,6 +35,15 @@ _CHUNK: Final = 512 << 10
 """Bytes of a body that are taken over at a time."""
 _TRIES: Final = 9
 """Requests for one part of an upload, the first included."""
+_PATIENCE: Final[dict[str, Any]] = {
+    "max_retries": _TRIES - 1,
+    "retry_timeout": timedelta(seconds=180),
+    "backoff": {
+        "init_backoff": timedelta(seconds=0.1),
+        "max_backoff": timedelta(seconds=8),
+        "base": 2,
+    },
+}
 _NO_LISTING: Final = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -114,8 +123,8 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
         options["allow_http"] = True
         named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
     made = [
-        kinds[scheme](bucket, client_options=options, retry_config={"max_retries": n}, **named)
-        for n in (0, _TRIES - 1)
+        kinds[scheme](bucket, client_options=options, retry_config=retries, **named)
+        for retries in ({"max_retries": 0}, _PATIENCE)
     ]
     return ObjectsStore(f"{scheme}://{bucket}", *made), found.path.strip("/")
 
@@ -249,11 +258,18 @@ class ObjectsStore(Store):
         return bytes(fetch(self, key, 0, len(data), info)) == data
 
     def delete(self, keys: Sequence[str]) -> None:
+        for _ in pool().map(self._delete, keys):
+            pass
+
+    def _delete(self, key: str) -> None:
         import obstore  # noqa: PLC0415  slow import
 
-        for key in keys:
-            with suppress(FileNotFoundError), self._complaints(key):
-                obstore.delete(self._writing, key)
+        def ask() -> None:
+            with self._complaints(key, may_pass=True):
+                obstore.delete(self._reading, key)
+
+        with suppress(FileNotFoundError):
+            patiently(ask, where=self.where(key), expected="that it is removed")
 
     @contextmanager
     def _complaints(
@@ -344,7 +360,10 @@ def _info(meta: Any) -> Info:
 
 
 def _status(error: Exception) -> int:
-    found = _STATUS.search(str(error))
+    text = str(error)
+    found = _STATUS.search(text)
+    if found is None and "redirect without LOCATION" in text:
+        return 301  # S3 does not say where the bucket is
     return int(found[1]) if found else 0
 
 
@@ -367,7 +386,7 @@ def _in_short(error: Exception) -> str:
     if status:
         return f"status {status}" + (f", {code}" if code else "")
     line = without_secrets(str(error).partition("\n")[0])
-    return line[-160:].rpartition(": ")[2] or line[:160]
+    return line.rpartition(" - ")[2].rpartition(": ")[2][:160] or line[:160]
 
 
 def _meaning(kind: str, status: int, code: str) -> tuple[str, str | None]:
