@@ -19,7 +19,7 @@ from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand_described
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 
 def adapter_path(source: Openable) -> Path | None:

@@ -32,7 +32,7 @@ from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 _NO_CONFIG = (
     "no config beside the source: its layers and experts are those its keys count; --assets DIR"

@@ -23,9 +23,8 @@ from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.said import Said
-from dcpconv.stores.hub import download
-from dcpconv.stores.places import is_remote, path_of, target_of
 from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import is_remote, path_of, target_of
 
 if TYPE_CHECKING:
     from dcpconv.engine.placing import Ground
@@ -135,7 +134,7 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    here = download(os.fspath(source)) if cache else path_of(source)
+    here = _downloaded(os.fspath(source)) if cache else path_of(source)
     request = Request(here, said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
     if is_by_torch and (is_remote(here) or isinstance(wanted.path, RemotePath)):
@@ -177,6 +176,12 @@ def convert(
             seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
+
+
+def _downloaded(name: str) -> Path:
+    from dcpconv.stores.hub import download  # noqa: PLC0415 - few ask for it
+
+    return download(name)
 
 
 def _adapters(

@@ -13,8 +13,8 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
-from dcpconv.stores.places import is_remote
 from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import is_remote
 
 if TYPE_CHECKING:
     from dcpconv.engine.placing import Ground

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import LossyCastError
@@ -17,8 +18,10 @@ from dcpconv.core.outline import Fill, Outline
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.copying import Ladder, Tally
 from dcpconv.engine.threads import Crew, Desk, Pool
-from dcpconv.engine.uploading import Uploads
 from dcpconv.stores.local import SYSTEM, Sources, System
+
+if TYPE_CHECKING:
+    from dcpconv.engine.uploading import Uploads
 
 __all__ = ["CastLoss", "Moved", "Sources", "execute", "fill"]
 

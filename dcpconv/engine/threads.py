@@ -5,25 +5,26 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
-from dcpconv.engine.copying import Ladder, Tally, write, write_error
+from dcpconv.engine.copying import Ladder, Output, Tally, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
-from dcpconv.engine.uploading import Upload, Uploads
-from dcpconv.engine.wanting import of_unit
-from dcpconv.engine.worker import Worker
-from dcpconv.stores.ahead import Ahead
-from dcpconv.stores.local import Sources, System
+from dcpconv.stores.local import Sources
 
-_WORTH_STARTING = 256 << 10
-"""Bytes from which a unit is worth a system call to start writing it to disk."""
+if TYPE_CHECKING:
+    from dcpconv.engine.uploading import Upload, Uploads
+    from dcpconv.stores.ahead import Ahead
+
+_SECONDS_TO_START = 1.0
+"""How long a thread may take to say that it runs, on a machine that is very busy."""
 
 
 class Pool:
@@ -98,47 +99,39 @@ class Desk:
             self.pool.give(view)
 
 
-class _Output:
-    """A file being written; ``pending`` counts its units under way, and the listing of them."""
+_Work = tuple["Output | Upload", Unit | None]
+"""A unit with its file, or the end of the listing of a file."""
 
-    __slots__ = ("fd", "name", "path", "pending")
 
-    def __init__(self, directory: Path, file: OutFile) -> None:
-        self.name = file.name
-        self.path = directory / file.name
-        self.pending = 1
+class _Worker:
+    """A thread that can be waited for although Ctrl-C interrupts the waiting.
+
+    ``Thread.join`` cannot: in CPython 3.11 an interrupted ``join`` takes the thread for ended.
+    """
+
+    def __init__(self, work: Callable[[Desk], None], desk: Desk) -> None:
+        self.ended = threading.Event()
+        self.thread = threading.Thread(
+            target=self._run, args=(work, desk), name="dcpconv", daemon=True
+        )
+
+    def _run(self, work: Callable[[Desk], None], desk: Desk) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(self.fd, file.nbytes)
-            except OSError:
-                os.close(self.fd)
-                raise
-        except OSError as error:
-            raise write_error(error, self.path) from error
-
-    def announce(self, unit: Unit) -> None:
-        """A file is written in any order."""
-
-    def skip(self, unit: Unit) -> None:
-        """What is not written is zeros."""
-
-    def write(self, data: memoryview | bytes, offset: int, *, system: System) -> None:
-        write(self.fd, data, offset, system=system)
-
-    def write_back(self, unit: Unit) -> None:
-        """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
-        results that memory could hold.  What is still dirty stays cached."""
-        if unit.nbytes >= _WORTH_STARTING and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                os.posix_fadvise(self.fd, unit.offset, unit.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def finish(self) -> None:
-        try:
-            os.fsync(self.fd)
+            work(desk)
         finally:
-            os.close(self.fd)
+            self.ended.set()
+
+    def join(self) -> None:
+        """Wait for the end of a thread whose ``start`` may have been interrupted.
+
+        Ctrl-C can arrive when the thread exists but has not said so yet.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while self.thread.ident is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self.thread.ident is not None:
+            self.ended.wait()
+            self.thread.join()
 
 
 class Crew:
@@ -173,13 +166,20 @@ class Crew:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
-        self._open: set[_Output | Upload] = set()
-        self._work = Ahead(sources, self._list(files, target), lambda work: of_unit(work[1]))
+        self._open: set[Output | Upload] = set()
+        self._work = self._list(files, target)
+        self._ahead: Ahead[_Work] | None = None
+        if sources.is_remote:
+            from dcpconv.engine.wanting import of_unit  # noqa: PLC0415 - files here need none
+            from dcpconv.stores.ahead import Ahead  # noqa: PLC0415
+
+            self._ahead = Ahead(sources, self._work, lambda work: of_unit(work[1]))
+            self._work = self._ahead
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
-        workers = [Worker(self._loop, desk) for desk in self.desks]
-        started: list[Worker[Desk]] = []
+        workers = [_Worker(self._loop, desk) for desk in self.desks]
+        started: list[_Worker] = []
         try:
             for worker in workers:
                 started.append(worker)
@@ -192,19 +192,18 @@ class Crew:
                 self._uploads.stop(waits=False)
             for worker in started:
                 worker.join()
-            self._work.close()
+            if self._ahead is not None:
+                self._ahead.close()
             for output in self._open:
-                if isinstance(output, _Output):
+                if isinstance(output, Output):
                     os.close(output.fd)
         if self._errors:
             raise self._errors[0]
 
-    def _list(
-        self, files: tuple[OutFile, ...], target: Path
-    ) -> Iterator[tuple[_Output | Upload, Unit | None]]:
+    def _list(self, files: tuple[OutFile, ...], target: Path) -> Iterator[_Work]:
         """Every unit with its file, and ``None`` once all units of a file are listed."""
         for file in files:
-            output = self._uploads.open(file) if self._uploads else _Output(target, file)
+            output = self._uploads.open(file) if self._uploads else Output(target, file)
             self._open.add(output)
             is_far = self._sources.is_remote or self._uploads is not None
             for unit in units(
@@ -224,7 +223,8 @@ class Crew:
                 if not work:
                     return
                 done = self._write(*work, desk)
-                self._work.done(work)
+                if self._ahead is not None:
+                    self._ahead.done(work)
                 if done:
                     self._progress(done)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
@@ -235,7 +235,7 @@ class Crew:
         finally:
             desk.clear()
 
-    def _write(self, output: _Output | Upload, unit: Unit | None, desk: Desk) -> int:
+    def _write(self, output: Output | Upload, unit: Unit | None, desk: Desk) -> int:
         """Do one unit, or end the listing of a file; returns payload bytes."""
         try:
             done = 0
@@ -249,7 +249,7 @@ class Crew:
             raise write_error(error, output.path) from error
         return done
 
-    def _release(self, output: _Output | Upload) -> None:
+    def _release(self, output: Output | Upload) -> None:
         with self._lock:
             output.pending -= 1
             if output.pending:
@@ -257,10 +257,10 @@ class Crew:
             self._open.discard(output)
         output.finish()
 
-    def _do(self, unit: Unit, output: _Output | Upload, desk: Desk) -> int:
+    def _do(self, unit: Unit, output: Output | Upload, desk: Desk) -> int:
         if isinstance(unit, Run):
             with self._sources.open(unit.file) as source:
-                if isinstance(output, Upload):
+                if not isinstance(output, Output):
                     output.receive(source, unit.source_offset, unit.offset, unit.nbytes)
                     desk.tally.buffered += unit.nbytes
                     return unit.nbytes
@@ -281,7 +281,7 @@ class Crew:
             return self._cast(unit, output, desk)
         return self._assemble(unit, output, desk)
 
-    def _assemble(self, stretch: Stretch, output: _Output | Upload, desk: Desk) -> int:
+    def _assemble(self, stretch: Stretch, output: Output | Upload, desk: Desk) -> int:
         """Put a stretch together and write it."""
         payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Given))
         if payload == stretch.nbytes and self._is_hole(stretch):
@@ -333,7 +333,7 @@ class Crew:
             at=at,
         )
 
-    def _cast(self, tile: Tile, output: _Output | Upload, desk: Desk) -> int:
+    def _cast(self, tile: Tile, output: Output | Upload, desk: Desk) -> int:
         fill = tile.box.fill
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]

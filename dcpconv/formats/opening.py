@@ -10,7 +10,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import safetensors
 from dcpconv.formats.dcp.names import METADATA_FILE
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.

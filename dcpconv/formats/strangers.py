@@ -14,7 +14,7 @@ from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.ranks import fsdp, zero_world
 from dcpconv.formats.torchfile.roles import is_beside_a_model
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile
 
 _FSDP_DIRECTORY = "pytorch_model_fsdp_0"
 

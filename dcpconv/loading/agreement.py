@@ -29,7 +29,7 @@ from dcpconv.loading.world import World, hostname, portable, raise_first
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.live_models import live_model
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 ReadMode = Literal["auto", "all", "once", "rank0"]
 LoadEngine = Literal["auto", "direct", "torch"]

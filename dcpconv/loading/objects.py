@@ -28,7 +28,7 @@ from dcpconv.formats.dcp.directory import contents_of
 from dcpconv.formats.dcp.metadata import MetadataContents
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile
 from dcpconv.stores.remote import RemotePath
 
 _HINT: Final = (

@@ -41,7 +41,7 @@ from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.live_models import live_model
 from dcpconv.sources.said import parse_allowed
 from dcpconv.stores.local import Sources
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 BATCH = 256 << 20
 """Bytes of tensors that are asked of a planner before the first of them is read."""

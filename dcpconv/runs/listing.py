@@ -14,9 +14,8 @@ from typing import Final
 
 from dcpconv.formats.torchfile.zip_records import ReadAt
 from dcpconv.runs.entries import Entry, Place, place_of, scanned
-from dcpconv.stores.places import path_of
 from dcpconv.stores.remote import RemotePath
-from dcpconv.stores.schemes import scheme_of
+from dcpconv.stores.schemes import path_of, scheme_of
 
 METADATA: Final = ".metadata"
 

@@ -11,7 +11,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel

@@ -11,7 +11,7 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.core.spec import FEATURES, ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap, resolve_family
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 SELECTION_BIAS = "selection_bias"
 """What ``--allow`` calls the load-balancing bias of experts."""

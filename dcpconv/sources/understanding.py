@@ -22,7 +22,7 @@ from dcpconv.sources.opening import End, Openable, Opened, only_config, open_sou
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
 from dcpconv.sources.selection import select, why_no_weights
-from dcpconv.stores.places import path_of
+from dcpconv.stores.schemes import path_of
 
 if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel

@@ -10,8 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from dcpconv.stores.schemes import without_secrets
-from dcpconv.stores.store import Buffer, Info, Store, StoreError, TransientError
+from dcpconv.stores.store import (
+    Buffer,
+    Info,
+    Store,
+    StoreError,
+    TransientError,
+    without_secrets,
+)
 
 
 def open_fsspec(url: str) -> tuple[FsspecStore, str]:

@@ -21,18 +21,6 @@ class HubError(DcpconvError, OSError):
     """The hub cannot be reached, or does not give what was asked for."""
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name is ``hf://...``, or ``org/name`` where no such path is here.
-
-    >>> is_hub_id("hf://org/name@main"), is_hub_id("a/b/c"), is_hub_id("./a")
-    (True, False, False)
-    """
-    if name.startswith("hf://"):
-        return True
-    found = _ID.fullmatch(name)
-    return bool(found) and not name.startswith((".", "/")) and not Path(name).exists()
-
-
 def download(name: str) -> Path:
     """A local path for a hub id, whose weights, config and tokenizer are downloaded into the hub's
     own cache.

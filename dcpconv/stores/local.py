@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import stat
 import struct
@@ -14,18 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Catalog, Identity
 from dcpconv.core.errors import FormatError, SourceChangedError
-from dcpconv.stores.places import path_of
-from dcpconv.stores.ranged import Ranged
 from dcpconv.stores.remote import RemotePath
-from dcpconv.stores.schemes import scheme_of
+from dcpconv.stores.schemes import path_of, scheme_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from dcpconv.stores.ranged import Heading, Ranged
 
 
 _FICLONERANGE = 0x4020940D  # Source: linux/fs.h, _IOW(0x94, 13, struct file_clone_range)
@@ -77,6 +75,53 @@ def open_regular(path: Path) -> int:
     )
 
 
+class OpenFile:
+    """A file being read by offset and length, wherever it is.
+
+    Args:
+        path: A regular file, or an object of a store.
+
+    Attributes:
+        nbytes: Its length.
+        identity: What it is.
+        expect: Has bytes checked when what follows is read; ``None`` where a look costs nothing.
+
+    Raises:
+        OSError: It cannot be opened.
+        FormatError: It is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        if isinstance(path, RemotePath):
+            self._ranged = path.ranged
+            self.identity = path.identity()
+            self.expect: Callable[[Heading], None] | None = self._ranged.expect
+        else:
+            self._fd = open_regular(path)
+            self.identity = identity_of(self._fd)
+            self.expect = None
+        self.nbytes = self.identity[2]
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of it, fewer only at its end."""
+        if self._fd < 0:
+            return self._ranged.read(offset, nbytes)
+        return os.pread(self._fd, nbytes, offset)
+
+    def close(self) -> None:
+        """Close it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.close()
+
+
 def read_regular(path: Path, *, most: int) -> bytes:
     """All of a regular file that is not larger than it may be.
 
@@ -96,25 +141,6 @@ def read_regular(path: Path, *, most: int) -> bytes:
         facts = [("file", path), ("expected", f"at most {most:,} bytes")]
         raise FormatError("the file is far larger than any of its kind", facts)
     return data
-
-
-def read_json(path: Path, *, most: int = 1 << 26) -> object:
-    """What a regular file of JSON holds.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
-
-    Raises:
-        FormatError: It cannot be read, is no JSON, or is larger.
-    """
-    try:
-        value: object = json.loads(read_regular(path, most=most))
-    except FormatError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError("file is not JSON", [("file", path), ("reason", error)]) from error
-    return value
 
 
 def identity_of(file: Path | int) -> Identity:
@@ -188,6 +214,7 @@ class SourceFile:
         is_sparse: Whether it has holes worth skipping.
         system: System calls to use.
         leases: Threads that are using it now.
+        ranged: The object that it is, where it is in a store; no system call copies from that.
     """
 
     path: Path
@@ -196,6 +223,7 @@ class SourceFile:
     is_sparse: bool
     system: System
     leases: int = 0
+    ranged: Ranged | None = None
 
     def read(self, offset: int, views: list[memoryview], nbytes: int) -> None:
         """Fill all views, ``nbytes`` together, from the bytes at ``offset``.
@@ -203,6 +231,9 @@ class SourceFile:
         Raises:
             FormatError: The file ends before, or the disk cannot read it.
         """
+        if self.ranged is not None:
+            self.ranged.fill(offset, views, nbytes)
+            return
         while nbytes:
             try:
                 count = self.system.preadv(self.fd, views, offset)
@@ -248,17 +279,6 @@ class SourceFile:
     def is_hole(self, offset: int, nbytes: int) -> bool:
         """Whether the run holds no data at all; ``False`` where the file system cannot tell."""
         return self.is_sparse and next(self.data(offset, nbytes), None) is None
-
-
-@dataclass(slots=True)
-class _Remote(SourceFile):
-    """An object of a store, which no system call copies from."""
-
-    ranged: Ranged | None = None
-
-    def read(self, offset: int, views: list[memoryview], nbytes: int) -> None:
-        assert self.ranged is not None  # noqa: S101  given where it is made
-        self.ranged.fill(offset, views, nbytes)
 
 
 def path_beside(directory: Path, file: str) -> Path:
@@ -339,7 +359,8 @@ class Sources:
     def _add(self, file: str) -> SourceFile:
         path = path_beside(self._path, file)
         if isinstance(path, RemotePath):
-            source: SourceFile = _Remote(path, -1, -1, False, self._system, ranged=path.ranged)
+            source = SourceFile(path, -1, -1, is_sparse=False, system=self._system)
+            source.ranged = path.ranged
             return self._files.setdefault(file, source)
         try:
             fd = open_regular(path)
@@ -375,10 +396,5 @@ class Sources:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self.close()

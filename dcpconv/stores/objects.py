@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
-from importlib.util import find_spec
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
-from urllib.parse import urlsplit
 
 from dcpconv.stores.fetching import fetch, patiently, pool
-from dcpconv.stores.schemes import OBJECTS, without_secrets
-from dcpconv.stores.store import Buffer, ChangedError, Info, Store, StoreError, TransientError
+from dcpconv.stores.store import (
+    Buffer,
+    ChangedError,
+    Info,
+    Store,
+    StoreError,
+    TransientError,
+    without_secrets,
+)
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -33,17 +37,8 @@ _LONG: Final = 1 << 20
 """Bytes from which a body is worth memory of its own."""
 _CHUNK: Final = 512 << 10
 """Bytes of a body that are taken over at a time."""
-_TRIES: Final = 9
+TRIES: Final = 9
 """Requests for one part of an upload, the first included."""
-_PATIENCE: Final[dict[str, Any]] = {
-    "max_retries": _TRIES - 1,
-    "retry_timeout": timedelta(seconds=180),
-    "backoff": {
-        "init_backoff": timedelta(seconds=0.1),
-        "max_backoff": timedelta(seconds=8),
-        "base": 2,
-    },
-}
 _NO_LISTING: Final = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -61,94 +56,6 @@ _NO_LISTING: Final = (
     "special_tokens_map.json",
 )
 """What is asked for by name on a server that lists nothing; an index names the rest."""
-
-
-def open_objects(url: str) -> tuple[ObjectsStore, str]:
-    """The store that a URL names, and the key in it.
-
-    Raises:
-        StoreError: obstore is not installed, or the URL names no bucket.
-    """
-    found = urlsplit(url)
-    scheme = OBJECTS[found.scheme.lower()]
-    if find_spec("obstore") is None:
-        raise StoreError(
-            f"{scheme}:// is read through obstore, which is not installed",
-            [("found", without_secrets(url))],
-            hint="pip install 'dcpconv[remote]'",
-        )
-    if scheme not in {"http", "https"}:
-        return _bucket(url, scheme)
-    if found.query or found.username:
-        raise StoreError(
-            "a URL with a password or a query is not read: it is no name that errors could say",
-            [("found", without_secrets(url))],
-            hint="use the store's own scheme (s3://, gs://, az://) and its credentials",
-        )
-    root = f"{scheme}://{found.netloc}"
-    from obstore.store import HTTPStore  # noqa: PLC0415  slow import
-
-    options: Any = {"allow_http": True, "timeout": "60s", "connect_timeout": "10s"}
-    reading = HTTPStore.from_url(root, client_options=options, retry_config={"max_retries": 0})
-    return HttpStore(root, reading, reading), found.path.strip("/")
-
-
-def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
-    found = urlsplit(url)
-    # abfss://container@account.dfs.core.windows.net/key has the container before the host
-    bucket = found.username or found.netloc
-    if not bucket:
-        facts = [("found", without_secrets(url)), ("expected", f"{scheme}://bucket/name")]
-        raise StoreError("the URL names no bucket", facts)
-    import obstore.store as stores  # noqa: PLC0415  slow import
-
-    kinds: Mapping[str, Any] = {
-        "s3": stores.S3Store,
-        "gs": stores.GCSStore,
-        "az": stores.AzureStore,
-    }
-    options: Any = {"timeout": "120s", "connect_timeout": "10s"}
-    named: dict[str, Any] = {}
-    if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint:
-            named["endpoint"] = endpoint
-            options["allow_http"] = endpoint.startswith("http://")
-        named |= _credentials_of_boto3()
-    if scheme == "az" and os.environ.get("AZURE_STORAGE_USE_EMULATOR"):
-        options["allow_http"] = True
-    if scheme == "az" and found.username and found.hostname:
-        named["account_name"] = found.hostname.partition(".")[0]
-    if scheme == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
-        options["allow_http"] = True
-        named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
-    made = [
-        kinds[scheme](bucket, client_options=options, retry_config=retries, **named)
-        for retries in ({"max_retries": 0}, _PATIENCE)
-    ]
-    return ObjectsStore(f"{scheme}://{bucket}", *made), found.path.strip("/")
-
-
-def _emulator() -> str:
-    host = os.environ["STORAGE_EMULATOR_HOST"]
-    return host if "://" in host else f"http://{host}"
-
-
-def _credentials_of_boto3() -> dict[str, Any]:
-    """Profiles and single sign-on, which only boto3 reads, where the environment has no key."""
-    if os.environ.get("AWS_ACCESS_KEY_ID") or find_spec("boto3") is None:
-        return {}
-    configured = os.path.expanduser("~/.aws")  # noqa: PTH111  as boto3 spells it
-    if not (os.environ.get("AWS_PROFILE") or os.path.isdir(configured)):  # noqa: PTH112
-        return {}
-    from boto3 import Session  # noqa: PLC0415  slow import
-    from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415  slow import
-
-    session = Session()
-    if session.get_credentials() is None:
-        return {}
-    region = {"region": session.region_name} if session.region_name else {}
-    return {"credential_provider": Boto3CredentialProvider(session), **region}
 
 
 class ObjectsStore(Store):
@@ -297,16 +204,16 @@ class ObjectsStore(Store):
             raise ChangedError from None
         except BaseError as error:
             if may_pass and _may_pass(error):
-                raise TransientError(_in_short(error)) from None
+                raise TransientError(in_short(error)) from None
             self._refuse(key, error)
 
     def _refuse(self, key: str, error: Exception) -> NoReturn:
         status, code = _status(error), _code(error)
         headline, hint = _meaning(type(error).__name__, status, code)
-        tried = [("tried", f"{_TRIES} times")] if _may_pass(error) else []
+        tried = [("tried", f"{TRIES} times")] if _may_pass(error) else []
         raise StoreError(
             headline,
-            [("object", self.where(key)), *tried, ("answer", _in_short(error))],
+            [("object", self.where(key)), *tried, ("answer", in_short(error))],
             hint=hint,
         ) from None
 
@@ -380,7 +287,7 @@ def _may_pass(error: Exception) -> bool:
     return not named and not unfit and (status == 0 or status in {408, 429} or status >= 500)
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """The status and its name, or the first line; nothing in which a credential could be."""
     status, code = _status(error), _code(error)
     if status:

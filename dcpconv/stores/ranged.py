@@ -28,7 +28,7 @@ _LARGEST_PAGE: Final = 4 * PAGE
 
 
 @dataclass(slots=True)
-class Frame:
+class Heading:
     """Bytes before a payload that nobody has looked at yet, because a round trip for each would
     take longer than all the rest; they are checked when the payload is read.
 
@@ -74,7 +74,7 @@ class Ranged:
     info: Info
     _pages: list[tuple[int, memoryview]] = field(default_factory=list)
     _held: list[Held] = field(default_factory=list)
-    _frames: list[Frame] = field(default_factory=list)
+    _headings: list[Heading] = field(default_factory=list)
     _is_sorted: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -99,16 +99,16 @@ class Ranged:
         with self._lock:
             self._pages = [*self._pages[1 - _PAGES :], (offset, page)]
 
-    def expect(self, frame: Frame) -> None:
+    def expect(self, heading: Heading) -> None:
         """Have what stands before a payload checked when that is read."""
         with self._lock:
-            self._frames.append(frame)
+            self._headings.append(heading)
             self._is_sorted = False
 
     def widened(self, offset: int, nbytes: int) -> list[Range]:
-        """The ranges to fetch so that the payloads in one and the frames before them are there."""
-        frames = [one for one in self._frames_of(offset, nbytes) if not one.is_sound]
-        return [(offset, nbytes), *((frame.offset, frame.nbytes) for frame in frames)]
+        """The ranges to fetch for the payloads in one, and for the headings before them."""
+        headings = [one for one in self._headings_of(offset, nbytes) if not one.is_sound]
+        return [(offset, nbytes), *((heading.offset, heading.nbytes) for heading in headings)]
 
     def hold(self, ranges: Iterable[Range]) -> list[Held]:
         """Begin to fetch ranges; they stay until they are dropped."""
@@ -138,10 +138,10 @@ class Ranged:
             SourceChangedError: The object is another one by now.
             FormatError: What stands before a payload is not what it should be.
         """
-        for frame in self._frames_of(offset, nbytes):
-            if not frame.is_sound:
-                frame.check(b"".join(self._pieces(frame.offset, frame.nbytes)))
-                frame.is_sound = True
+        for heading in self._headings_of(offset, nbytes):
+            if not heading.is_sound:
+                heading.check(b"".join(self._pieces(heading.offset, heading.nbytes)))
+                heading.is_sound = True
         if nbytes <= PAGE and not self._is_held(offset):
             pieces = [memoryview(self.read(offset, nbytes))]  # factors and the like come in pages
         else:
@@ -161,18 +161,21 @@ class Ranged:
             at = bisect_right(self._held, offset, key=lambda held: held.offset)
             return at > 0 and offset < self._held[at - 1].offset + self._held[at - 1].nbytes
 
-    def _frames_of(self, offset: int, nbytes: int) -> list[Frame]:
+    def _headings_of(self, offset: int, nbytes: int) -> list[Heading]:
         """Those whose payloads a range touches."""
-        if not self._frames:
+        if not self._headings:
             return []
         with self._lock:
             if not self._is_sorted:
-                self._frames.sort(key=lambda frame: frame.offset)
+                self._headings.sort(key=lambda heading: heading.offset)
                 self._is_sorted = True
-        starts = self._frames
-        first = bisect_right(starts, offset, key=lambda frame: frame.offset + frame.nbytes) - 1
-        last = bisect_right(starts, offset + nbytes - 1, key=lambda f: f.offset + f.nbytes)
-        return starts[max(0, first) : last]
+
+        def end(heading: Heading) -> int:
+            return heading.offset + heading.nbytes
+
+        first = bisect_right(self._headings, offset, key=end) - 1
+        last = bisect_right(self._headings, offset + nbytes - 1, key=end)
+        return self._headings[max(0, first) : last]
 
     def _pieces(self, offset: int, nbytes: int) -> list[memoryview]:
         """The bytes of a range, in order, from what is held or else from the store."""
@@ -197,4 +200,4 @@ class Ranged:
         return [one.result() if isinstance(one, Future) else one for one in found]
 
 
-__all__ = ["GAP", "PAGE", "PART", "Frame", "Held", "Ranged"]
+__all__ = ["GAP", "PAGE", "PART", "Heading", "Held", "Ranged"]

@@ -15,13 +15,15 @@ from pathlib import Path, PosixPath, PurePath
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from dcpconv.core.catalog import Identity
-from dcpconv.core.errors import FormatError
-from dcpconv.stores.fetching import changed, pool
-from dcpconv.stores.ranged import PAGE, Ranged
-from dcpconv.stores.store import Info, Store
+from dcpconv.core.errors import DcpconvError, FormatError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from dcpconv.stores.ranged import Ranged
+    from dcpconv.stores.store import Info, Store
+
+# What reads from stores is imported when the first of them is named.
 
 _LARGEST_WHOLE: Final = 1 << 31
 """Bytes of an object that is read whole; data is read by ranges."""
@@ -51,6 +53,8 @@ class Origin:
             info = self.store.info(key)
             if info is None:
                 raise FileNotFoundError(2, "there is no such object", self.store.where(key))
+            from dcpconv.stores.ranged import Ranged  # noqa: PLC0415
+
             found = self._ranged.setdefault(key, Ranged(self.store, key, info))
         return found
 
@@ -202,6 +206,8 @@ class RemotePath(PosixPath):
         keys = [(self / file).key for file in files]
         gone = [key for key in keys if store.look_again(key) != store.info(key)]
         if gone:
+            from dcpconv.stores.fetching import changed  # noqa: PLC0415
+
             raise changed([store.where(key) for key in gone])
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
@@ -282,6 +288,8 @@ def read_heads_ahead(directory: Path, names: Iterable[str]) -> None:
     """
     if not isinstance(directory, RemotePath):
         return
+    from dcpconv.stores.fetching import pool  # noqa: PLC0415
+
     files = [path for name in names if (path := directory / name).info is not None]
     for _ in pool().map(_head, files):
         pass
@@ -289,6 +297,6 @@ def read_heads_ahead(directory: Path, names: Iterable[str]) -> None:
 
 def _head(path: RemotePath) -> None:
     try:
-        path.ranged.read(0, PAGE)
-    except OSError:
+        path.ranged.read(0, 1)  # brings a page
+    except (OSError, DcpconvError):
         return

@@ -1,7 +1,7 @@
-"""Names that are URLs: those of stores that are served, and the refusal of all others.
+"""From what the user typed to a path: of this machine, of a bucket, of a repository on a hub.
 
-``Path("s3://bucket/x")`` is the directory ``x`` in a directory named ``s3:``, so no URL may ever
-become a plain path.
+A URL of a store that is not served is refused.  ``Path("s3://bucket/x")`` is the directory ``x`` in
+a directory named ``s3:``, so no URL may ever become a plain path.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.errors import DcpconvError
+from dcpconv.stores.remote import Origin, RemotePath
+
+if TYPE_CHECKING:
+    from dcpconv.stores.store import Store
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)")
 """Of two letters and more, as a drive has one; a ``Path`` has lost one of two slashes."""
+
+_HUB_ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
 HUB: Final = "hf"
 OBJECTS: Final = {
@@ -91,6 +97,8 @@ def _refusal(text: str, expected: str) -> SchemeError:
     found = _SCHEME.match(text)
     assert found is not None  # noqa: S101  scheme_of has matched it
     scheme = found[1].lower()
+    from dcpconv.stores.store import without_secrets  # noqa: PLC0415 - only errors need it
+
     text = without_secrets(text)
     if scheme == "file":
         local = text[found.end(1) + 1 :].removeprefix("//").removeprefix("localhost")
@@ -108,11 +116,77 @@ def _refusal(text: str, expected: str) -> SchemeError:
     )
 
 
-def without_secrets(text: str) -> str:
-    """A text in which the URLs have lost what may be a credential: user, password and query.
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``hf://...``, or ``org/name`` where no such path is here.
 
-    >>> without_secrets("GET https://me:secret@host/a?sig=abc failed")
-    'GET https://host/a failed'
+    >>> is_hub_id("hf://org/name@main"), is_hub_id("a/b/c"), is_hub_id("./a")
+    (True, False, False)
     """
-    text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
-    return re.sub(r"(?<=\S)\?[^\s\"']*", "", text) if "://" in text else text
+    if name.startswith("hf://"):
+        return True
+    found = _HUB_ID.fullmatch(name)
+    return bool(found) and not name.startswith((".", "/")) and not Path(name).exists()
+
+
+def is_remote(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is a path in a store, or would become one."""
+    if isinstance(name, RemotePath):
+        return True
+    text = os.fspath(name)
+    scheme = scheme_of(text)
+    return scheme is not None or is_hub_id(text)
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """The path that a name means; one in a store lists and reads from there.
+
+    A path that is one in a store already is itself, with what has been listed: within one run
+    everything is of one state.
+
+    Raises:
+        SchemeError: It is a URL of a store that is not served.
+        StoreError: A package is not installed, or the URL is malformed.
+    """
+    if isinstance(name, RemotePath):
+        return name
+    text = os.fspath(name)
+    scheme = scheme_of(text)
+    if scheme is not None:
+        refuse_unserved(text)
+    elif not is_hub_id(text):
+        return Path(name)
+    store, key = _store(_with_both_slashes(text, scheme), scheme)
+    return RemotePath(Origin(store, path_of), key)
+
+
+def target_of(name: str | os.PathLike[str]) -> Path:
+    """Where a result goes: a path, unless it is a URL; ``org/name`` is a directory here.
+
+    Raises:
+        SchemeError: It is a URL of a store that is not served.
+        StoreError: A package is not installed, or the URL is malformed.
+    """
+    is_url = isinstance(name, RemotePath) or scheme_of(name) is not None
+    return path_of(name) if is_url else Path(name)
+
+
+def _with_both_slashes(text: str, scheme: str | None) -> str:
+    """A URL that was a ``Path`` has lost one of them."""
+    if scheme is None or text[len(scheme) :].startswith("://"):
+        return text
+    return f"{text[: len(scheme)]}://{text[len(scheme) + 2 :]}"
+
+
+def _store(text: str, scheme: str | None) -> tuple[Store, str]:
+    if scheme is None or scheme == HUB:
+        from dcpconv.stores.hub_store import HubName, HubStore  # noqa: PLC0415 - few need each
+
+        name = HubName.parse(text)
+        return HubStore(name), name.key
+    if scheme in OBJECTS:
+        from dcpconv.stores.buckets import open_objects  # noqa: PLC0415
+
+        return open_objects(text, OBJECTS[scheme])
+    from dcpconv.stores.fsspec_store import open_fsspec  # noqa: PLC0415
+
+    return open_fsspec(text)

@@ -7,6 +7,7 @@ everything planned from it is of one state, and every range is asked for at the 
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ Buffer = bytes | memoryview
 """Bytes that arrived, however the client below keeps them."""
 
 
-class StoreError(DcpconvError, OSError):
-    """A store cannot be reached, or does not give or take what it should."""
+class StoreError(DcpconvError):
+    """A store cannot be reached, or does not give or take what it should.
+
+    It is no ``OSError``: what a parser says of a file that it cannot read would hide it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,3 +227,13 @@ class Store(ABC):
 
 Opener = Callable[[str], tuple[Store, str]]
 """Makes the store that a URL names, and the key in it."""
+
+
+def without_secrets(text: str) -> str:
+    """A text in which the URLs have lost what may be a credential: user, password and query.
+
+    >>> without_secrets("GET https://me:secret@host/a?sig=abc failed")
+    'GET https://host/a failed'
+    """
+    text = re.sub(r"(?<=://)[^/\s@]*@", "", text)
+    return re.sub(r"(?<=\S)\?[^\s\"']*", "", text) if "://" in text else text

@@ -26,8 +26,7 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
-from dcpconv.stores.opening import OpenFile
-from dcpconv.stores.ranged import Frame
+from dcpconv.stores.local import OpenFile
 
 _ZIP: Final = b"PK"
 _READ_AHEAD: Final = 64 << 10
@@ -195,6 +194,8 @@ class _Window:
         assert self._file is not None  # noqa: S101  open() came first
         if self._file.expect is None:
             return False
+        from dcpconv.stores.ranged import Heading  # noqa: PLC0415 - files here need none
+
         item = self._item
 
         def check(found: bytes) -> None:
@@ -205,7 +206,7 @@ class _Window:
                     hint="copy the checkpoint to a disk and try again there: items are read there",
                 )
 
-        self._file.expect(Frame(item.offset, len(head), check))
+        self._file.expect(Heading(item.offset, len(head), check))
         return True
 
     def starts_with(self, head: bytes) -> bool:

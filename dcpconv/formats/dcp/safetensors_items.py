@@ -17,7 +17,7 @@ from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.metadata import StoredChunk
 from dcpconv.formats.safetensors.files import saved_offsets
 from dcpconv.formats.safetensors.header import parse_entries, parse_header
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile
 
 _Blob = tuple[dict[str, TensorEntry], dict[str, tuple[int, ...]]]
 

@@ -20,8 +20,7 @@ from typing import IO, Any, Final
 from dcpconv.core.catalog import Extent, Identity
 from dcpconv.core.errors import FormatError, NoSpaceError
 from dcpconv.formats.dcp.metadata import MetadataContents
-from dcpconv.stores.local import identities_of, require_unchanged
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile, identities_of, require_unchanged
 
 _PIECE: Final = 1 << 20
 """Bytes that are unpacked at once."""

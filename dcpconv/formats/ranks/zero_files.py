@@ -26,7 +26,7 @@ from dcpconv.formats.torchfile.archive import (
     read_tensors,
 )
 from dcpconv.formats.torchfile.stand_ins import Call, Instance, Ref, instances
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile
 
 MODEL_FILE: Final = re.compile(
     r"(?:zero_pp_rank_(?P<rank>\d{1,9})_)?mp_rank_(?P<mp>\d{1,9})_?model_states\.pt"

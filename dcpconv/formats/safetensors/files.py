@@ -30,8 +30,7 @@ from dcpconv.formats.safetensors.index import (
     unnamed,
 )
 from dcpconv.formats.safetensors.metadata import united
-from dcpconv.stores.local import identities_of, read_regular
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile, identities_of, read_regular
 from dcpconv.stores.remote import read_heads_ahead
 
 MAX_FILE_SIZE = 5 * 10**9

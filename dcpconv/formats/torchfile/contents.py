@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.catalog import Identity, KeyPath
 from dcpconv.core.errors import FormatError, NotACheckpointError
@@ -21,8 +21,10 @@ from dcpconv.formats.torchfile.archive import (
 )
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
-from dcpconv.stores.opening import OpenFile
-from dcpconv.stores.ranged import Frame
+from dcpconv.stores.local import OpenFile
+
+if TYPE_CHECKING:
+    from dcpconv.stores.ranged import Heading
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -106,7 +108,7 @@ def read_value(path: Path) -> tuple[object, Identity]:
 
 
 def _open_archive(
-    read: ReadAt, nbytes: int, where: str, expect: Callable[[Frame], None] | None
+    read: ReadAt, nbytes: int, where: str, expect: Callable[[Heading], None] | None
 ) -> Archive:
     try:
         archive = read_archive(read, nbytes, where, expect=expect)

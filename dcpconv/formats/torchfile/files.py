@@ -23,8 +23,7 @@ from dcpconv.formats.torchfile.contents import (
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.formats.torchfile.writing import outline
-from dcpconv.stores.local import identity_of, read_regular
-from dcpconv.stores.opening import OpenFile
+from dcpconv.stores.local import OpenFile, identity_of, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
 

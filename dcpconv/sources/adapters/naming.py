@@ -11,7 +11,7 @@ from pathlib import Path
 from dcpconv.core.errors import DcpconvError
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter
-from dcpconv.stores.places import is_remote, path_of
+from dcpconv.stores.schemes import is_remote, path_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 data = data[: len(data) // 2]
             self._answer(status, headers, data, stops=fault == "cut in the middle")
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815 - as the base class
 
         def _forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
             backend = http.client.HTTPConnection(

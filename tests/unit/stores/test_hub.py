@@ -17,8 +17,8 @@ from dcpconv import check, convert
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.reading import read_adapter
-from dcpconv.stores.hub import HubError, is_hub_id
-from dcpconv.stores.places import path_of
+from dcpconv.stores.hub import HubError
+from dcpconv.stores.schemes import is_hub_id, path_of
 from support.checkpoints.adapters import assert_near, factors, merged, peft_tensors, save_peft
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
 from support.machine.hub_server import COMMIT, Hub, serving
