@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
+_WEAK: Final = "W/"
+"""What an ETag begins with that a server gives to bodies of the same meaning, whatever their bytes:
+nothing can be asked for by it."""
 _LONG: Final = 1 << 20
 """Bytes from which a body is worth memory of its own."""
 _CHUNK: Final = 512 << 10
@@ -104,8 +107,8 @@ class ObjectsStore(Store):
         import obstore  # noqa: PLC0415  slow import
 
         options: Any = {"range": (offset, offset + nbytes)}
-        if info.tag:
-            options["if_match"] = info.tag
+        if info.tag and not info.tag.startswith(_WEAK):
+            options["if_match"] = f'"{info.tag}"'
         try:
             with self._complaints(key, may_pass=True):
                 found = obstore.get(self._reading, key, options=options)
@@ -148,7 +151,7 @@ class ObjectsStore(Store):
             PreconditionError,
         )
 
-        mode: Any = "create" if replaces is None else {"e_tag": replaces.tag}
+        mode: Any = "create" if replaces is None else {"e_tag": f'"{replaces.tag}"'}
         taken = (AlreadyExistsError, PreconditionError)
         try:
             with self._complaints(key, passes=taken):
@@ -263,7 +266,8 @@ def _gathered(found: Any, nbytes: int) -> memoryview:
 def _info(meta: Any) -> Info:
     modified: datetime | None = meta["last_modified"]
     at = int(modified.timestamp()) * 10**9 if modified is not None else 0
-    return Info(meta["size"], meta["e_tag"] or "", at)
+    # Azure's listings leave the quotes out that its answers have.
+    return Info(meta["size"], (meta["e_tag"] or "").strip('"'), at)
 
 
 def _status(error: Exception) -> int:
