@@ -70,7 +70,7 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
             [("target", target)],
             hint="write to a path, or to a URL of s3, gs, az or hf",
         )
-    if not target.key:
+    if not target.key and not store.commits:
         raise _taken("a result needs a name in its bucket", target, f"name one: {target}/NAME")
     if isinstance(source, RemotePath):
         here, there = f"{target.address}/", f"{source.address}/"
@@ -84,7 +84,9 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
             raise _exists(target)
         return Ground(target, {} if info is None else {target.key: info})
     found = store.walk(target.key)
-    if not found and store.look_at(target.key) is not None:
+    if store.commits:
+        found = {key: info for key, info in found.items() if _is_ours(key, target.key)}
+    elif not found and store.look_at(target.key) is not None:
         raise _taken(
             "the target is an object, but the result is several", target, "choose another name"
         )
@@ -101,11 +103,12 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
     strange = [key for key in objects if not _is_ours(key, target.key)]
     if strange and len(strange) == len(objects):
         raise _taken("what is there is no checkpoint", target, _ANOTHER)
-    return Ground(target, objects, left, f"r{secrets.token_hex(4)}" if found else "")
+    is_fresh = not found or store.commits
+    return Ground(target, objects, left, "" if is_fresh else f"r{secrets.token_hex(4)}")
 
 
 def _is_ours(key: str, prefix: str) -> bool:
-    name = key[len(prefix) + 1 :]
+    name = key[len(prefix) :].lstrip("/")
     return "/" not in name and name.endswith(_WEIGHTS)
 
 
@@ -179,10 +182,12 @@ class Placing:
                     [("target", self.path), ("object", key)],
                     hint="what it wrote is whole; pass --overwrite to replace it",
                 )
-        self.is_published = True
+        self.is_published = not self.store.commits
         new = {*self.uploads.keys, *((self.path / name).key for name, _ in commit)}
         with suppress(DcpconvError):  # the result is whole, whatever stays beside it
             self.store.delete([*self.marks, *({*self.ground.objects, *self.ground.left} - new)])
+        self.store.finish()
+        self.is_published = True
 
     def mark(self, keys: Sequence[str]) -> None:
         """List what may be left behind if the process dies; the last one would make it whole."""
@@ -192,7 +197,7 @@ class Placing:
 
     def _beside(self, key: str, data: bytes) -> None:
         known = self.ground.objects.get(key)
-        if known is not None:
+        if known is not None and not self.store.commits:
             self.replaced[key] = bytes(fetch(self.store, key, 0, known.nbytes, known))
         self.made.add(key)
         self.store.put(key, iter([data]), nbytes=len(data), part=len(data) + 1, at_once=1)
@@ -200,8 +205,10 @@ class Placing:
     def undo(self) -> None:
         """Leave everything as it was, as far as the store lets us; a mark tells what it did not."""
         self.uploads.stop()
+        self.store.abandon()
         with suppress(DcpconvError):
-            self._undo()
+            if not self.store.commits:
+                self._undo()
 
     def _undo(self) -> None:
         for key, data in self.replaced.items():
@@ -229,7 +236,7 @@ def placing(
     uploads = Uploads(target, is_file=is_file, is_held=not outline.commit)
     placed = Placing(target, uploads, ground)
     try:
-        if not is_file:
+        if not is_file and not target.origin.store.commits:
             names = [*beside, *(file.name for file in reversed(outline.files))]
             names += [name for name, _ in outline.commit]
             placed.mark([(target / name).key for name in names])

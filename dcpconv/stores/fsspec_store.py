@@ -75,7 +75,11 @@ class FsspecStore(Store):
             return None
 
     def look_again(self, key: str) -> Info | None:
-        return self._look(key)
+        prefix, _, name = key.rpartition("/")
+        if prefix not in self.listed:
+            return self._look(key)
+        self._system.invalidate_cache()
+        return dict(self._list(prefix)).get(name)  # a listing may say more, or less, than a look
 
     def get(self, key: str, offset: int, nbytes: int, info: Info) -> Buffer:
         del info

@@ -72,13 +72,14 @@ class Store(ABC):
     Attributes:
         lists: Whether what is not listed is not there.
         writes: Whether results are written to it.
+        commits: Whether all that is written becomes visible together, with ``finish``.
         listed: What has been listed so far.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.lists = True
-        self.writes = False
+        self.writes = self.commits = False
         self.listed: dict[str, Mapping[str, Info | None]] = {}
         self._known: dict[str, Info | None] = {}
 
@@ -216,6 +217,17 @@ class Store(ABC):
         """Removes objects; those that are not there are no error."""
         if keys:
             raise self._read_only()
+
+    def finish(self) -> None:  # noqa: B027 - most have nothing to do
+        """Make visible what was written, where that happens together.
+
+        Raises:
+            StoreError: The store does not take it.
+            TargetExistsError: Somebody else wrote meanwhile.
+        """
+
+    def abandon(self) -> None:  # noqa: B027 - likewise
+        """Forget what was written and is not visible yet, where that happens together."""
 
     def _read_only(self) -> StoreError:
         return StoreError(

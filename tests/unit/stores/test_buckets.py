@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
 from dcpconv import CheckpointReader, check, convert, load_init_weights
@@ -111,7 +112,7 @@ def test_what_torch_wrote_is_read_by_a_few_requests(
     """48 tensors: headers cost 2 requests of a zip, one for each kind of item of a DCP."""
     state = {"model": tensors, "step": 7}
     torch.save(state, tmp_path / "state.pth")
-    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     names = [bucket.upload(tmp_path / name, name) for name in ("state.pth", "dcp")]
     kinds = len(set(SHAPES.values())) + 1
     for name, most in zip(names, (3, 1 + kinds), strict=True):
@@ -166,14 +167,14 @@ def test_a_reader_gives_tensors_and_objects_from_a_bucket(
 ) -> None:
     state = {"model": tensors, "step": 7, "opt": {"lr": 0.5}}
     torch.save(state, tmp_path / "state.pth")
-    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     afar = bucket.upload(tmp_path / form, form)
     found: dict[str, Any] = {
         "model": {key: torch.zeros_like(value) for key, value in tensors.items()},
         "step": 0,
         "opt": {"lr": 0.0},
     }
-    dcp.load(found, storage_reader=CheckpointReader(afar), no_dist=True)
+    load(found, storage_reader=CheckpointReader(afar), no_dist=True)
     assert (found["step"], found["opt"]["lr"]) == (7, 0.5)
     assert all(torch.equal(found["model"][key], value) for key, value in tensors.items())
 
@@ -185,7 +186,8 @@ def test_an_adapter_and_its_base_may_be_in_buckets(
     base, change = bucket.upload(model, "model"), bucket.upload(adapter, "adapter")
     expected = tmp_path / "expected"
     convert(model, expected, form="hf", adapter=adapter)
-    for number, (one, other) in enumerate([(base, change), (model, change), (base, adapter)]):
+    pairs: list[tuple[str | Path, str | Path]] = [(base, change), (model, change), (base, adapter)]
+    for number, (one, other) in enumerate(pairs):
         convert(one, tmp_path / f"out{number}", form="hf", adapter=other)
         assert files(tmp_path / f"out{number}") == files(expected)
 
@@ -233,7 +235,8 @@ def test_of_two_conversions_one_wins_and_the_other_says_so(
     bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one ends while the first one is about to."""
-    target, other = f"s3://{BUCKET}/out", []
+    target = f"s3://{BUCKET}/out"
+    other: list[str] = []
 
     def second(method: str, path: str) -> str:
         is_commit = method == "PUT" and path.partition("?")[0].endswith("/out/.metadata")
@@ -311,7 +314,7 @@ def test_an_item_that_is_unlike_the_others_is_told_when_it_is_read(
     bucket: Bucket, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Of many items of a kind one is looked at when a DCP is opened."""
-    dcp.save(tensors, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(tensors, checkpoint_id=tmp_path / "dcp", no_dist=True)
     local = open_checkpoint(tmp_path / "dcp")
     file = next((tmp_path / "dcp").glob("*.distcp"))
     last = max(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcpconv import check, convert
-from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError, TargetExistsError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.stores.hub import HubError
@@ -221,3 +221,62 @@ def test_a_path_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not is_hub_id("org/name")
     assert path_of("org/name") == Path("org/name")
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 2), (7, 9)])
+def test_a_check_takes_two_round_trips_and_one_for_each_file(
+    count: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"layers.{n}.weight": (3, 5) for n in range(300)}
+    with serving(write_hf(tmp_path / "repo", shapes, files=count, config=None)) as hub:
+        point_to(hub, monkeypatch)
+        assert check("hf://org/tiny")
+        assert len(hub.asked) == most
+
+
+def test_a_data_set_and_a_file_in_a_repository_are_read(hub: Hub) -> None:
+    for name in ("hf://datasets/org/tiny", "hf://org/tiny@main", "hf://models/org/tiny"):
+        assert open_checkpoint(name).tensors.keys() == SHAPES.keys()
+    file = "model-00002-of-00003.safetensors"
+    there, here = open_checkpoint(f"hf://org/tiny/{file}"), open_checkpoint(hub.directory / file)
+    assert there.tensors == here.tensors
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A repository with nothing but what the hub itself puts there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    with serving(tmp_path / "new") as hub:
+        point_to(hub, monkeypatch)
+        yield hub
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the client's own
+def test_a_result_is_one_commit(empty: Hub, tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "model", SHAPES, config={**CONFIG, **BIG})
+    convert(model, "hf://org/tiny", form="hf", max_file_size=4 << 20)
+    convert(model, tmp_path / "here", form="hf", max_file_size=4 << 20)
+    written = {file.name: file.read_bytes() for file in empty.directory.iterdir()}
+    written.pop(".gitattributes")
+    assert written == {file.name: file.read_bytes() for file in (tmp_path / "here").iterdir()}
+    assert sum("/commit/" in asked for asked in empty.asked) == 1
+    with pytest.raises(TargetExistsError):
+        convert(model, "hf://org/tiny", to="lingua")
+    convert(model, "hf://org/tiny", form="dcp", to="lingua", overwrite=True)
+    names = {file.name for file in empty.directory.iterdir()}
+    assert ".metadata" in names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    assert sum("/commit/" in asked for asked in empty.asked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the client's own
+def test_a_repository_that_somebody_else_wrote_to_stays_as_it_is(
+    empty: Hub, tmp_path: Path
+) -> None:
+    model = write_hf(tmp_path / "model", llama_shapes())
+    empty.has_moved = True
+    with pytest.raises(TargetExistsError, match="somebody else wrote"):
+        convert(model, "hf://org/tiny", form="hf")
+    assert [file.name for file in empty.directory.iterdir()] == [".gitattributes"]
