@@ -138,6 +138,20 @@ class RemotePath(PosixPath):
     def with_name(self, name: str) -> RemotePath:
         return self.parent / name
 
+    def with_suffix(self, suffix: str) -> RemotePath:
+        return self.parent / f"{self.stem}{suffix}"
+
+    def is_relative_to(self, *above: Any) -> bool:
+        return str(self) == str(above[0]) or str(self).startswith(f"{above[0]}/")
+
+    def relative_to(self, *above: Any, **_options: bool) -> Path:  # type: ignore[override]
+        if not self.is_relative_to(*above):
+            raise ValueError(f"{self} is not below {above[0]}")
+        return Path(str(self)[len(str(above[0])) :].lstrip("/"))
+
+    def is_absolute(self) -> bool:
+        return True
+
     def resolve(self, strict: bool = False) -> RemotePath:  # noqa: FBT001, FBT002
         del strict
         return self
