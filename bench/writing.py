@@ -8,8 +8,9 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import loading, start_up
+from bench import comparing, loading, start_up
 from bench.cases import PEERS
+from bench.comparing import Compared
 from bench.loading import Loaded
 from bench.measure import Result, table
 from bench.scale import Growth
@@ -22,6 +23,7 @@ PLOT = Path("docs/benchmarks.svg")
 def write_page(
     sections: Mapping[str, Sequence[Result]],
     loaded: Sequence[Loaded],
+    compared: Sequence[Compared],
     growth: Sequence[Growth],
     started: Sequence[Start],
     notes: Sequence[str],
@@ -56,6 +58,21 @@ def write_page(
             "",
             "```",
             loading.table(loaded),
+            "```",
+            "",
+        ]
+    if compared:
+        lines += [
+            "## Fingerprints and differences",
+            "",
+            (
+                "Beside `cat FILES > /dev/null` of the same files, all in the page cache; the ratio"
+                " is of speeds, best of five.  Only measuring what changed needs torch, which"
+                " takes 220 MiB by itself."
+            ),
+            "",
+            "```",
+            comparing.table(compared),
             "```",
             "",
         ]

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcpconv.checking.check import check
+    from dcpconv.comparing.diff import diff
+    from dcpconv.comparing.fingerprint import fingerprint
+    from dcpconv.comparing.records import Diff
     from dcpconv.conversion.convert import convert
     from dcpconv.conversion.drop_in import dcp_to_torch_save, torch_save_to_dcp
     from dcpconv.conversion.saving.save_weights import save_weights
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from dcpconv.loading.init_weights import LoadReport, load_init_weights
     from dcpconv.loading.storage_reader import CheckpointReader
     from dcpconv.plan.coverage import Coverage
+    from dcpconv.plan.fingerprints import Fingerprint
     from dcpconv.runs import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
 
 __all__ = [
@@ -28,12 +32,16 @@ __all__ = [
     "CheckpointWriter",
     "Coverage",
     "DcpconvError",
+    "Diff",
+    "Fingerprint",
     "LoadReport",
     "check",
     "convert",
     "dcp_to_torch_save",
+    "diff",
     "find_checkpoints",
     "find_latest_checkpoint",
+    "fingerprint",
     "load_init_weights",
     "open_checkpoint",
     "resolve_checkpoint",
@@ -46,12 +54,16 @@ _HOMES = {
     "CheckpointWriter": "dcpconv.conversion.saving.storage_writer",
     "Coverage": "dcpconv.plan.coverage",
     "DcpconvError": "dcpconv.core.errors",
+    "Diff": "dcpconv.comparing.records",
+    "Fingerprint": "dcpconv.plan.fingerprints",
     "LoadReport": "dcpconv.loading.init_weights",
     "check": "dcpconv.checking.check",
     "convert": "dcpconv.conversion.convert",
     "dcp_to_torch_save": "dcpconv.conversion.drop_in",
+    "diff": "dcpconv.comparing.diff",
     "find_checkpoints": "dcpconv.runs",
     "find_latest_checkpoint": "dcpconv.runs",
+    "fingerprint": "dcpconv.comparing.fingerprint",
     "load_init_weights": "dcpconv.loading.init_weights",
     "open_checkpoint": "dcpconv.formats.opening",
     "resolve_checkpoint": "dcpconv.runs",

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face model for Lingua, prove it by logits, train it on two ranks.
+"""Convert a Hugging Face model for Lingua, prove it by logits, train it, and see what changed.
 
     make demo
 
@@ -6,7 +6,8 @@ Everything is made on the spot, nothing is downloaded.  A small random Llama is 
 Face would, converted with the command line, loaded by a Lingua-style FSDP2 trainer on two ranks,
 and its logits are compared with those of the original; next to them stand the logits of the same
 weights with their keys renamed only, which is what a script without the RoPE relabelling gives.
-Exits with 1 if the proof fails.
+The ranks save the trained model as Hugging Face has it, and ``dcpconv diff`` says what training
+changed, in the terminal and in a page of pictures.  Exits with 1 if a proof fails.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,11 +62,13 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A command that succeeded: its output, wall seconds, peak memory in MiB (0.0: unknown)."""
+    """A command that ended: its output, wall seconds, peak memory in MiB (0.0: unknown), and its
+    exit code."""
 
     stdout: str
     seconds: float
     peak_mib: float
+    code: int = 0
 
 
 class Stage:
@@ -75,8 +79,14 @@ class Stage:
         self.directory = directory
         self.runs = 0
 
-    def run(self, name: str, command: tuple[str, ...], *arguments: str | Path) -> Finished:
-        """Run ``command`` to its end, shown as ``name``; leave if it fails.
+    def run(
+        self,
+        name: str,
+        command: tuple[str, ...],
+        *arguments: str | Path,
+        codes: tuple[int, ...] = (0,),
+    ) -> Finished:
+        """Run ``command`` to its end, shown as ``name``; leave if it exits otherwise.
 
         The peak is ``VmHWM``, polled: ``ru_maxrss`` would start at this process's own peak.
         """
@@ -100,10 +110,10 @@ class Stage:
                 peak = max(peak, _peak_mib(process.pid))
                 time.sleep(0.002)
             seconds = time.perf_counter() - start
-        if process.returncode:
+        if process.returncode not in codes:
             self.console.print(Text(log.with_suffix(".err").read_text()), style="red")
             raise SystemExit(f"{name} failed with exit code {process.returncode}")
-        return Finished(log.read_text(), seconds, peak)
+        return Finished(log.read_text(), seconds, peak, process.returncode)
 
 
 def _peak_mib(pid: int) -> float:
@@ -210,6 +220,32 @@ def is_identical(left: Path, right: Path) -> bool:
     )
 
 
+def came_back(stage: Stage, out: Path, *, saved: Path) -> tuple[bool, bool]:
+    """Bring both checkpoints back to Hugging Face, and show what training changed.
+
+    Args:
+        stage: Runs the commands.
+        out: Where everything is.
+        saved: What the ranks saved.
+
+    Returns:
+        Whether the untrained one is the first one again, and whether what the ranks saved is what
+        converting their step directory gives.
+    """
+    hf, again, converted = out / "hf", out / "hf-again", out / "trained-hf"
+    dcpconv = partial(stage.run, "dcpconv", DCPCONV)
+    dcpconv("convert", out / "lingua", again, "--to", "hf")
+    prints = [dcpconv("fingerprint", path).stdout.strip() for path in (hf, again)]
+    stage.console.print(Text("\n".join(prints)), soft_wrap=True)
+    dcpconv("convert", out / "trained", converted, "--form", "hf")
+    is_same = dcpconv("diff", saved, converted, codes=(0, 1)).code == 0
+    page = out / "what-training-changed.html"
+    changed = dcpconv("diff", hf, saved, "--by", "slot", "--html", page, codes=(0, 1))
+    stage.console.print(Text("\n" + changed.stdout.rstrip()), soft_wrap=True)
+    stage.console.print(f"pictures  {os.path.relpath(page)}\n")
+    return len(set(prints)) == 1 and is_identical(hf, again), is_same
+
+
 def main() -> None:
     """Run the demonstration; exit with 1 if the proof fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -222,7 +258,7 @@ def main() -> None:
     out.mkdir(parents=True)
     console = Console(highlight=False)
     stage = Stage(console, out)
-    hf, lingua, trained, again = (out / name for name in ("hf", "lingua", "trained", "hf-again"))
+    hf, lingua, trained = (out / name for name in ("hf", "lingua", "trained"))
 
     llama = make_llama(hf, is_tied=not args.untied)
     console.print(
@@ -246,6 +282,10 @@ def main() -> None:
         logits_file,
         "--save",
         trained,
+        "--save-hf",
+        out,
+        "--hf-every",
+        str(args.steps),
     )
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", training.stdout)]
 
@@ -266,8 +306,7 @@ def main() -> None:
             f"  {len(losses)} AdamW steps\n"
         )
     )
-    stage.run("dcpconv", DCPCONV, "convert", lingua, again, "--to", "hf")
-    is_exact = is_identical(hf, again)
+    is_exact, is_same = came_back(stage, out, saved=out / f"step-{args.steps}")
 
     expected, wrong, right = columns.values()
     checks = {
@@ -275,6 +314,7 @@ def main() -> None:
         f"renamed-only logits differ by {WRONG:g}": float((wrong - expected).abs().max()) > WRONG,
         "the loss falls": losses[-1] < losses[0] - 1,
         "converted back, every bit is the same": is_exact,
+        "what the ranks saved is what converting their step gives": is_same,
     }
     for what, holds in checks.items():
         console.print(Text(f"{'pass' if holds else 'FAIL'}  {what}", "green" if holds else "red"))

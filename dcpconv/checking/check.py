@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from dcpconv.checking.adapters import adapter_path, check_adapter
 from dcpconv.checking.against import (
@@ -27,6 +28,7 @@ from dcpconv.plan.account import aim_at
 from dcpconv.plan.coverage import MISFITS, Coverage, Fault, cover_as_stored
 from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.kept import explains_more
+from dcpconv.plan.manifests import cover_manifest, manifest_in
 from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights
@@ -51,6 +53,7 @@ def check(
     spec: str | Sequence[str] = (),
     allow: Sequence[str] = (),
     dtypes: bool = False,
+    data: bool = False,
 ) -> Coverage:
     """The account of every key on both sides; true if everything fits.
 
@@ -63,7 +66,7 @@ def check(
             ``stored``: keys as they are on either side.
         against: What has the keys and shapes that the source should have: another checkpoint of
             any form and naming, a hub id, a ``config.json`` or ``params.json``, a key list, a live
-            model (the meta device is enough) or a state_dict.
+            model (the meta device is enough) or a state_dict; or the manifest of a fingerprint.
         from_: Naming of the source, where keys leave a choice.
         keymap: A table of your own, which ``to`` and ``from_`` may then name.
         assets: Directory with the source's config, where there is none beside it.
@@ -71,6 +74,7 @@ def check(
         allow: Features that may be lost although the target cannot express them, by name.
         dtypes: Element types must agree too, with the target's or those the config names;
             otherwise differences are notes.
+        data: Read every tensor and compare what it holds with the digests of a manifest.
 
     Raises:
         NotACheckpointError: The source or target is absent or nothing we know.
@@ -82,6 +86,9 @@ def check(
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow)
     if isinstance(source, (str, os.PathLike)):
         source = path_of(source)  # lists a store once
+    manifest = manifest_in(against)
+    if manifest is not None or data:
+        return _contents(source, manifest, said, data=data)
     adapter = adapter_path(source)
     if adapter is not None and to is None:
         return check_adapter(adapter, against, said)
@@ -129,6 +136,27 @@ def check(
         notes=tuple(dict.fromkeys((*coverage.notes, *notes))),
     )
     return coverage or replace(coverage, suggestions=suggest(coverage, weights))
+
+
+def _contents(source: Openable, manifest: Path | None, said: Said, *, data: bool) -> Coverage:
+    """The account against a manifest, by contents where they are asked for."""
+    if manifest is None:
+        raise DcpconvError(
+            "only a manifest says what tensors hold",
+            [("expected", "--against FILE, written by `dcpconv fingerprint SRC -o FILE`")],
+            hint="`dcpconv diff A B` compares the contents of two checkpoints",
+        )
+    is_named = isinstance(source, (str, os.PathLike))
+    what = path_of(source) if data and is_named else source
+    found = understand(what, said, collects=True)
+    coverage = cover_manifest(found, manifest, data=data)
+    return replace(
+        coverage,
+        problems=found.problems,
+        read=found.end,
+        evidence=found.weights.evidence,
+        notes=tuple(dict.fromkeys((*found.notes, *coverage.notes))),
+    )
 
 
 def _by_table(source: Source, to: str | None) -> Coverage:

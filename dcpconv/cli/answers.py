@@ -18,6 +18,8 @@ from dcpconv.core.printing import printable_lines
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_COULD_NOT_TELL = 2
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count: 128 + SIGINT."""
 
@@ -57,6 +59,19 @@ def _answers(command: Callable[P, T], urls: frozenset[str]) -> Callable[P, T]:
         except Exception:  # noqa: BLE001  exit code 1 means "no", and Python's own would be 1
             traceback.print_exc()
             _stop("this is a mistake in dcpconv, not in your files; please report it", 2)
+
+    return run
+
+
+def judges(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose exit code is an answer: 0 yes, 1 no, and 2 whatever else may happen."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except typer.Exit as end:
+            raise typer.Exit(min(end.exit_code, _COULD_NOT_TELL)) from None
 
     return run
 

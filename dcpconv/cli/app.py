@@ -29,6 +29,14 @@ COMMANDS: Mapping[str, _Entry] = {
         "dcpconv.cli.check",
         "Report whether a checkpoint fits, with every reason, from headers alone.",
     ),
+    "diff": _Entry(
+        "dcpconv.cli.diff",
+        "Compare the weights of two checkpoints of any forms and namings, what changed most first.",
+    ),
+    "fingerprint": _Entry(
+        "dcpconv.cli.fingerprint",
+        "Print one digest of a model's weights: the same in every form, naming and sharding.",
+    ),
     "keys": _Entry(
         "dcpconv.cli.keys",
         "Write the list of keys, shapes and types of a checkpoint, to commit and to check against.",

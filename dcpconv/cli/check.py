@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers_of, say
-from dcpconv.cli.options import Assets, From, KeymapFile, Spec
+from dcpconv.cli.answers import answers_of, judges, say
+from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
 
 if TYPE_CHECKING:
     from dcpconv.plan.coverage import Coverage
-
-P = ParamSpec("P")
-
-_COULD_NOT_TELL = 2
-
-
-def judges(command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose exit code is an answer: 0 yes, 1 no, and 2 whatever else may happen."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except typer.Exit as end:
-            raise typer.Exit(min(end.exit_code, _COULD_NOT_TELL)) from None
-
-    return run
 
 
 @judges
@@ -57,7 +38,8 @@ def check(
         str | None,
         typer.Option(
             help="Check whether SRC has the keys and shapes of TARGET: a checkpoint of any form and"
-            " family, a hub id, a config.json or params.json, or a key list of `dcpconv keys`.",
+            " family, a hub id, a config.json or params.json, a key list of `dcpconv keys`, or a"
+            " manifest of `dcpconv fingerprint`.",
             metavar="TARGET",
         ),
     ] = None,
@@ -78,6 +60,15 @@ def check(
             "--dtypes", help="Compare element types too; without it, differences are notes."
         ),
     ] = False,
+    data: Annotated[
+        bool,
+        typer.Option(
+            "--data",
+            help="Read every tensor, and compare what it holds with --against the manifest of"
+            " `dcpconv fingerprint`.",
+        ),
+    ] = False,
+    html: Html = None,
     report: Annotated[
         str,
         typer.Option(
@@ -98,6 +89,7 @@ def check(
 ) -> None:
     """Report whether a checkpoint fits, with every reason, from headers alone.
 
+    Tensors are read only with --data.
     Without --to and --against, it checks that the files are whole and that SRC has every key of its
     own naming.
     Exit codes: 0 it fits, 1 it does not, 2 dcpconv cannot tell.
@@ -125,7 +117,13 @@ def check(
         spec=spec or (),
         allow=allow or (),
         dtypes=dtypes,
+        data=data,
     )
+    if html is not None:
+        from dcpconv.cli.pictures.page import write
+        from dcpconv.cli.pictures.pages import coverage_page
+
+        write(html, coverage_page(coverage))
     _deliver(coverage, report, output)
     if not coverage:
         raise typer.Exit(1)

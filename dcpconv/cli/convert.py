@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcpconv.cli.answers import answers_of, note, say, say_json
-from dcpconv.cli.options import Assets, From, KeymapFile, Spec
+from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Spec
 from dcpconv.cli.words import count, parse_size, size
 
 if TYPE_CHECKING:
@@ -124,9 +124,7 @@ def convert(
             min=1,
         ),
     ] = 1,
-    jobs: Annotated[
-        int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
-    ] = None,
+    jobs: Jobs = None,
     engine: Annotated[
         str,
         typer.Option(
@@ -141,6 +139,14 @@ def convert(
             "--trust",
             help="With --engine torch: run the code that a pickle in SRC names, if torch's"
             " restricted unpickler refuses it.",
+        ),
+    ] = False,
+    fingerprint: Annotated[
+        bool,
+        typer.Option(
+            "--fingerprint",
+            help="Read the result once more and report its fingerprint; a directory gets its"
+            " manifest, dcpconv_fingerprint.json.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -195,6 +201,7 @@ def convert(
             jobs=jobs,
             engine=engine,  # type: ignore[arg-type]  # checked inside
             trust=trust,
+            fingerprint=fingerprint,
             overwrite=overwrite,
             cache=cache,
             dry_run=dry_run,
@@ -243,6 +250,9 @@ def lines(report: ConversionReport) -> Iterator[str]:
     if report.is_dry_run:
         yield f"disk      {size(report.disk_nbytes)} needed; nothing was written (--dry-run)"
         return
+    if report.fingerprint:
+        read = size(report.fingerprint_nbytes)
+        yield f"digest    {report.fingerprint}  {read} of the result read for it"
     moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
     yield f"moved     {moved or 'nothing'}"
     time = f"time      {report.seconds:.2f} s"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcpconv.cli.answers import answers_of, note, say, say_json
-from dcpconv.cli.options import Assets, From, KeymapFile, Spec
+from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
 from dcpconv.cli.words import count, size
 
 if TYPE_CHECKING:
@@ -32,19 +32,30 @@ def inspect(
     keymap: KeymapFile = None,
     assets: Assets = None,
     spec: Spec = None,
+    html: Html = None,
+    sketch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --html: read this tensor and draw how its values are distributed. "
+            " Repeatable.",
+            metavar="KEY",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="The summary without the list of keys.")
     ] = False,
 ) -> None:
     """Show what a checkpoint holds: keys, shapes, types, chunks, and the naming it is in.
 
-    Reads headers only; no tensor is loaded and nothing in the files is executed.
+    Reads headers only, but for --sketch; nothing in the files is executed.
     """
     from dcpconv.sources.said import Said
     from dcpconv.sources.understanding import understand
 
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec or ())
     found = understand(source, said, only=only)
+    if html is not None:
+        _draw(found.catalog, list(summary(found.catalog, found.weights, found.spec)), html, sketch)
     if as_json:
         say_json(_as_json(found.catalog, found.weights, found.spec))
         return
@@ -56,6 +67,18 @@ def inspect(
             say(line)
     for text in dict.fromkeys(found.notes):
         note(text)
+
+
+def _draw(catalog: Catalog, told: list[str], html: str, keys: list[str] | None) -> None:
+    from dcpconv.cli.pictures.page import write
+    from dcpconv.cli.pictures.pages import catalog_page
+
+    sketches = []
+    if keys:
+        from dcpconv.plan.sketches import sketch_of
+
+        sketches = [(key, sketch_of(catalog, key)) for key in keys]
+    write(html, catalog_page(catalog, told, sketches))
 
 
 def summary(catalog: Catalog, weights: Weights, model: ModelSpec | None) -> Iterator[str]:

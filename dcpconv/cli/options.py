@@ -31,3 +31,26 @@ Output = Annotated[
     str | None,
     typer.Option("-o", "--output", help="Write here instead of stdout.", metavar="FILE"),
 ]
+Only = Annotated[
+    str | None,
+    typer.Option(help="Take only keys under this one, or that match.", metavar="KEY"),
+]
+Jobs = Annotated[
+    int | None, typer.Option(help="Threads.  Default: one per core, 4 at most.", min=1)
+]
+Deep = Annotated[
+    bool,
+    typer.Option(
+        "--deep",
+        help="Read the weights, too, and compare them with the dcpconv_fingerprint.json that was"
+        " written when they were saved.",
+    ),
+]
+Html = Annotated[
+    str | None,
+    typer.Option(
+        "--html",
+        help="Write pictures here, too: one file that opens without a network.",
+        metavar="FILE",
+    ),
+]

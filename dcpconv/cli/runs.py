@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dcpconv.cli.answers import answers, answers_of, note, say, say_json
-from dcpconv.cli.options import Assets, From, Spec
+from dcpconv.cli.options import Assets, Deep, From, Spec
 from dcpconv.cli.words import count, size
 from dcpconv.core.printing import printable
 
@@ -126,21 +126,21 @@ def resolve(
 
 @runs.command()
 @answers_of("run_dir", "wanted")
-def verify(run_dir: RunDir, as_json: AsJson = False) -> None:
-    """Open every form of every step and list what is wrong; headers only, nothing is executed.
+def verify(run_dir: RunDir, as_json: AsJson = False, deep: Deep = False) -> None:
+    """Open every form of every step and list what is wrong; nothing is executed.
 
     The exit code is 1 if anything is wrong or there is no step.
     """
     from dcpconv.runs import verify_checkpoints
 
     is_good, found = True, []
-    for checked in verify_checkpoints(_existing(run_dir)):
+    for checked in verify_checkpoints(_existing(run_dir), deep=deep):
         is_good = is_good and bool(checked)
         found.append(checked.to_json())
         if not as_json:
             say(printable(f"{'ok' if checked else 'problem':<9} {checked.step.path}"))
-            for problem in checked.problems:
-                say(printable(f"  {checked.step.path.name}: {problem}"))
+            for text in (*checked.problems, *checked.notes):
+                say(printable(f"  {checked.step.path.name}: {text}"))
     if as_json:
         say_json(found)
     if not found:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
@@ -67,6 +67,7 @@ def convert(
     jobs: int | None = None,
     engine: Engine = "stream",
     trust: bool = False,
+    fingerprint: bool = False,
     overwrite: bool = False,
     cache: bool = False,
     dry_run: bool = False,
@@ -106,6 +107,9 @@ def convert(
             for files that ours declines, and for comparison.
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
+        fingerprint: Read the result once it is written and report its fingerprint; a directory
+            gets its manifest.  No way of copying has all bytes pass by: most are shared with the
+            source, or copied by the kernel.
         overwrite: Replace an existing target, in one step once the result is complete.
         cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
@@ -144,6 +148,17 @@ def convert(
             hint="leave --engine torch out, or copy the checkpoint to a disk first",
         )
     ground = None
+    if fingerprint and isinstance(wanted.path, RemotePath):
+        raise DcpconvError(
+            "the manifest of a fingerprint is written beside results on a disk only",
+            [("target", wanted.path)],
+            hint="`dcpconv fingerprint DST` takes one of the result",
+        )
+    if fingerprint and is_by_torch:
+        raise DcpconvError(
+            "torch's engine takes no fingerprint",
+            hint="`dcpconv fingerprint DST` takes one of the result",
+        )
     if not dry_run:
         ground = request.check_target()
         if ground is not None:
@@ -169,8 +184,14 @@ def convert(
         if dry_run:
             return decided.report
         moved = _write(decided, ground, jobs=jobs, overwrite=overwrite, progress=progress)
+        printed: dict[str, Any] = {}
+        if fingerprint:
+            from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
+
+            printed = printed_result(decided.job, jobs=jobs)
         return replace(
             decided.report,
+            **printed,
             moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,

@@ -63,6 +63,8 @@ class ConversionReport:
         seconds: Wall time; 0.0 after a dry run.
         is_dry_run: Whether nothing was written.
         merged: Tensors that adapters changed.
+        fingerprint: Of the result, where it was asked for.
+        fingerprint_nbytes: Bytes of the result that were read for it.
     """
 
     source: Side
@@ -82,6 +84,8 @@ class ConversionReport:
     seconds: float
     is_dry_run: bool
     merged: int = 0
+    fingerprint: str = ""
+    fingerprint_nbytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""

@@ -6,7 +6,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,6 +134,28 @@ class _Worker:
             self.thread.join()
 
 
+def at_desks(desks: Sequence[Desk], work: Callable[[Desk], None], *, stop: threading.Event) -> None:
+    """Run ``work`` in one thread per desk until all have ended.
+
+    Args:
+        desks: One per thread.
+        work: Ends when there is nothing left to do, or soon after ``stop`` is set.
+        stop: Set when the waiting ends or is interrupted; the threads are waited for all the same.
+    """
+    workers = [_Worker(work, desk) for desk in desks]
+    started: list[_Worker] = []
+    try:
+        for worker in workers:
+            started.append(worker)
+            worker.thread.start()
+        for worker in workers:
+            worker.ended.wait()
+    finally:
+        stop.set()
+        for worker in started:
+            worker.join()
+
+
 class Crew:
     """Threads that share one iterator of units, so that what exists at a time is a unit each.
 
@@ -165,6 +187,8 @@ class Crew:
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        if uploads is not None:
+            uploads.halt = self._stop
         self._errors: list[BaseException] = []
         self._open: set[Output | Upload] = set()
         self._work = self._list(files, target)
@@ -178,20 +202,9 @@ class Crew:
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
-        workers = [_Worker(self._loop, desk) for desk in self.desks]
-        started: list[_Worker] = []
         try:
-            for worker in workers:
-                started.append(worker)
-                worker.thread.start()
-            for worker in workers:
-                worker.ended.wait()
+            at_desks(self.desks, self._loop, stop=self._stop)
         finally:
-            self._stop.set()
-            if self._uploads is not None and (self._errors or self._open):
-                self._uploads.stop(waits=False)
-            for worker in started:
-                worker.join()
             if self._ahead is not None:
                 self._ahead.close()
             for output in self._open:

@@ -34,6 +34,10 @@ _OBJECTS: Final = 12
 """Objects that are being sent; a thread waits for each."""
 
 
+_LOOK: Final = 0.2
+"""Seconds between looks at whether the threads are to stop."""
+
+
 class _Stopped(Exception):  # noqa: N818  no error: it ends an upload that is not wanted any more
     pass
 
@@ -61,6 +65,7 @@ class Uploads:
         self.waiting = 0
         self.sending = 0
         self.is_stopped = False
+        self.halt = threading.Event()
         self._made: list[Upload] = []
 
     def open(self, file: OutFile) -> Upload:
@@ -240,18 +245,21 @@ class Upload:
         self._start()
         uploads, part = self.uploads, self._parts[number]
         with uploads.condition:
-            while part.data is None and self._error is None and not self.uploads.is_stopped:
+            while part.data is None and self._error is None and not self._is_over():
                 # What is due next may always be made: all else waits for it.
                 if number == self._next or uploads.waiting + self.size <= _ROOM:
                     length = min(self.size, self.file.nbytes - number * self.size)
                     part.data = bytearray(length)
                     uploads.waiting += length
                 else:
-                    uploads.condition.wait()
+                    uploads.condition.wait(_LOOK)
             self._raise()
             if part.data is None:
                 raise _Stopped
         return part.data
+
+    def _is_over(self) -> bool:
+        return self.uploads.is_stopped or self.uploads.halt.is_set()
 
     def _start(self) -> None:
         uploads = self.uploads
@@ -260,8 +268,8 @@ class Upload:
                 return
             self._thread = threading.Thread(target=self._send, name="upload", daemon=True)
             may_wait = not uploads.is_held  # what is held has an end that nobody waits for yet
-            while may_wait and uploads.sending >= _OBJECTS and not uploads.is_stopped:
-                uploads.condition.wait()
+            while may_wait and uploads.sending >= _OBJECTS and not self._is_over():
+                uploads.condition.wait(_LOOK)
             uploads.sending += 1
             self._thread.start()
 

@@ -127,8 +127,7 @@ class Aim:
         coverage = self.cover(product=product)
         if self.table is None:
             return coverage, ()
-        pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
-        if not coverage or not (unequal := differing(self.weights, pairs)):
+        if not coverage or not (unequal := self.unequal_ties(coverage)):
             return coverage, ()
         key, owner = unequal[0]
         if self.spec is None or self.weights.require_keymap().rows_like(key) == []:
@@ -139,6 +138,13 @@ class Aim:
             )
         note = f"{key} and {owner} differ, so they are converted as two tensors"
         return self._cover(self.spec.model_copy(update={"tied": False}), product), (note,)
+
+    def unequal_ties(self, coverage: Coverage) -> list[tuple[str, str]]:
+        """Those of the tied ``(key, owner)`` that are stored twice and hold different values; both
+        tensors are read."""
+        return differing(
+            self.weights, [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
+        )
 
     def _cover(self, spec: ModelSpec | None, product: DType | None) -> Coverage:
         if self.table is None:

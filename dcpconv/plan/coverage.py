@@ -23,7 +23,10 @@ SCHEMA = 1
 How = Literal["copied", "derived", "tied"]
 """A target is one source tensor as it is, made of relabelled or several parts, or a second name."""
 
-MISFITS = ("problems", "refused", "missing", "unknown", "misshapen")
+FAULTS = ("refused", "missing", "unknown", "misshapen", "changed")
+"""Fields of a coverage whose faults say no."""
+
+MISFITS = ("problems", *FAULTS)
 """Fields of a coverage that say no, in the order they are told."""
 
 
@@ -151,6 +154,7 @@ class Coverage:
         unknown: Source keys that no rule covers.
         misshapen: Keys whose shape or element type contradicts the config or another tensor.
         refused: Features of the model that the target cannot express; ``key`` is their name.
+        changed: Keys that hold other values than a manifest says.
         ignored: Source keys that are no part of the result, with the reason.
         aside: Those of them that are kept in a file of their own, as they are stored.
         kept: Source keys that the table does not know and that are kept as they are stored.
@@ -172,6 +176,7 @@ class Coverage:
     unknown: tuple[Fault, ...] = ()
     misshapen: tuple[Fault, ...] = ()
     refused: tuple[Fault, ...] = ()
+    changed: tuple[Fault, ...] = ()
     ignored: tuple[Fault, ...] = ()
     aside: tuple[Target, ...] = ()
     kept: tuple[Fault, ...] = ()
@@ -211,6 +216,7 @@ class Coverage:
             "missing": [fault.to_json() for fault in self.missing],
             "unknown": [fault.to_json() for fault in self.unknown],
             "misshapen": [fault.to_json() for fault in self.misshapen],
+            "changed": [fault.to_json() for fault in self.changed],
             "ignored": [fault.to_json() for fault in self.ignored],
             "tied": [{"key": key, "owner": owner} for key, owner in self.tied],
             "left": list(self.left),
@@ -223,7 +229,7 @@ class Coverage:
         """Everything that does not fit, as lines of an error."""
         for problem in self.problems:
             yield "problem", problem
-        for label in ("refused", "missing", "unknown", "misshapen"):
+        for label in FAULTS:
             for fault in getattr(self, label):
                 yield label, f"{fault.key}{f'  {fault.why}' if fault.why else ''}"
 

@@ -1,6 +1,8 @@
-"""Looks into every step as far as headers go: what a listing by names cannot see.
+"""Looks into every step as far as headers go, and further where asked: what a listing by names
+cannot see.
 
-Memory: one step's headers.  No tensor is read, and nothing in a pickle is executed.
+Memory: one step's headers.  Tensors are read only to compare them with a fingerprint, and nothing
+in a pickle is executed.
 """
 
 from __future__ import annotations
@@ -15,20 +17,30 @@ from typing import Any
 from dcpconv.core.catalog import Catalog
 from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.fingerprints import MANIFEST
+from dcpconv.plan.manifests import cover_manifest, manifest_beside
 from dcpconv.runs.entries import as_place
 from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.glance import emptied, glance, is_emptied
 from dcpconv.runs.layouts import TRAINER_STATE
 from dcpconv.runs.listing import LARGEST_TEXT, METADATA, Listing, list_step
+from dcpconv.sources.understanding import understand
 
 
 @dataclass(frozen=True, slots=True)
 class StepCheck:
-    """One step and everything that is wrong with it, as far as headers tell."""
+    """One step and everything that is wrong with it.
+
+    Attributes:
+        step: The step.
+        problems: As far as headers tell, and contents where they were read; one sentence each.
+        notes: What could not be compared.
+    """
 
     step: FoundStep
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -36,16 +48,24 @@ class StepCheck:
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
         is_complete = bool(self) and not self.step.is_stripped
-        return {**self.step.to_json(), "complete": is_complete, "problems": list(self.problems)}
+        return {**self.step.to_json(), "complete": is_complete, "problems": list(self.problems)} | (
+            {"notes": list(self.notes)} if self.notes else {}
+        )
 
 
-def verify_checkpoints(run_dir: str | os.PathLike[str]) -> Iterator[StepCheck]:
+def verify_checkpoints(
+    run_dir: str | os.PathLike[str], *, deep: bool = False
+) -> Iterator[StepCheck]:
     """Every step of a run with its problems, one after the other.
+
+    Args:
+        run_dir: The run.
+        deep: Read the weights, too, and compare them with the fingerprint beside them.
 
     Raises:
         NotACheckpointError: ``run_dir`` is a file, or cannot be read.
     """
-    return map(verify_step, find_checkpoints(run_dir))
+    return (verify_step(step, deep=deep) for step in find_checkpoints(run_dir))
 
 
 def verified(step: FoundStep) -> FoundStep:
@@ -53,9 +73,10 @@ def verified(step: FoundStep) -> FoundStep:
     return replace(step, problems=verify_step(step).problems)
 
 
-def verify_step(step: FoundStep) -> StepCheck:
+def verify_step(step: FoundStep, *, deep: bool = False) -> StepCheck:
     """Opens the weights and everything beside them; never raises what a file made it raise."""
     problems = list(step.problems)
+    notes: list[str] = []
     try:
         if step.form is not None and not problems:
             problems += _weights_problems(step)
@@ -69,9 +90,23 @@ def verify_step(step: FoundStep) -> StepCheck:
                 is_going = step.is_stripped and directory.startswith("optimizer_")
                 if dcp.is_dcp(path) and path != step.weights and not is_going:
                     problems += [f"{directory}: {why}" for why in _opening_problems(path)]
+        if deep and step.form is not None and not problems:
+            _compare_contents(step, problems, notes)
     except Exception as error:  # noqa: BLE001  files of strangers; the other steps still count
         problems.append(f"it cannot be read ({in_one_line(error)})")
-    return StepCheck(step, tuple(dict.fromkeys(problems)))
+    return StepCheck(step, tuple(dict.fromkeys(problems)), tuple(notes))
+
+
+def _compare_contents(step: FoundStep, problems: list[str], notes: list[str]) -> None:
+    """Reads the weights and compares them with the manifest of the time when they were saved."""
+    places = (manifest_beside(step.path), manifest_beside(step.weights))
+    manifest = next((place for place in places if place.is_file()), None)
+    if manifest is None:
+        notes.append(f"no {MANIFEST} was written when it was saved: contents were not compared")
+        return
+    source = understand(step.weights, collects=True)
+    coverage = cover_manifest(source, manifest, data=True)
+    problems += [f"{label}: {text}" for label, text in coverage.facts()]
 
 
 def _weights_problems(step: FoundStep) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
-from dcpconv import check
+from dcpconv import check, fingerprint
 from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError
 from dcpconv.families.keymaps.reading import read_keymap
@@ -153,6 +153,10 @@ def _try_all(source: Path, options: list[str], seed: int) -> None:
         ["check", str(source), "--against", str(source)],
         ["families", "check", keymap or str(source)],
         ["families", "new", str(source)],
+        ["fingerprint", str(source), "--json", *options],
+        ["diff", str(source), str(source), *options],
+        ["inspect", str(source), "-q", "--html", f"{target}.html", *options],
+        ["check", str(source), "--html", f"{target}.html", *options],
     ]
     found = CliRunner().invoke(app, attempts[seed % len(attempts)])
     assert found.exit_code in {0, 1, 2}, found.output
@@ -160,6 +164,23 @@ def _try_all(source: Path, options: list[str], seed: int) -> None:
     assert "\x1b" not in found.output
     left = [path for path in target.parent.iterdir() if "staging" in path.name]
     assert not left, f"seed {seed}"
+
+
+def test_no_other_error_leaves_a_manifest(tmp_path: Path, fuzz: int) -> None:
+    _hf(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    fingerprint(tmp_path).write(manifest)
+    whole = manifest.read_bytes()
+    outcomes = set()
+    for seed in range(fuzz):
+        manifest.write_bytes(_json(whole, random.Random(seed)))
+        words = ["check", str(tmp_path), "--against", str(manifest), "--data"]
+        found = CliRunner().invoke(app, words)
+        outcomes.add(found.exit_code)
+        assert found.exit_code in {0, 1, 2}, f"seed {seed}: {found.output}"
+        assert "this is a mistake in dcpconv" not in found.output, f"seed {seed}: {found.output}"
+        assert "\x1b" not in found.output
+    assert 2 in outcomes
 
 
 def _expect_ours(attempt: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from dcpconv.checking.reports.folding import fold
 from dcpconv.checking.reports.matrix import picture
 from dcpconv.checking.reports.text import verdict
 from dcpconv.core.printing import printable
-from dcpconv.plan.coverage import Coverage
+from dcpconv.plan.coverage import FAULTS, Coverage
 
 _SHOWN = 10
 """Annotations of one level that GitHub shows per step."""
@@ -59,7 +59,7 @@ def render(coverage: Coverage) -> str:
 def _reasons(coverage: Coverage) -> Iterator[tuple[str, str, str]]:
     for text in coverage.problems:
         yield "problem", printable(text), ""
-    for label in ("refused", "missing", "unknown", "misshapen"):
+    for label in FAULTS:
         for folded in fold(getattr(coverage, label)):
             count = f"{folded.count:,} keys; " if folded.count > 1 else ""
             yield label, folded.key, f"{count}{folded.why}"

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from dcpconv.checking.reports.folding import fold
 from dcpconv.core.printing import printable, printable_lines
 from dcpconv.families.keymaps import split_key
-from dcpconv.plan.coverage import Coverage, Fault
+from dcpconv.plan.coverage import FAULTS, Coverage, Fault
 
 # What XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -25,7 +25,7 @@ def render(coverage: Coverage) -> str:
     faults: dict[str, list[tuple[str, Fault]]] = {}
     for target in coverage.targets:
         cases.setdefault(_case(target.key, target.slots), [])
-    for label in ("missing", "unknown", "misshapen"):
+    for label in FAULTS[1:]:
         for fault in getattr(coverage, label):
             faults.setdefault(_case(fault.key, fault.slots), []).append((label, fault))
     for name, found in faults.items():

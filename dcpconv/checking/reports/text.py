@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dcpconv.checking.reports.folding import fold
 from dcpconv.checking.reports.matrix import picture
 from dcpconv.core.printing import printable
-from dcpconv.plan.coverage import Coverage
+from dcpconv.plan.coverage import FAULTS, Coverage
 from dcpconv.sources.opening import End
 
 _LISTED = 200
@@ -19,19 +19,24 @@ def render(coverage: Coverage) -> str:
     return "\n".join(map(printable, lines(coverage))) + "\n"
 
 
-def lines(coverage: Coverage) -> Iterator[str]:
-    """The report line by line."""
+def lines(coverage: Coverage, *, pictured: bool = True) -> Iterator[str]:
+    """The report line by line.
+
+    Args:
+        coverage: What there is to say.
+        pictured: With the picture of characters.
+    """
     yield _end("source", coverage.source, coverage.read)
     yield _end("target", coverage.target, coverage.asked, len(coverage.targets))
     for text in coverage.evidence:
         yield _line("because", text)
-    drawn = list(picture(coverage))
+    drawn = list(picture(coverage)) if pictured else []
     if drawn:
         yield ""
         yield from drawn
     yield ""
     yield from _listed("problem", coverage.problems)
-    for label in ("refused", "missing", "unknown", "misshapen", "ignored"):
+    for label in (*FAULTS, "ignored"):
         yield from _listed(label, map(str, fold(getattr(coverage, label))))
     yield from _listed("tied", (f"{key} = {owner}" for key, owner in coverage.tied))
     if coverage.left:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from dcpconv.core.errors import KeymapError
 from dcpconv.families.keymaps.index import tables
-from dcpconv.families.keymaps.table import Keymap, Match, Row, split_key
+from dcpconv.families.keymaps.table import Keymap, Match, Pattern, Row, split_key
 
 __all__ = [
     "Keymap",
     "Match",
+    "Pattern",
     "Row",
     "is_known",
     "keymaps",

@@ -30,11 +30,11 @@ ROWS = (
     Row(("stores",), frozenset({"boto3", "fsspec", "huggingface_hub", "obstore"})),
     Row(
         ("formats", "families", "engine"),
-        frozenset({"huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),
+        frozenset({"blake3", "huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),
     ),
     Row(("sources",), frozenset({"transformers"})),
     Row(("plan",)),
-    Row(("conversion", "checking", "loading", "runs")),
+    Row(("comparing", "conversion", "checking", "loading", "runs")),
     Row(("cli", "testing"), frozenset({"rich", "typer", "click", "pytest"})),
     Row(("__main__",)),
 )
@@ -42,7 +42,8 @@ ROWS = (
 
 TORCH = frozenset(
     {
-        *("engine/cast.py", "engine/merging.py", "engine/rows.py", "engine/tensors.py"),
+        *("engine/cast.py", "engine/measuring.py", "engine/merging.py", "engine/rows.py"),
+        *("engine/sketching.py", "engine/tensors.py"),
         *("loading", "conversion/torch_engine.py", "conversion/saving"),
     }
 )

@@ -1,0 +1,1 @@
+"""Are these the same weights?  Fingerprints of one checkpoint, differences between two."""

@@ -1,0 +1,57 @@
+"""``runs verify --deep``: contents against the fingerprints that were written at save time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from dcpconv import fingerprint
+from dcpconv.cli.app import app
+from dcpconv.plan.manifests import manifest_beside
+from dcpconv.runs import verify_checkpoints
+from support.runs.run_dirs import example
+
+
+def run_of(directory: Path) -> list[Path]:
+    """Steps of a run whose weights can be opened."""
+    example(directory)
+    return [
+        checked.step.weights
+        for checked in verify_checkpoints(directory)
+        if checked and checked.step.form is not None
+    ]
+
+
+def test_a_step_that_rotted_is_told_from_one_that_did_not(tmp_path: Path) -> None:
+    weights = run_of(tmp_path / "run")
+    assert len(weights) >= 2
+    for path in weights:
+        fingerprint(path).write(manifest_beside(path))
+    before = {c.step.weights: c for c in verify_checkpoints(tmp_path / "run", deep=True)}
+    assert all(before[path] and not before[path].notes for path in weights)
+    file = min(weights[0].glob("*.safetensors"))
+    tensors = load_file(file)
+    key = min(tensors)
+    tensors[key] = tensors[key] + torch.ones_like(tensors[key])
+    save_file(tensors, file, {"format": "pt"})
+
+    found = {c.step.weights: c for c in verify_checkpoints(tmp_path / "run", deep=True)}
+
+    assert [problem for problem in found[weights[0]].problems if key in problem]
+    assert all(not found[path].problems for path in weights[1:])
+    assert all(c for c in verify_checkpoints(tmp_path / "run") if c.step.weights == weights[0])
+
+
+def test_a_step_without_a_fingerprint_is_noted(tmp_path: Path) -> None:
+    run_of(tmp_path / "run")
+    done = CliRunner().invoke(app, ["runs", "verify", str(tmp_path / "run"), "--deep", "--json"])
+    noted = [step for step in json.loads(done.stdout) if step.get("notes")]
+    assert noted
+    assert all("contents were not compared" in step["notes"][0] for step in noted)
+    plain = CliRunner().invoke(app, ["runs", "verify", str(tmp_path / "run")])
+    assert plain.exit_code == done.exit_code
+    assert "contents" not in plain.stdout
