@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import comparing, loading, loop, scale, start_up
+from bench import comparing, loading, loop, remote, scale, start_up
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="run only rows whose name contains this")
     parser.add_argument("--no-peers", action="store_true", help="leave out what others do")
     parser.add_argument("--no-loading", action="store_true", help="leave out live models")
+    parser.add_argument("--no-remote", action="store_true", help="leave out servers")
     parser.add_argument(
         "--no-comparing", action="store_true", help="leave out fingerprint and diff"
     )
@@ -50,6 +51,7 @@ def main() -> int:
                 sections[kind] = loop.rows(directory, gb=options.gb, only=options.only)
                 _say(f"{kind}\n{table(sections[kind])}")
         loaded = [] if options.no_loading else loading.rows(work, gb=options.gb)
+        fetched = [] if options.no_remote else remote.rows(work, gb=min(options.gb, 1.0))
         compared = [] if options.no_comparing else comparing.rows(work, gb=options.gb)
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
@@ -59,6 +61,8 @@ def main() -> int:
         _say(f"\n{title}\n{table(results)}")
     if loaded:
         _say(f"\n2 ranks load\n{loading.table(loaded)}")
+    if fetched:
+        _say(f"\nfrom a server\n{remote.table(fetched)}")
     if compared:
         _say(f"\nfingerprint and diff\n{comparing.table(compared)}")
     for line in growth:

@@ -13,6 +13,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="mutated inputs per form in tests/hostile/test_fuzz.py",
     )
+    parser.addoption(
+        "--faults",
+        type=int,
+        default=60,
+        metavar="N",
+        help="faults between us and a bucket in tests/hostile/test_store_faults.py",
+    )
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> int:
+    """How many faults are injected."""
+    return int(request.config.getoption("--faults"))
 
 
 @pytest.fixture

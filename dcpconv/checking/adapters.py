@@ -20,7 +20,7 @@ from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand_described
-from dcpconv.stores.hub import Repository, is_hub_id, locate_adapter
+from dcpconv.stores.schemes import path_of
 
 _TORCH_FILES = frozenset({".pth", ".pt", ".bin"})
 
@@ -33,10 +33,7 @@ def adapter_path(source: Openable) -> Path | None:
     """
     if not isinstance(source, str | os.PathLike):
         return None
-    name = os.fspath(source)
-    if is_hub_id(name):
-        return locate_adapter(name) if Repository.open(name).is_adapter() else None
-    path = Path(source)
+    path = path_of(source)
     directory = path.parent if path.name in WEIGHTS else path
     if is_adapter(directory):
         return directory

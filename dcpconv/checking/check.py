@@ -34,7 +34,7 @@ from dcpconv.sources.opening import Openable
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
-from dcpconv.stores.hub import locate
+from dcpconv.stores.schemes import path_of
 
 _NO_CONFIG = (
     "no config beside the source: its layers and experts are those its keys count; --assets DIR"
@@ -84,6 +84,8 @@ def check(
         LayoutError: A size is needed that neither config nor shapes reveal.
     """
     said = Said.parse(from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow)
+    if isinstance(source, (str, os.PathLike)):
+        source = path_of(source)  # lists a store once
     manifest = manifest_in(against)
     if manifest is not None or data:
         return _contents(source, manifest, said, data=data)
@@ -145,7 +147,7 @@ def _contents(source: Openable, manifest: Path | None, said: Said, *, data: bool
             hint="`dcpconv diff A B` compares the contents of two checkpoints",
         )
     is_named = isinstance(source, (str, os.PathLike))
-    what = locate(source) if data and is_named else source
+    what = path_of(source) if data and is_named else source
     found = understand(what, said, collects=True)
     coverage = cover_manifest(found, manifest, data=data)
     return replace(

@@ -26,6 +26,15 @@ INTERRUPTED = 130
 
 def answers(command: Callable[P, T]) -> Callable[P, T]:
     """Turns every expected complaint of a command into one message on stderr and an exit code."""
+    return _answers(command, frozenset())
+
+
+def answers_of(*urls: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """The same for a command of which some parameters may be URLs of stores."""
+    return lambda command: _answers(command, frozenset(urls))
+
+
+def _answers(command: Callable[P, T], urls: frozenset[str]) -> Callable[P, T]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -33,7 +42,7 @@ def answers(command: Callable[P, T]) -> Callable[P, T]:
 
         signal.signal(signal.SIGTERM, _terminate)
         try:
-            _refuse_schemes([*args, *kwargs.values()])
+            _refuse_schemes([*args, *(v for name, v in kwargs.items() if name not in urls)])
             return command(*args, **kwargs)
         except DcpconvError as error:
             _stop(f"{type(error).__name__}: {error}", error.exit_code)
@@ -68,7 +77,7 @@ def judges(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _refuse_schemes(given: Iterable[object]) -> None:
-    """No command reads or writes a store by its URL, whatever the argument is."""
+    """What is no place for a URL is never given one, whatever the argument is."""
     from dcpconv.stores.schemes import refuse_scheme
 
     for value in given:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, judges, say
+from dcpconv.cli.answers import answers_of, judges, say
 from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @judges
-@answers
+@answers_of("source", "against", "assets")
 def check(
     source: Annotated[
         str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.answers import answers_of, note, say, say_json
 from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Spec
 from dcpconv.cli.words import count, parse_size, size
 
@@ -24,7 +24,7 @@ _SPEED_FROM = 64 << 20
 """Bytes; the time of a smaller result is start-up and sync, and a speed would mislead."""
 
 
-@answers
+@answers_of("source", "target", "assets", "adapter")
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint: a directory, a file, or a hub id.")
@@ -153,6 +153,12 @@ def convert(
         bool,
         typer.Option("--overwrite", help="Replace DST in one step when the result is complete."),
     ] = False,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache", help="Download a hub id into the hub's own cache, and read it from there."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done, and write nothing.")
     ] = False,
@@ -197,6 +203,7 @@ def convert(
             trust=trust,
             fingerprint=fingerprint,
             overwrite=overwrite,
+            cache=cache,
             dry_run=dry_run,
             progress=progress,
         )

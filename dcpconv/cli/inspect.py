@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.answers import answers_of, note, say, say_json
 from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
 from dcpconv.cli.words import count, size
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dcpconv.sources.recognition import Weights
 
 
-@answers
+@answers_of("source", "assets")
 def inspect(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")

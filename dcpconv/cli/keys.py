@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers
+from dcpconv.cli.answers import answers_of
 from dcpconv.cli.options import From, KeymapFile, Output
 
 
-@answers
+@answers_of("source")
 def keys(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, note
+from dcpconv.cli.answers import answers_of, note
 from dcpconv.cli.options import From, Output, Spec
 
 
-@answers
+@answers_of("source")
 def params(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint, or its config.json or params.json.")
@@ -37,7 +37,7 @@ def params(
     """
     from dcpconv.conversion.parameters import parameters
 
-    result = parameters(Path(source), to=to, from_=from_, spec=spec or (), allow=allow or ())
+    result = parameters(source, to=to, from_=from_, spec=spec or (), allow=allow or ())
     if output is None:
         typer.echo(result.text, nl=False)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, note, say, say_json
+from dcpconv.cli.answers import answers, answers_of, note, say, say_json
 from dcpconv.cli.options import Assets, Deep, From, Spec
 from dcpconv.cli.words import count, size
 from dcpconv.core.printing import printable
@@ -42,7 +42,7 @@ Yes = Annotated[
 
 
 @runs.command("list")
-@answers
+@answers_of("run_dir", "wanted")
 def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
     """List every step, complete or not, in the order of their numbers.
 
@@ -62,7 +62,7 @@ def list_steps(run_dir: RunDir, as_json: AsJson = False) -> None:
 
 
 @runs.command()
-@answers
+@answers_of("run_dir", "wanted")
 def latest(
     run_dir: RunDir,
     run: Annotated[
@@ -92,7 +92,7 @@ def latest(
 
 
 @runs.command()
-@answers
+@answers_of("run_dir", "wanted")
 def resolve(
     run_dir: RunDir,
     wanted: Annotated[
@@ -125,7 +125,7 @@ def resolve(
 
 
 @runs.command()
-@answers
+@answers_of("run_dir", "wanted")
 def verify(run_dir: RunDir, as_json: AsJson = False, deep: Deep = False) -> None:
     """Open every form of every step and list what is wrong; nothing is executed.
 

@@ -23,9 +23,12 @@ from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.said import Said
-from dcpconv.stores.hub import locate
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import is_remote, path_of, target_of
 
 if TYPE_CHECKING:
+    from dcpconv.engine.placing import Ground
+    from dcpconv.engine.uploading import Uploads
     from dcpconv.sources.adapters.naming import Weighed
 
 _MOVED = ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
@@ -66,15 +69,17 @@ def convert(
     trust: bool = False,
     fingerprint: bool = False,
     overwrite: bool = False,
+    cache: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
     """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
 
     Args:
-        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub id
-            (``org/name[@revision]``, ``hf://...``), which is downloaded into the hub's cache.
-        target: Where the result goes.
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, here or in
+            a store (``s3://``, ``gs://``, ``az://``, ``https://``, ``hf://``), or a hub id
+            (``org/name[@revision]``); what is in a store is read by ranges of bytes.
+        target: Where the result goes: a path, or a URL of ``s3``, ``gs``, ``az`` or ``hf``.
         form: ``hf``, ``torch`` or ``dcp``; by default from the target's name (``*.pth``, ``*.pt``
             and ``*.bin`` are torch files), else ``hf`` for a DCP source and ``dcp`` otherwise.
         to: Naming of the result; by default ``hf`` for the hf form, else the source's own.
@@ -106,6 +111,7 @@ def convert(
             gets its manifest.  No way of copying has all bytes pass by: most are shared with the
             source, or copied by the kernel.
         overwrite: Replace an existing target, in one step once the result is complete.
+        cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
         progress: Called with the bytes done, from worker threads.
 
@@ -121,7 +127,7 @@ def convert(
         from_=from_, keymap=keymap, assets=assets, spec=spec, allow=allow, dequantize=dequantize
     )
     wanted = Wanted(
-        path=Path(target),
+        path=target_of(target),
         form=form,
         to=to,
         root=root,
@@ -132,15 +138,31 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
+    here = _downloaded(os.fspath(source)) if cache else path_of(source)
+    request = Request(here, said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
+    if is_by_torch and (is_remote(here) or isinstance(wanted.path, RemotePath)):
+        raise DcpconvError(
+            "torch's own functions read and write files of this machine only",
+            [("source", here), ("target", wanted.path)],
+            hint="leave --engine torch out, or copy the checkpoint to a disk first",
+        )
+    ground = None
+    if fingerprint and isinstance(wanted.path, RemotePath):
+        raise DcpconvError(
+            "the manifest of a fingerprint is written beside results on a disk only",
+            [("target", wanted.path)],
+            hint="`dcpconv fingerprint DST` takes one of the result",
+        )
     if fingerprint and is_by_torch:
         raise DcpconvError(
             "torch's engine takes no fingerprint",
             hint="`dcpconv fingerprint DST` takes one of the result",
         )
     if not dry_run:
-        request.check_target()
+        ground = request.check_target()
+        if ground is not None:
+            request = replace(request, wanted=replace(wanted, stem=ground.stem))
         if is_by_torch and (form := request.plain_form()) is not None:
             from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
@@ -161,7 +183,7 @@ def convert(
         decided = alone or decide(everything, request)
         if dry_run:
             return decided.report
-        moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
+        moved = _write(decided, ground, jobs=jobs, overwrite=overwrite, progress=progress)
         printed: dict[str, Any] = {}
         if fingerprint:
             from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
@@ -175,6 +197,12 @@ def convert(
             seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
+
+
+def _downloaded(name: str) -> Path:
+    from dcpconv.stores.hub import download  # noqa: PLC0415 - few ask for it
+
+    return download(name)
 
 
 def _adapters(
@@ -228,12 +256,21 @@ def _open_without_torch(source: Path) -> Catalog:
 
 def _write(
     decided: Decided,
+    ground: Ground | None,
     *,
     jobs: int | None,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
 ) -> Moved:
-    """Carries the plan out beside the target, and makes the result visible once it is whole."""
+    """Carries the plan out, and makes the result visible once it is whole.
+
+    Args:
+        decided: The plan.
+        ground: What is at a target in a store; ``None`` where the target is a path.
+        jobs: Threads.
+        overwrite: Whether an existing target is replaced.
+        progress: Called with the bytes done.
+    """
     job, outline, side = decided.job, decided.outline, decided.side
     total = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
     done = 0
@@ -244,6 +281,41 @@ def _write(
         if progress is not None:
             progress(Progress(done, total))
 
+    def carry_out(target: Path, uploads: Uploads | None = None) -> Moved:
+        try:
+            return execute(
+                outline,
+                source=job.catalog.path,
+                target=target,
+                identities=job.catalog.identities,
+                jobs=jobs,
+                progress=advance,
+                labels=labels(decided.planned, outline),
+                allow_overflow="overflow" in job.aim.source.said.allow,
+                uploads=uploads,
+            )
+        except LossyCastError as error:
+            raise LossyCastError(
+                "values are too large for the target type; nothing was written",
+                error.facts,
+                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
+            ) from error
+
+    def commit() -> list[tuple[str, bytes]]:
+        return [*((file.name, file.read()) for file in side.files), *outline.commit]
+
+    if ground is not None:
+        from dcpconv.engine.placing import placing  # noqa: PLC0415 - most targets are paths
+
+        with placing(
+            ground,
+            outline,
+            is_file=job.is_one_file,
+            beside=[file.name for file in side.files],
+        ) as placed:
+            moved = carry_out(placed.path, placed.uploads)
+            placed.publish(commit(), commits=len(outline.commit))
+        return moved
     with staging(
         job.target,
         overwrite=overwrite,
@@ -253,25 +325,10 @@ def _write(
         check_space(
             job.target,
             disk_nbytes(outline, side),
-            reflinkable=spared(outline, source=job.catalog.path, stage=stage.path),
+            reflinkable=0
+            if is_remote(job.catalog.path)
+            else spared(outline, source=job.catalog.path, stage=stage.path),
         )
-        try:
-            moved = execute(
-                outline,
-                source=job.catalog.path,
-                target=stage.path,
-                identities=job.catalog.identities,
-                jobs=jobs,
-                progress=advance,
-                labels=labels(decided.planned, outline),
-                allow_overflow="overflow" in job.aim.source.said.allow,
-            )
-        except LossyCastError as error:
-            raise LossyCastError(
-                "values are too large for the target type; nothing was written",
-                error.facts,
-                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
-            ) from error
-        beside = [(file.name, file.read()) for file in side.files]
-        stage.publish([*beside, *outline.commit])
+        moved = carry_out(stage.path)
+        stage.publish(commit())
     return moved

@@ -118,10 +118,20 @@ class Job:
             size = max_file_size or safetensors.MAX_FILE_SIZE
             entries = metadata.metadata_for(self.aim, [tensor.key for tensor in tensors])
             return safetensors.outline(
-                tensors, modulus=modulus, max_file_size=size, metadata=entries
+                tensors,
+                modulus=modulus,
+                max_file_size=size,
+                metadata=entries,
+                stem=self.wanted.stem,
             )
         if self.form == "dcp":
-            return dcp.outline(tensors, objects, modulus=modulus, max_file_size=max_file_size)
+            return dcp.outline(
+                tensors,
+                objects,
+                modulus=modulus,
+                max_file_size=max_file_size,
+                stem=self.wanted.stem,
+            )
         return torchfile.outline(tensors, objects, filename=self.target.name, modulus=modulus)
 
     def side_files(self, coverage: Coverage, tensors: tuple[OutTensor, ...]) -> SideFiles:

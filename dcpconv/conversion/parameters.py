@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.spec import ModelSpec
@@ -32,7 +32,7 @@ class Parameters:
 
 
 def parameters(
-    source: Path,
+    source: str | os.PathLike[str],
     *,
     to: str,
     from_: str | None = None,

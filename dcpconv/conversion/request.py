@@ -13,8 +13,11 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.publish import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import is_remote
 
 if TYPE_CHECKING:
+    from dcpconv.engine.placing import Ground
     from dcpconv.sources.adapters.naming import Weighed
 
 
@@ -33,6 +36,7 @@ class Wanted:
         model_parallel: Files of a result in Meta's naming.
         max_file_size: Bytes of tensors per file at most.
         overwrite: Whether an existing target is replaced.
+        stem: Goes into the names of data files, where objects of other names have to stay.
     """
 
     path: Path
@@ -45,6 +49,7 @@ class Wanted:
     model_parallel: int
     max_file_size: int | None
     overwrite: bool
+    stem: str = ""
 
     def form_from(self, source: Form) -> Form:
         """The form of the result: the one asked for, or what its name and the source suggest."""
@@ -69,7 +74,7 @@ class Request:
     """A conversion as the user asked for it.
 
     Attributes:
-        source: A local path.
+        source: Where it is, here or in a store.
         said: How to understand it.
         only: The part of it to take.
         wanted: What the result should be.
@@ -84,15 +89,26 @@ class Request:
     trust: bool
     adapters: tuple[Weighed, ...] = ()
 
-    def check_target(self) -> None:
-        """Raises early, before anything is read, where the target cannot be written."""
+    def check_target(self) -> Ground | None:
+        """Raises early, before anything is read, where the target cannot be written; of a target in
+        a store, what is there."""
         form = self.wanted.form_from("hf")  # no source makes a directory a file, or back
+        if isinstance(self.wanted.path, RemotePath):
+            from dcpconv.engine.placing import survey  # noqa: PLC0415 - most targets are paths
+
+            return survey(
+                self.wanted.path,
+                overwrite=self.wanted.overwrite,
+                is_file=self.wanted.is_one_file(form),
+                source=self.source,
+            )
         check_target(
             self.wanted.path,
             overwrite=self.wanted.overwrite,
             is_file=self.wanted.is_one_file(form),
             source=guarded(self.source, self.wanted.path),
         )
+        return None
 
     def plain_form(self) -> Form | None:
         """Form of the target if torch's own two functions do all that is asked, else ``None``."""
@@ -119,6 +135,8 @@ def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | N
         target: Where the result goes.
         files: What the source is known to consist of.
     """
+    if is_remote(source) or is_remote(target):
+        return None
     is_beside = (
         target.suffix in {".pth", ".pt", ".bin"}
         and target.is_file()

@@ -227,3 +227,8 @@ def _span(scale: BlockScale, first: int, last: int) -> Span:
         column, last_column = 0, scale.columns - 1
     low = scale.factor(row, column)
     return low, scale.factor(last_row, last_column) - low + 1
+
+
+def plain_box(box: Box | Computed) -> Box:
+    """The box as it is stored, whose elements a computed one is made of."""
+    return box._box if isinstance(box, Computed) else box  # noqa: SLF001  of the same module

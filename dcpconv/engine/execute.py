@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import LossyCastError
@@ -18,6 +19,9 @@ from dcpconv.engine.boxes import Box
 from dcpconv.engine.copying import Ladder, Tally
 from dcpconv.engine.threads import Crew, Desk, Pool
 from dcpconv.stores.local import SYSTEM, Sources, System
+
+if TYPE_CHECKING:
+    from dcpconv.engine.uploading import Uploads
 
 __all__ = ["CastLoss", "Moved", "Sources", "execute", "fill"]
 
@@ -82,6 +86,7 @@ def execute(
     progress: Callable[[int], None] | None = None,
     allow_overflow: bool = False,
     labels: Mapping[tuple[str, int], str] | None = None,
+    uploads: Uploads | None = None,
     system: System = SYSTEM,
 ) -> Moved:
     """Create every file of ``outline`` below ``target``, synced to disk.
@@ -99,6 +104,7 @@ def execute(
         progress: Called from the threads with bytes done since its last call; all calls together
             add up to the bytes of all payloads that have parts.  What it raises stops the work.
         allow_overflow: Keep going where a cast turns finite values infinite.
+        uploads: Makes objects of the files, where ``target`` is in a store.
         labels: Key of the payload at ``(OutFile.name, offset)``, for error messages.
         system: System calls to copy with.
 
@@ -114,8 +120,8 @@ def execute(
     threads = jobs or min(4, os.cpu_count() or 1)
     threads = max(1, min(threads, budget // (3 * _SMALLEST_TILE)))
     size = min(TILE, budget // (3 * threads)) // 4096 * 4096
-    stat = os.statvfs(target)
-    block = stat.f_bsize if stat.f_bsize in {512, 1024, 2048, 8192, 16384, 65536} else 4096
+    size_of_block = 0 if uploads is not None else os.statvfs(target).f_bsize
+    block = size_of_block if size_of_block in {512, 1024, 2048, 8192, 16384, 65536} else 4096
     pool = Pool(budget)
     with Sources(source, identities=identities, system=system) as sources:
         crew = Crew(
@@ -125,8 +131,11 @@ def execute(
             ladder=Ladder(block, system),
             desks=[Desk(pool, size) for _ in range(threads)],
             progress=progress or (lambda _: None),
+            uploads=uploads,
         )
         crew.run()
+        if uploads is not None:
+            uploads.settle()
         sources.require_unchanged()
     total = Tally()
     found: dict[tuple[str, int], tuple[int, int]] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import shares_blocks
 from dcpconv.stores.local import SYSTEM, System
+from dcpconv.stores.remote import RemotePath
 
 
 def spared(outline: Outline, *, source: Path, stage: Path, system: System = SYSTEM) -> int:
@@ -54,6 +55,8 @@ def _holes(path: Path) -> int:
 
 def block_size(target: Path) -> int:
     """Block size to line payloads up with: 4096 bytes, or the file system's where it is larger."""
+    if isinstance(target, RemotePath):
+        return 4096
     directory = target.absolute()
     while not directory.exists():
         directory = directory.parent

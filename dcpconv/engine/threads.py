@@ -7,23 +7,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
-from dcpconv.engine.copying import Ladder, Tally, write, write_error
+from dcpconv.engine.copying import Ladder, Output, Tally, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.stores.local import Sources
 
+if TYPE_CHECKING:
+    from dcpconv.engine.uploading import Upload, Uploads
+    from dcpconv.stores.ahead import Ahead
+
 _SECONDS_TO_START = 1.0
 """How long a thread may take to say that it runs, on a machine that is very busy."""
-
-_WORTH_STARTING = 256 << 10
-"""Bytes from which a unit is worth a system call to start writing it to disk."""
 
 
 class Pool:
@@ -98,38 +99,8 @@ class Desk:
             self.pool.give(view)
 
 
-class _Output:
-    """A file being written; ``pending`` counts its units under way, and the listing of them."""
-
-    __slots__ = ("fd", "name", "path", "pending")
-
-    def __init__(self, directory: Path, file: OutFile) -> None:
-        self.name = file.name
-        self.path = directory / file.name
-        self.pending = 1
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(self.fd, file.nbytes)
-            except OSError:
-                os.close(self.fd)
-                raise
-        except OSError as error:
-            raise write_error(error, self.path) from error
-
-    def write_back(self, unit: Unit) -> None:
-        """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
-        results that memory could hold.  What is still dirty stays cached."""
-        if unit.nbytes >= _WORTH_STARTING and hasattr(os, "posix_fadvise"):
-            with suppress(OSError):
-                os.posix_fadvise(self.fd, unit.offset, unit.nbytes, os.POSIX_FADV_DONTNEED)
-
-    def finish(self) -> None:
-        try:
-            os.fsync(self.fd)
-        finally:
-            os.close(self.fd)
+_Work = tuple["Output | Upload", Unit | None]
+"""A unit with its file, or the end of the listing of a file."""
 
 
 class _Worker:
@@ -195,6 +166,7 @@ class Crew:
         ladder: How to copy long runs.
         desks: One per thread, all of the same size.
         progress: Called with payload bytes done since its last call.
+        uploads: What makes objects of the files, where they go into a store.
     """
 
     def __init__(
@@ -206,35 +178,50 @@ class Crew:
         ladder: Ladder,
         desks: list[Desk],
         progress: Callable[[int], None],
+        uploads: Uploads | None = None,
     ) -> None:
         self.desks = desks
+        self._uploads = uploads
         self._sources = sources
         self._ladder = ladder
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        if uploads is not None:
+            uploads.halt = self._stop
         self._errors: list[BaseException] = []
-        self._open: set[_Output] = set()
+        self._open: set[Output | Upload] = set()
         self._work = self._list(files, target)
+        self._ahead: Ahead[_Work] | None = None
+        if sources.is_remote:
+            from dcpconv.engine.wanting import of_unit  # noqa: PLC0415 - files here need none
+            from dcpconv.stores.ahead import Ahead  # noqa: PLC0415
+
+            self._ahead = Ahead(sources, self._work, lambda work: of_unit(work[1]))
+            self._work = self._ahead
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
         try:
             at_desks(self.desks, self._loop, stop=self._stop)
         finally:
+            if self._ahead is not None:
+                self._ahead.close()
             for output in self._open:
-                os.close(output.fd)
+                if isinstance(output, Output):
+                    os.close(output.fd)
         if self._errors:
             raise self._errors[0]
 
-    def _list(
-        self, files: tuple[OutFile, ...], target: Path
-    ) -> Iterator[tuple[_Output, Unit | None]]:
+    def _list(self, files: tuple[OutFile, ...], target: Path) -> Iterator[_Work]:
         """Every unit with its file, and ``None`` once all units of a file are listed."""
         for file in files:
-            output = _Output(target, file)
+            output = self._uploads.open(file) if self._uploads else Output(target, file)
             self._open.add(output)
-            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size):
+            is_far = self._sources.is_remote or self._uploads is not None
+            for unit in units(
+                file, block=self._ladder.block, tile=self.desks[0].size, is_far=is_far
+            ):
                 yield output, unit
             yield output, None
 
@@ -242,21 +229,26 @@ class Crew:
         try:
             while not self._stop.is_set():
                 with self._lock:
-                    output, unit = next(self._work, (None, None))
-                    if output and unit:
-                        output.pending += 1
-                if not output:
+                    work = next(self._work, None)
+                    if work and work[1]:
+                        work[0].pending += 1
+                        work[0].announce(work[1])
+                if not work:
                     return
-                done = self._write(output, unit, desk)
+                done = self._write(*work, desk)
+                if self._ahead is not None:
+                    self._ahead.done(work)
                 if done:
                     self._progress(done)
         except BaseException as error:  # noqa: BLE001 - raised again by run()
             self._errors.append(error)
             self._stop.set()
+            if self._uploads is not None:
+                self._uploads.stop(waits=False)
         finally:
             desk.clear()
 
-    def _write(self, output: _Output, unit: Unit | None, desk: Desk) -> int:
+    def _write(self, output: Output | Upload, unit: Unit | None, desk: Desk) -> int:
         """Do one unit, or end the listing of a file; returns payload bytes."""
         try:
             done = 0
@@ -270,7 +262,7 @@ class Crew:
             raise write_error(error, output.path) from error
         return done
 
-    def _release(self, output: _Output) -> None:
+    def _release(self, output: Output | Upload) -> None:
         with self._lock:
             output.pending -= 1
             if output.pending:
@@ -278,9 +270,13 @@ class Crew:
             self._open.discard(output)
         output.finish()
 
-    def _do(self, unit: Unit, output: _Output, desk: Desk) -> int:
+    def _do(self, unit: Unit, output: Output | Upload, desk: Desk) -> int:
         if isinstance(unit, Run):
             with self._sources.open(unit.file) as source:
+                if not isinstance(output, Output):
+                    output.receive(source, unit.source_offset, unit.offset, unit.nbytes)
+                    desk.tally.buffered += unit.nbytes
+                    return unit.nbytes
                 self._ladder.copy(
                     source,
                     output.fd,
@@ -292,17 +288,18 @@ class Crew:
                 )
             return unit.nbytes
         if isinstance(unit, Given):
-            write(output.fd, unit.data, unit.offset, system=self._ladder.system)
+            output.write(unit.data, unit.offset, system=self._ladder.system)
             return 0
         if isinstance(unit, Tile):
             return self._cast(unit, output, desk)
         return self._assemble(unit, output, desk)
 
-    def _assemble(self, stretch: Stretch, output: _Output, desk: Desk) -> int:
+    def _assemble(self, stretch: Stretch, output: Output | Upload, desk: Desk) -> int:
         """Put a stretch together and write it."""
         payload = sum(p.nbytes for p in stretch.pieces if not isinstance(p, Given))
         if payload == stretch.nbytes and self._is_hole(stretch):
             desk.tally.holes += payload
+            output.skip(stretch)
             return payload
         tile = desk.tile[: stretch.nbytes]
         runs: dict[str, list[tuple[int, int, int]]] = {}
@@ -323,7 +320,7 @@ class Crew:
                 else:
                     desk.tally.buffered += piece.nbytes
         read_runs(runs, sources=self._sources, into=tile)
-        write(output.fd, tile, stretch.offset, system=self._ladder.system)
+        output.write(tile, stretch.offset, system=self._ladder.system)
         return payload
 
     def _is_hole(self, stretch: Stretch) -> bool:
@@ -349,7 +346,7 @@ class Crew:
             at=at,
         )
 
-    def _cast(self, tile: Tile, output: _Output, desk: Desk) -> int:
+    def _cast(self, tile: Tile, output: Output | Upload, desk: Desk) -> int:
         fill = tile.box.fill
         source = desk.tile[: (tile.stop - tile.start) * tile.box.itemsize]
         result = desk.output[: tile.nbytes]
@@ -386,7 +383,7 @@ class Crew:
             lost = cast(
                 source, result, source_dtype=fill.source_dtype, target_dtype=fill.target_dtype
             )
-        write(output.fd, result, tile.offset, system=self._ladder.system)
+        output.write(result, tile.offset, system=self._ladder.system)
         if fill.changes:
             desk.tally.merged += tile.nbytes
         else:

@@ -77,7 +77,11 @@ class Stretch:
 Unit = Write | Stretch
 
 
-def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
+FAR_UNIT = 8 << 20
+"""The same for what a network brings or takes, which is held in memory until it is done."""
+
+
+def units(file: OutFile, *, block: int, tile: int, is_far: bool = False) -> Iterator[Unit]:
     """Every unit of a file, by offset.
 
     Args:
@@ -85,14 +89,15 @@ def units(file: OutFile, *, block: int, tile: int) -> Iterator[Unit]:
         block: File system block, in bytes.  What of a long run lies on whole blocks of both files
             becomes a ``Run`` of its own; the ends join their neighbours.
         tile: Bytes of a ``Stretch`` and of a ``Tile`` at most, in either type.
+        is_far: Whether bytes come from a store or go into one.
 
     Raises:
         ValueError: Pieces overlap or exceed the file, or leave out elements of a box.
     """
-    long = min(LONG_RUN, tile)
+    long, unit = min(LONG_RUN, tile), FAR_UNIT if is_far else UNIT
     room = min(CACHED, tile)
     held: list[Write] = []
-    for piece in _pieces(file, block=block, tile=tile, long=long):
+    for piece in _pieces(file, block=block, tile=tile, long=long, unit=unit):
         alone = _is_alone(piece, long)
         if held:
             begin, last = held[0].offset, held[-1]
@@ -119,7 +124,7 @@ def _stretch(pieces: list[Write]) -> Stretch:
     return Stretch(begin, last.offset + last.nbytes - begin, tuple(pieces))
 
 
-def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Write]:
+def _pieces(file: OutFile, *, block: int, tile: int, long: int, unit: int) -> Iterator[Write]:
     end = 0
     items: list[tuple[int, bytes | Fill]] = [*file.literals, *file.payloads]
     for offset, what in sorted(items, key=lambda item: item[0]):
@@ -136,10 +141,12 @@ def _pieces(file: OutFile, *, block: int, tile: int, long: int) -> Iterator[Writ
         if data is not None:
             yield Given(offset, data)
         elif isinstance(what, Fill):
-            yield from _payload(offset, what, block=block, tile=tile, long=long)
+            yield from _payload(offset, what, block=block, tile=tile, long=long, unit=unit)
 
 
-def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> Iterator[Write]:
+def _payload(
+    offset: int, fill: Fill, *, block: int, tile: int, long: int, unit: int
+) -> Iterator[Write]:
     box = Box(fill)
     itemsize = fill.target_dtype.itemsize
     position = 0
@@ -147,7 +154,7 @@ def _payload(offset: int, fill: Fill, *, block: int, tile: int, long: int) -> It
         yield from _tiles(offset, box, position, part.target, tile=tile)
         position = part.target + part.numel
         at, nbytes = offset + part.target * itemsize, part.numel * itemsize
-        yield from _runs(at, part.file, part.offset, nbytes, block=block, long=long)
+        yield from _runs(at, part.file, part.offset, nbytes, block=block, long=long, unit=unit)
     if position == 0 and not fill.is_computed and len(fill.parts) == 1 and not box.is_relabelled:
         (part,) = fill.parts
         yield Run(offset, fill.nbytes, part.file, part.offset)
@@ -173,7 +180,7 @@ def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterat
 
 
 def _runs(
-    offset: int, file: str, source_offset: int, nbytes: int, *, block: int, long: int
+    offset: int, file: str, source_offset: int, nbytes: int, *, block: int, long: int, unit: int
 ) -> Iterator[Run]:
     """A long run with its ends cut off where that leaves whole blocks on both sides."""
     head = -offset % block
@@ -185,7 +192,7 @@ def _runs(
     done, end = head, head + whole
     while done < end:
         # The last one takes what would be too short to be a unit.
-        length = UNIT if end - done >= UNIT + long else end - done
+        length = unit if end - done >= unit + long else end - done
         yield Run(offset + done, length, file, source_offset + done)
         done += length
     if end < nbytes:

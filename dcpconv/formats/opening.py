@@ -10,7 +10,7 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import safetensors
 from dcpconv.formats.dcp.names import METADATA_FILE
-from dcpconv.stores.schemes import refuse_scheme
+from dcpconv.stores.schemes import path_of
 
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
@@ -28,10 +28,10 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     Raises:
         NotACheckpointError: The path is absent, or holds no checkpoint; says what it looks like.
         FormatError: A file is truncated, malformed or unsafe.
-        SchemeError: It is a URL.
+        SchemeError: It is a URL of a store that is not served.
+        StoreError: A store does not answer as it should.
     """
-    refuse_scheme(path)
-    path = Path(path)
+    path = path_of(path)
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("path", path)])
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 import zipfile
@@ -15,7 +14,7 @@ from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.formats.ranks import fsdp, zero_world
 from dcpconv.formats.torchfile.roles import is_beside_a_model
-from dcpconv.stores.local import open_regular
+from dcpconv.stores.local import OpenFile
 
 _FSDP_DIRECTORY = "pytorch_model_fsdp_0"
 
@@ -61,8 +60,8 @@ def explain(path: Path) -> NotACheckpointError:
 def _file(path: Path) -> tuple[str, str | None]:
     """What a file is, and what to do about it."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            start = file.read(64)
+        with OpenFile(path) as file:
+            start = file.read(0, 64)
             if start.startswith(b"PK"):
                 return _zip(path)
     except FormatError:
@@ -84,7 +83,7 @@ def _kind(path: Path) -> str:
 
 def _zip(path: Path) -> tuple[str, str | None]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         hint = "the download or save was interrupted; fetch or save it again"

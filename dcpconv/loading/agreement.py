@@ -29,7 +29,7 @@ from dcpconv.loading.world import World, hostname, portable, raise_first
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.live_models import live_model
-from dcpconv.stores.hub import locate
+from dcpconv.stores.schemes import path_of
 
 ReadMode = Literal["auto", "all", "once", "rank0"]
 LoadEngine = Literal["auto", "direct", "torch"]
@@ -234,7 +234,7 @@ def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place,
 def _look_at_source(
     model: nn.Module, request: LoadRequest, found: Sequence[Place]
 ) -> tuple[list[Offer], Supplied]:
-    path = locate(request.source)
+    path = path_of(request.source)
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
     supply = prepare(path, request.options, wanted=wanted, live=live_model(model))
     offer = offer_of(supply, os.fspath(request.source))

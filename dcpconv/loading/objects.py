@@ -12,7 +12,6 @@ Source:
 from __future__ import annotations
 
 import io
-import os
 import re
 from _compat_pickle import REVERSE_IMPORT_MAPPING, REVERSE_NAME_MAPPING
 from collections.abc import Callable
@@ -29,7 +28,8 @@ from dcpconv.formats.dcp.directory import contents_of
 from dcpconv.formats.dcp.metadata import MetadataContents
 from dcpconv.formats.torchfile.stand_ins import Ref
 from dcpconv.formats.torchfile.unpickling import loads
-from dcpconv.stores.local import open_regular
+from dcpconv.stores.local import OpenFile
+from dcpconv.stores.remote import RemotePath
 
 _HINT: Final = (
     "if you trust whoever wrote this: trust=True hands objects through as they are, and"
@@ -89,7 +89,8 @@ class Objects:
         if value is None or type(value) in {bool, int, float}:
             return value
         # What was read without torch may have been a Path or a defaultdict: a str, a dict by now.
-        if not _is_archive(self._catalog.source):
+        # Of an object in a store torch would read the tensors, too.
+        if isinstance(self._catalog.source, RemotePath) or not _is_archive(self._catalog.source):
             _require_plain(value, key, self._catalog.source)
             return value
         value = self._whole
@@ -109,8 +110,8 @@ class Objects:
 
 def _read(path: Path, offset: int, nbytes: int) -> bytes:
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            data = os.pread(file.fileno(), nbytes, offset)
+        with OpenFile(path) as file:
+            data = file.read(offset, nbytes)
     except OSError as error:
         raise FormatError(
             "source file cannot be read",

@@ -13,7 +13,7 @@ import ctypes
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +24,9 @@ from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.cast import cast
-from dcpconv.engine.dequantise import Computed
+from dcpconv.engine.dequantise import Computed, plain_box
+from dcpconv.engine.wanting import of_box
+from dcpconv.stores.ahead import WINDOW, Ahead, Wanted
 from dcpconv.stores.local import Sources
 
 BUFFER = 4 << 20
@@ -151,7 +153,11 @@ def read_landings(
     Raises:
         FormatError: A source file is missing, unreadable or too short.
     """
-    work = iter([unit for landing in landings for unit in _units(landing)])
+    direct = WINDOW if sources.is_remote else _DIRECT
+    listed = [unit for landing in landings for unit in _units(landing, direct)]
+    if sources.is_remote:  # neighbours are fetched together
+        listed.sort(key=lambda unit: next(iter(_wanted(unit)), ("", 0, 0)))
+    work = Ahead(sources, listed, _wanted)
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
@@ -175,6 +181,7 @@ def read_landings(
                     with lock:
                         over, under = losses.get(unit.landing.key, (0, 0))
                         losses[unit.landing.key] = (over + lost[0], under + lost[1])
+                work.done(unit)
                 if progress is not None:
                     progress((unit.stop - unit.start) * unit.landing.box.itemsize)
             desk.finish()
@@ -188,18 +195,25 @@ def read_landings(
     loop()
     for thread in threads:
         thread.join()
+    work.close()
     if errors:
         raise errors[0]
     return losses
 
 
-def _units(landing: Landing) -> Iterator[_Unit]:
+def _wanted(unit: _Unit) -> Iterable[Wanted]:
+    """What of its sources a unit reads; factors beside them are read when needed."""
+    box = unit.landing.box
+    return () if isinstance(box, Derived) else of_box(plain_box(box), unit.start, unit.stop)
+
+
+def _units(landing: Landing, direct: int) -> Iterator[_Unit]:
     into, numel = landing.into, landing.into.numel()
     if not numel:
         return
     box = landing.box
     if landing.is_direct or into.is_contiguous():
-        nbytes = _DIRECT if landing.is_direct and not box.is_relabelled else BUFFER
+        nbytes = direct if landing.is_direct and not box.is_relabelled else BUFFER
         step, flat = box.tile(nbytes), into.view(-1)
         for at in range(0, numel, step):
             stop = min(at + step, numel)

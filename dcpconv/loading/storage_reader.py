@@ -40,8 +40,8 @@ from dcpconv.plan.fills import fill_of
 from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.live_models import live_model
 from dcpconv.sources.said import parse_allowed
-from dcpconv.stores.hub import locate
 from dcpconv.stores.local import Sources
+from dcpconv.stores.schemes import path_of
 
 BATCH = 256 << 20
 """Bytes of tensors that are asked of a planner before the first of them is read."""
@@ -236,7 +236,7 @@ class CheckpointReader(StorageReader):
         if self._supply is None or self._objects is None:
             is_whole = self._is_as_stored and self._root is None
             supply = prepare(
-                locate(self._source),
+                path_of(self._source),
                 self._options,
                 wanted=None if self._model is None else _shapes(self._model),
                 live=None if self._model is None else live_model(self._model),

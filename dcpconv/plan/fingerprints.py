@@ -19,7 +19,8 @@ from dcpconv.core.printing import printable
 from dcpconv.plan.canonical import IDLE_AS_ZEROS, Canonical, canonical
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.understanding import Source
-from dcpconv.stores.local import Sources, read_json
+from dcpconv.stores.json_files import read_json
+from dcpconv.stores.local import Sources
 
 SCHEME = "dcpconv1"
 """Version of the definition; a digest of another version says nothing about one of this."""

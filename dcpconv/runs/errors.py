@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
-from dcpconv.stores.schemes import refuse_scheme
+from dcpconv.stores.schemes import refuse_unserved
 
 
 class RunError(DcpconvError, ValueError):
@@ -49,7 +49,7 @@ def told(run_dir: str | os.PathLike[str]) -> Iterator[None]:
         NotACheckpointError: The path cannot be read: no permission, a name that is too long, a
             null character, a home of nobody.
     """
-    refuse_scheme(run_dir)
+    refuse_unserved(run_dir)
     try:
         yield
     except DcpconvError:

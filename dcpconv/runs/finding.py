@@ -18,6 +18,7 @@ from typing import Any, Final
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.formats import torchfile
+from dcpconv.runs.entries import Entry, Place, as_path, as_place, place_of, scanned
 from dcpconv.runs.errors import RunError, WantedError, command, in_one_line, told
 from dcpconv.runs.layouts import (
     HELD,
@@ -29,6 +30,7 @@ from dcpconv.runs.layouts import (
 )
 from dcpconv.runs.listing import list_step, read_regular, typed_path
 from dcpconv.runs.rank_files import TRACKERS, tracked
+from dcpconv.stores.remote import RemotePath
 
 INNER: Final = ("checkpoints", "checkpoint")
 """Where Lingua, MiniMind, accelerate and torchtitan put the steps inside a run directory."""
@@ -115,7 +117,7 @@ def when(seconds: float) -> str | None:
 class Named:
     """A name in a run directory that is a step, not looked into yet."""
 
-    path: str
+    path: Place
     name: str
     layout: Layout
     step: int
@@ -204,7 +206,7 @@ def _scan(directory: Path, *, is_link: bool) -> tuple[list[Named], dict[str, boo
     inner: dict[str, bool] = {}
     trackers: dict[str, bytes] = {}
     try:
-        with os.scandir(directory) as entries:
+        with scanned(directory) as entries:
             for entry in entries:
                 with suppress(OSError):  # a link in a circle, or to where we may not look
                     named = _named(entry, is_link=is_link)
@@ -213,7 +215,7 @@ def _scan(directory: Path, *, is_link: bool) -> tuple[list[Named], dict[str, boo
                     elif entry.name in INNER and entry.is_dir():
                         inner[entry.name] = entry.is_symlink()
                     elif entry.name in TRACKERS and entry.is_file():
-                        trackers[entry.name] = read_regular(Path(entry.path))
+                        trackers[entry.name] = read_regular(as_path(place_of(entry)))
     except FileNotFoundError:
         return [], {}
     except NotADirectoryError as error:
@@ -223,12 +225,12 @@ def _scan(directory: Path, *, is_link: bool) -> tuple[list[Named], dict[str, boo
     return _with_trackers(names, trackers), inner
 
 
-def _named(entry: os.DirEntry[str], *, is_link: bool) -> Named | None:
+def _named(entry: Entry, *, is_link: bool) -> Named | None:
     known = layout_of(entry.name)
     if known is not None and entry.is_dir():
-        return Named(entry.path, entry.name, *known, is_link or entry.is_symlink())
+        return Named(place_of(entry), entry.name, *known, is_link or entry.is_symlink())
     if is_minimind_name(entry.name) and entry.is_file():
-        return Named(entry.path, entry.name, "minimind", -1, is_link or entry.is_symlink())
+        return Named(place_of(entry), entry.name, "minimind", -1, is_link or entry.is_symlink())
     return None
 
 
@@ -254,13 +256,13 @@ def look_into(named: Named) -> FoundStep | None:
 
     Whatever its files are, the step is one line of a list and never the end of it.
     """
-    path = Path(named.path)
+    path = as_path(named.path)
     try:
         if named.layout == "minimind":
             return look_at_file(path, is_link=named.is_link)
         return _look(named)
     except Exception as error:  # noqa: BLE001  files of strangers; the other steps still count
-        if not os.path.lexists(named.path):
+        if not isinstance(path, RemotePath) and not os.path.lexists(named.path):
             return None
         return FoundStep(
             step=named.step if named.step >= 0 else None,
@@ -295,17 +297,17 @@ def look_at(path: Path) -> FoundStep | None:
         return None
     known = layout_of(path.resolve().name if path.name in {"", ".", ".."} else path.name)
     if known is not None:
-        return look_into(Named(str(path), path.name, *known, is_link))
-    layout = layout_by_contents(list_step(str(path)))
+        return look_into(Named(as_place(path), path.name, *known, is_link))
+    layout = layout_by_contents(list_step(as_place(path)))
     if layout is None:
         return None
-    return look_into(Named(str(path), path.name, layout, -1, is_link))
+    return look_into(Named(as_place(path), path.name, layout, -1, is_link))
 
 
 def _look(named: Named) -> FoundStep:
     listing = list_step(named.path)
     judged = judge(named.layout, listing)
-    path = Path(named.path)
+    path = as_path(named.path)
     return FoundStep(
         step=named.step if named.step >= 0 else None,
         path=path,

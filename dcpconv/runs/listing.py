@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from dcpconv.formats.torchfile.zip_records import ReadAt
+from dcpconv.runs.entries import Entry, Place, place_of, scanned
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import path_of, scheme_of
 
 METADATA: Final = ".metadata"
 
@@ -48,7 +51,7 @@ class Listing:
         modified: When the youngest file changed, in seconds since 1970.
     """
 
-    path: str
+    path: Place
     files: dict[str, int] = field(default_factory=dict)
     directories: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
@@ -82,6 +85,9 @@ class Listing:
         Raises:
             OSError: It cannot be opened.
         """
+        if isinstance(self.path, RemotePath):
+            yield (self.path / name).ranged.read
+            return
         descriptor = os.open(f"{self.path}/{name}", _READ)
         try:
             yield lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
@@ -89,7 +95,7 @@ class Listing:
             os.close(descriptor)
 
 
-def list_step(path: str) -> Listing:
+def list_step(path: Place) -> Listing:
     """Everything below a step directory.
 
     Raises:
@@ -100,8 +106,8 @@ def list_step(path: str) -> Listing:
     return found
 
 
-def _list_into(found: Listing, path: str, prefix: str, linked: list[tuple[int, int]]) -> None:
-    with os.scandir(path) as entries:
+def _list_into(found: Listing, path: Place, prefix: str, linked: list[tuple[int, int]]) -> None:
+    with scanned(path) as entries:
         for entry in entries:
             if len(found.files) >= _MOST:
                 found.is_cut = True
@@ -111,7 +117,7 @@ def _list_into(found: Listing, path: str, prefix: str, linked: list[tuple[int, i
                     if not prefix:
                         found.directories.append(entry.name)
                     if prefix.count("/") < _DEEPEST and not _is_seen(found, entry, linked):
-                        _list_into(found, entry.path, f"{prefix}{entry.name}/", linked)
+                        _list_into(found, place_of(entry), f"{prefix}{entry.name}/", linked)
                     continue
                 status = entry.stat()
             except OSError:
@@ -123,7 +129,7 @@ def _list_into(found: Listing, path: str, prefix: str, linked: list[tuple[int, i
             found.modified = max(found.modified, status.st_mtime)
 
 
-def _is_seen(found: Listing, entry: os.DirEntry[str], linked: list[tuple[int, int]]) -> bool:
+def _is_seen(found: Listing, entry: Entry, linked: list[tuple[int, int]]) -> bool:
     """Whether a link leads to a directory that was listed: links may lead in circles."""
     if not entry.is_symlink():
         return False
@@ -140,6 +146,11 @@ def _is_seen(found: Listing, entry: os.DirEntry[str], linked: list[tuple[int, in
 
 def read_regular(path: Path) -> bytes:
     """A whole file; empty where it is no regular file, larger than a text or not to be read."""
+    if isinstance(path, RemotePath):
+        try:
+            return path.read_at_most(LARGEST_TEXT)
+        except (OSError, ValueError):
+            return b""
     try:
         descriptor = os.open(path, _READ)
     except (OSError, ValueError):
@@ -214,11 +225,13 @@ def absent_ranks(ranks: set[int], *, at_least: int) -> list[int]:
 
 
 def typed_path(text: str | os.PathLike[str]) -> Path:
-    r"""A path as a user typed or a file stored it, on this machine or on the other system.
+    r"""A path as a user typed or a file stored it, on this machine, on the other system, or a URL.
 
     >>> typed_path("out\\checkpoint-500").parts[-1]
     'checkpoint-500'
     """
+    if scheme_of(text) is not None or isinstance(text, RemotePath):
+        return path_of(text)
     path = Path(text).expanduser()
     if "\\" in str(text) and not path.exists():
         return Path(str(text).replace("\\", "/")).expanduser()

@@ -27,6 +27,7 @@ from dcpconv.runs.listing import typed_path
 from dcpconv.runs.metrics import read_metrics
 from dcpconv.runs.retention import Decision, Retention
 from dcpconv.runs.verifying import verified
+from dcpconv.stores.schemes import refuse_scheme
 
 _SUFFIX: Final = ".dcpconv-trash"
 _TRASH = re.compile(r"\.(.+)" + re.escape(_SUFFIX))
@@ -76,6 +77,7 @@ def prune(run_dir: str | os.PathLike[str], retention: Retention, *, yes: bool = 
         DcpconvError: A metric is nowhere to be found; a step changed under our hands; or something
             cannot be deleted: it then is no step any more, and the rest is whole.
     """
+    refuse_scheme(run_dir)
     with told(run_dir):
         steps = find_checkpoints(run_dir)
         links = find_links(run_dir)

@@ -94,7 +94,7 @@ def resolve_checkpoint(
         elif isinstance(wanted, str):
             return _said(wanted, run_dir, verify=verify)
         else:
-            found = _at_path(Path(wanted), run_dir)
+            found = _at_path(typed_path(wanted), run_dir)
         return _complete(_judged(found, verify=verify))
 
 

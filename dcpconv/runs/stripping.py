@@ -24,6 +24,7 @@ from dcpconv.runs.links import Link, find_links, needed_elsewhere
 from dcpconv.runs.listing import Listing, list_step
 from dcpconv.runs.retention import counted
 from dcpconv.runs.verifying import verified
+from dcpconv.stores.schemes import refuse_scheme
 
 _FILES: Final[dict[Layout, frozenset[str]]] = {
     "hf-trainer": frozenset({"optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"}),
@@ -105,6 +106,7 @@ def strip(run_dir: str | os.PathLike[str], *, keep_last: int = 1, yes: bool = Fa
             "the newest step keeps its optimizer, or the run could not go on",
             [("expected", "keep_last of at least 1"), ("found", keep_last)],
         )
+    refuse_scheme(run_dir)
     with told(run_dir):
         steps = find_checkpoints(run_dir)
         links = find_links(run_dir)

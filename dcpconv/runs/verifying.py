@@ -19,6 +19,7 @@ from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.plan.fingerprints import MANIFEST
 from dcpconv.plan.manifests import cover_manifest, manifest_beside
+from dcpconv.runs.entries import as_place
 from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.glance import emptied, glance, is_emptied
@@ -80,7 +81,7 @@ def verify_step(step: FoundStep, *, deep: bool = False) -> StepCheck:
         if step.form is not None and not problems:
             problems += _weights_problems(step)
         if step.path.is_dir():
-            listing = list_step(str(step.path))
+            listing = list_step(as_place(step.path))
             for name in sorted(listing.files):
                 problems += _file_problems(listing, name, step)
             for directory in sorted(listing.directories):

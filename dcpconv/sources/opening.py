@@ -1,4 +1,4 @@
-"""Opens whatever has keys: a checkpoint, a hub id, a key list, a config, a live model."""
+"""Opens whatever has keys: a checkpoint, here or in a store, a key list, a config, a live model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
-from dcpconv.stores import hub
+from dcpconv.stores.schemes import path_of
 
 if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel
 
 Openable = str | os.PathLike[str] | Any
-"""A path or hub id; or a live model or state_dict, whose types only torch could name."""
+"""A path, URL or hub id; or a live model or state_dict, whose types only torch could name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +80,10 @@ def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
             [("found", type(what).__name__)],
             hint="give a path, a hub id, an nn.Module or a state_dict",
         )
-    path, name = Path(what), os.fspath(what)
+    path = path_of(what)
     if is_keylist(path):
         catalog, family = read_keylist(path)
         return Opened(catalog, End(str(path), "keys", len(catalog.tensors)), family or "")
-    if hub.is_hub_id(name):
-        from dcpconv.sources import hub_headers  # noqa: PLC0415 - local files need none
-
-        catalog, config = hub_headers.read_catalog(name, problems=problems)
-        return Opened(catalog, _end(name, catalog), place=Path(config) if config else None)
     catalog = open_checkpoint(path, problems=problems)
     return Opened(catalog, _end(str(path), catalog), place=catalog.source)
 

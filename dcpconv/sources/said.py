@@ -11,6 +11,7 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.core.spec import FEATURES, ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap, resolve_family
+from dcpconv.stores.schemes import path_of
 
 SELECTION_BIAS = "selection_bias"
 """What ``--allow`` calls the load-balancing bias of experts."""
@@ -77,7 +78,7 @@ class Said:
         return cls(
             from_=from_,
             keymap=read_keymap(Path(keymap)) if keymap is not None else None,
-            assets=Path(assets) if assets is not None else None,
+            assets=path_of(assets) if assets is not None else None,
             sizes=parse_pairs(spec),
             allow=parse_allowed(allow),
             dequantize=dequantize,

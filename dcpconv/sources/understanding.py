@@ -22,6 +22,7 @@ from dcpconv.sources.opening import End, Openable, Opened, only_config, open_sou
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
 from dcpconv.sources.selection import select, why_no_weights
+from dcpconv.stores.schemes import path_of
 
 if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel
@@ -132,11 +133,11 @@ def understand_described(what: Openable, said: Said) -> Source:
     """
     if not isinstance(what, (str, os.PathLike)):
         return understand(what, said)
-    path = Path(what)
-    if path.is_file() and path.suffix == ".json" and not is_keylist(path):
+    path = path_of(what)
+    if path.suffix == ".json" and path.is_file() and not is_keylist(path):
         return _config(path, said)
     try:
-        return understand(what, said)
+        return understand(path, said)
     except NotACheckpointError:
         beside = configs.find_config(path) if path.is_dir() else None
         if beside is None:

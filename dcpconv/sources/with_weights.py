@@ -7,7 +7,7 @@ import os
 from dcpconv.core.errors import FormatError
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand
-from dcpconv.stores.hub import locate
+from dcpconv.stores.schemes import path_of
 
 
 def with_weights(what: str | os.PathLike[str], said: Said, only: str | None = None) -> Source:
@@ -17,7 +17,7 @@ def with_weights(what: str | os.PathLike[str], said: Said, only: str | None = No
         NotACheckpointError: There is nothing of the kind.
         FormatError: A file is malformed, or names keys without weights.
     """
-    source = understand(locate(what), said, only=only)
+    source = understand(path_of(what), said, only=only)
     if any(entry.numel and not entry.chunks for entry in source.weights.entries.values()):
         raise FormatError(
             "there are keys here and no weights",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import stat
 import struct
@@ -14,14 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Catalog, Identity
 from dcpconv.core.errors import FormatError, SourceChangedError
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import path_of, scheme_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from dcpconv.stores.ranged import Heading, Ranged
 
 
 _FICLONERANGE = 0x4020940D  # Source: linux/fs.h, _IOW(0x94, 13, struct file_clone_range)
@@ -73,6 +75,53 @@ def open_regular(path: Path) -> int:
     )
 
 
+class OpenFile:
+    """A file being read by offset and length, wherever it is.
+
+    Args:
+        path: A regular file, or an object of a store.
+
+    Attributes:
+        nbytes: Its length.
+        identity: What it is.
+        expect: Has bytes checked when what follows is read; ``None`` where a look costs nothing.
+
+    Raises:
+        OSError: It cannot be opened.
+        FormatError: It is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = -1
+        if isinstance(path, RemotePath):
+            self._ranged = path.ranged
+            self.identity = path.identity()
+            self.expect: Callable[[Heading], None] | None = self._ranged.expect
+        else:
+            self._fd = open_regular(path)
+            self.identity = identity_of(self._fd)
+            self.expect = None
+        self.nbytes = self.identity[2]
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of it, fewer only at its end."""
+        if self._fd < 0:
+            return self._ranged.read(offset, nbytes)
+        return os.pread(self._fd, nbytes, offset)
+
+    def close(self) -> None:
+        """Close it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.close()
+
+
 def read_regular(path: Path, *, most: int) -> bytes:
     """All of a regular file that is not larger than it may be.
 
@@ -84,6 +133,8 @@ def read_regular(path: Path, *, most: int) -> bytes:
         OSError: It cannot be opened.
         FormatError: It is no regular file, or larger.
     """
+    if isinstance(path, RemotePath):
+        return path.read_at_most(most)
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
@@ -92,34 +143,14 @@ def read_regular(path: Path, *, most: int) -> bytes:
     return data
 
 
-def read_json(
-    path: Path, *, most: int = 1 << 26, hook: Callable[[dict[str, Any]], object] | None = None
-) -> object:
-    """What a regular file of JSON holds.
-
-    Args:
-        path: The file.
-        most: Bytes that it may have.
-        hook: What to make of an object as soon as it is read, where many would take memory.
-
-    Raises:
-        FormatError: It cannot be read, is no JSON, or is larger.
-    """
-    try:
-        value: object = json.loads(read_regular(path, most=most), object_hook=hook)
-    except FormatError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError("file is not JSON", [("file", path), ("reason", error)]) from error
-    return value
-
-
 def identity_of(file: Path | int) -> Identity:
-    """What a file is now.
+    """What a file is now; in a store, what it was when it was listed.
 
     Raises:
         OSError: It is gone.
     """
+    if isinstance(file, RemotePath):
+        return file.identity()
     state = os.stat(file)  # noqa: PTH116 - also of a descriptor
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
@@ -139,6 +170,9 @@ def require_unchanged(directory: Path, identities: Mapping[str, Identity]) -> No
     Raises:
         SourceChangedError: Some are not; all are listed.
     """
+    if isinstance(directory, RemotePath):
+        directory.require_unchanged(identities)
+        return
     changed = []
     for file, known in identities.items():
         path = directory / file
@@ -180,6 +214,7 @@ class SourceFile:
         is_sparse: Whether it has holes worth skipping.
         system: System calls to use.
         leases: Threads that are using it now.
+        ranged: The object that it is, where it is in a store; no system call copies from that.
     """
 
     path: Path
@@ -188,6 +223,7 @@ class SourceFile:
     is_sparse: bool
     system: System
     leases: int = 0
+    ranged: Ranged | None = None
 
     def read(self, offset: int, views: list[memoryview], nbytes: int) -> None:
         """Fill all views, ``nbytes`` together, from the bytes at ``offset``.
@@ -195,6 +231,9 @@ class SourceFile:
         Raises:
             FormatError: The file ends before, or the disk cannot read it.
         """
+        if self.ranged is not None:
+            self.ranged.fill(offset, views, nbytes)
+            return
         while nbytes:
             try:
                 count = self.system.preadv(self.fd, views, offset)
@@ -242,6 +281,13 @@ class SourceFile:
         return self.is_sparse and next(self.data(offset, nbytes), None) is None
 
 
+def path_beside(directory: Path, file: str) -> Path:
+    """A file of a checkpoint, or one of an adapter, which is named whole, wherever either is."""
+    if scheme_of(file) is not None:
+        return path_of(file)
+    return Path(file) if file.startswith("/") else directory / file
+
+
 class Sources:
     """Source files below ``path``, opened when first used and kept open while there is room.
 
@@ -282,6 +328,16 @@ class Sources:
         with self._lock:
             require_unchanged(self._path, self._identities)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the files are objects of a store."""
+        return isinstance(self._path, RemotePath)
+
+    def ranged(self, file: str) -> Ranged | None:
+        """The object that a file is; ``None`` for a file of this machine."""
+        path = path_beside(self._path, file)
+        return path.ranged if isinstance(path, RemotePath) else None
+
     @contextmanager
     def open(self, file: str) -> Iterator[SourceFile]:
         """Lend an open file; it stays open at least until the block ends.
@@ -301,7 +357,11 @@ class Sources:
                 source.leases -= 1
 
     def _add(self, file: str) -> SourceFile:
-        path = self._path / file
+        path = path_beside(self._path, file)
+        if isinstance(path, RemotePath):
+            source = SourceFile(path, -1, -1, is_sparse=False, system=self._system)
+            source.ranged = path.ranged
+            return self._files.setdefault(file, source)
         try:
             fd = open_regular(path)
         except OSError as error:
@@ -329,15 +389,12 @@ class Sources:
         """Close all files."""
         with self._lock:
             while self._files:
-                os.close(self._files.popitem()[1].fd)
+                fd = self._files.popitem()[1].fd
+                if fd >= 0:
+                    os.close(fd)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_raised: object) -> None:
         self.close()

@@ -9,7 +9,6 @@ Source:
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from dcpconv.core.catalog import Chunk, Extent, TensorEntry
@@ -18,7 +17,7 @@ from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.metadata import StoredChunk
 from dcpconv.formats.safetensors.files import saved_offsets
 from dcpconv.formats.safetensors.header import parse_entries, parse_header
-from dcpconv.stores.local import open_regular
+from dcpconv.stores.local import OpenFile
 
 _Blob = tuple[dict[str, TensorEntry], dict[str, tuple[int, ...]]]
 
@@ -39,11 +38,8 @@ class Blobs:
         """Whether a blob begins where an item is said to begin."""
         place = (item.file, item.offset)
         if place not in self._seen:
-            fd = open_regular(self._path / item.file)
-            try:
-                self._seen[place] = os.pread(fd, 1, item.offset + 8) == b"{"
-            finally:
-                os.close(fd)
+            with OpenFile(self._path / item.file) as file:
+                self._seen[place] = file.read(item.offset + 8, 1) == b"{"
         return self._seen[place]
 
     def find(self, key: str, dtype: DType, chunk: StoredChunk) -> Chunk | str:
@@ -68,12 +64,11 @@ class Blobs:
 
     def _open(self, file: str, offset: int) -> _Blob:
         where = f"{file}, safetensors at byte {offset}"
-        with os.fdopen(open_regular(self._path / file), "rb") as opened:
-            size = opened.seek(0, 2)
+        with OpenFile(self._path / file) as opened:
+            size = opened.nbytes
 
             def read(at: int, nbytes: int) -> bytes:
-                opened.seek(offset + at)
-                return opened.read(nbytes)
+                return opened.read(offset + at, nbytes)
 
             start, header = parse_header(read, size - offset, where)
         entries = parse_entries(header, offset + start, size, file, where)

@@ -20,7 +20,7 @@ from typing import IO, Any, Final
 from dcpconv.core.catalog import Extent, Identity
 from dcpconv.core.errors import FormatError, NoSpaceError
 from dcpconv.formats.dcp.metadata import MetadataContents
-from dcpconv.stores.local import identities_of, open_regular, require_unchanged
+from dcpconv.stores.local import OpenFile, identities_of, require_unchanged
 
 _PIECE: Final = 1 << 20
 """Bytes that are unpacked at once."""
@@ -109,10 +109,10 @@ def _unpack(
     problems = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(open_regular(source), "rb") as file, target.open("wb") as made:
+        with OpenFile(source) as file, target.open("wb") as made:
             for item in sorted(limits, key=lambda item: item.offset):
                 start, room = made.tell(), limits[item] or item.nbytes
-                stream = _Part(file.fileno(), item)
+                stream = _Part(file, item)
                 read = _reader(stream) if item in contents.packed else stream.read
                 try:
                     while room >= 0 and (piece := read(_PIECE)):
@@ -144,14 +144,14 @@ def _unpack(
 class _Part:
     """One item of a file as a stream."""
 
-    def __init__(self, descriptor: int, item: Extent) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: OpenFile, item: Extent) -> None:
+        self._file = file
         self._at, self._end = item.offset, item.offset + item.nbytes
 
     def read(self, nbytes: int = -1) -> bytes:
         """The next bytes of the item; none at its end."""
         left = self._end - self._at
-        data = os.pread(self._descriptor, left if nbytes < 0 else min(nbytes, left), self._at)
+        data = self._file.read(self._at, left if nbytes < 0 else min(nbytes, left))
         self._at += len(data)
         return data
 

@@ -28,6 +28,7 @@ def outline(
     *,
     modulus: int = 4096,
     max_file_size: int | None = None,
+    stem: str = "",
 ) -> Outline:
     """Place every tensor and object; ``.metadata`` is the commit file.
 
@@ -42,6 +43,7 @@ def outline(
             zeros lie before an item.
         max_file_size: In bytes; a file that would grow beyond it is continued in ``__i_1.distcp``
             and so on.  A single item may be larger.
+        stem: Goes into the names of all files but ``.metadata``, where others have to stay.
 
     Raises:
         FormatError: Two values have the same key, or an object cannot be stored.
@@ -57,7 +59,7 @@ def outline(
         )
 
     width = max((len(tensor.chunks) for tensor in tensors), default=1)
-    ranks = [_Rank(number, modulus, max_file_size) for number in range(width)]
+    ranks = [_Rank(number, modulus, max_file_size, stem) for number in range(width)]
     written_objects = [
         WrittenObject(_join(path), path, ranks[0].place_object(object_frame(value)))
         for path, value in objects.items()
@@ -88,8 +90,8 @@ def _join(path: KeyPath) -> str:
 class _Rank:
     """The files of one rank, the last of them still growing."""
 
-    def __init__(self, number: int, modulus: int, max_file_size: int | None) -> None:
-        self._number = number
+    def __init__(self, number: int, modulus: int, max_file_size: int | None, stem: str) -> None:
+        self._prefix = f"__{stem}_{number}" if stem else f"__{number}"
         self._modulus = modulus
         self._limit = max_file_size
         self._finished: list[OutFile] = []
@@ -134,7 +136,7 @@ class _Rank:
         return Extent(self._name(), offset, nbytes)
 
     def _name(self) -> str:
-        return f"__{self._number}_{len(self._finished)}.distcp"
+        return f"{self._prefix}_{len(self._finished)}.distcp"
 
     def _current(self) -> OutFile:
         return OutFile(self._name(), self._nbytes, tuple(self._literals), tuple(self._payloads))

@@ -32,7 +32,8 @@ from dcpconv.formats.torchfile.pieces import (
 )
 from dcpconv.formats.torchfile.stored import StoredTensor
 from dcpconv.formats.torchfile.unpickling import check_size, loads
-from dcpconv.stores.local import identities_of, identity_of, read_json, read_regular
+from dcpconv.stores.json_files import read_json
+from dcpconv.stores.local import identities_of, identity_of, read_regular
 
 METADATA: Final = "metadata.pkl"
 _NAME = re.compile(r"(?P<item>[A-Za-z0-9_-]+)_(?P<rank>\d{1,7})\.pt")

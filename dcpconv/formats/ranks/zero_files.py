@@ -8,7 +8,6 @@ Source:
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +25,8 @@ from dcpconv.formats.torchfile.archive import (
     read_archive,
     read_tensors,
 )
-from dcpconv.formats.torchfile.contents import reader_of
 from dcpconv.formats.torchfile.stand_ins import Call, Instance, Ref, instances
-from dcpconv.stores.local import identity_of, open_regular
+from dcpconv.stores.local import OpenFile
 
 MODEL_FILE: Final = re.compile(
     r"(?:zero_pp_rank_(?P<rank>\d{1,9})_)?mp_rank_(?P<mp>\d{1,9})_?model_states\.pt"
@@ -188,14 +186,13 @@ def read_pickle(path: Path) -> tuple[bytes, Identity]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Archive, Identity]]:
     try:
-        file = os.fdopen(open_regular(path), "rb")
+        file = OpenFile(path)
     except OSError as error:
         raise FormatError(
             "file cannot be read", [("file", path), ("reason", error.strerror)]
         ) from error
     with file:
-        identity = identity_of(file.fileno())
-        yield read_archive(reader_of(file.fileno()), identity[2], str(path)), identity
+        yield read_archive(file.read, file.nbytes, str(path), expect=file.expect), file.identity
 
 
 def read_model_file(path: Path, file: str) -> ModelFile:
@@ -311,8 +308,8 @@ def _step(
         if isinstance(step, (int, float)):
             return float(step)
         if isinstance(step, StoredTensor) and step.dtype.name in _CODES and step.nbytes:
-            with path.open("rb") as file:
-                data = os.pread(file.fileno(), step.dtype.itemsize, step.offset)
+            with OpenFile(path) as file:
+                data = file.read(step.offset, step.dtype.itemsize)
             return float(struct.unpack(f"<{_CODES[step.dtype.name]}", data)[0])
     return None
 

@@ -8,7 +8,6 @@ Source:
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ from dcpconv.formats.safetensors.index import (
     unnamed,
 )
 from dcpconv.formats.safetensors.metadata import united
-from dcpconv.stores.local import identities_of, open_regular, read_regular
+from dcpconv.stores.local import OpenFile, identities_of, read_regular
+from dcpconv.stores.remote import read_heads_ahead
 
 MAX_FILE_SIZE = 5 * 10**9
 """Bytes per shard file, huggingface_hub's own default of 5 GB."""
@@ -79,6 +79,7 @@ def _read_catalog(path: Path, problems: list[str] | None) -> Catalog:
         found.extend(strays(present, weight_map) if problems is not None else ())
     names = choose(present, weight_map, found) if path.is_dir() else [path.name]
     identities = (identities if weight_map is not None else {}) | identities_of(directory, names)
+    read_heads_ahead(directory, names)
     catalog = gather(
         names,
         lambda name: _read_file(directory, name),
@@ -170,6 +171,7 @@ def outline(
     modulus: int,
     max_file_size: int = MAX_FILE_SIZE,
     metadata: Mapping[str, str] | None = None,
+    stem: str = "",
 ) -> Outline:
     """Places tensors into shard files, split as huggingface_hub splits them.
 
@@ -181,6 +183,7 @@ def outline(
         modulus: Block size to line up with, in bytes; a multiple of 8.
         max_file_size: Bytes of tensors in one file at most; a larger tensor gets its own file.
         metadata: Entries of ``__metadata__``, which every file says.
+        stem: Goes into the names of several files, where others have to stay.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # noqa: PLC0415  slow import
 
@@ -195,11 +198,18 @@ def outline(
         one_file(name, [by_key[key] for key in keys], modulus=modulus, metadata=metadata)
         for name, keys in split.filename_to_tensors.items()
     )
+    if stem and len(files) > 1:
+        renamed = {file.name: file.name.replace("model-", f"model-{stem}-") for file in files}
+        files = tuple(replace(file, name=renamed[file.name]) for file in files)
+    else:
+        renamed = {file.name: file.name for file in files}
     if len(files) <= 1:
         return Outline(files or (one_file(SINGLE, [], modulus=modulus, metadata=metadata),))
     index = {
         "metadata": {"total_size": sum(tensor.chunks[0].fill.nbytes for tensor in tensors)},
-        "weight_map": dict(sorted(split.tensor_to_filename.items())),
+        "weight_map": {
+            key: renamed[name] for key, name in sorted(split.tensor_to_filename.items())
+        },
     }
     return Outline(files, ((INDEX, (json.dumps(index, indent=2) + "\n").encode()),))
 
@@ -207,14 +217,9 @@ def outline(
 def _read_file(directory: Path, name: str) -> Headed:
     where = directory / name
     try:
-        with os.fdopen(open_regular(where), "rb") as file:
-            size = file.seek(0, 2)
-
-            def read(offset: int, nbytes: int) -> bytes:
-                file.seek(offset)
-                return file.read(nbytes)
-
-            start, header = parse_header(read, size, where)
+        with OpenFile(where) as file:
+            size = file.nbytes
+            start, header = parse_header(file.read, size, where)
     except OSError as error:
         raise FormatError(
             "cannot read the shard file", [("file", where), ("because", error.strerror)]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.catalog import Identity, KeyPath
 from dcpconv.core.errors import FormatError, NotACheckpointError
@@ -22,7 +21,10 @@ from dcpconv.formats.torchfile.archive import (
 )
 from dcpconv.formats.torchfile.nesting import flatten, key_of
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
-from dcpconv.stores.local import identity_of, open_regular
+from dcpconv.stores.local import OpenFile
+
+if TYPE_CHECKING:
+    from dcpconv.stores.ranged import Heading
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -84,15 +86,13 @@ def read_value(path: Path) -> tuple[object, Identity]:
     """
     where = str(path)
     try:
-        file = os.fdopen(open_regular(path), "rb")
+        file = OpenFile(path)
     except OSError as error:
         raise NotACheckpointError(
             "file cannot be read", [("file", path), ("reason", error.strerror)]
         ) from error
     with file:
-        identity = identity_of(file.fileno())
-        nbytes = identity[2]
-        read = reader_of(file.fileno())
+        identity, nbytes, read = file.identity, file.nbytes, file.read
         if read(0, len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             raise FormatError(
                 "file is in the form torch.save wrote before version 1.6",
@@ -104,17 +104,14 @@ def read_value(path: Path) -> tuple[object, Identity]:
                 "file was not written by torch.save",
                 [("file", path), ("expected", repr(ZIP_MAGIC)), ("found", repr(read(0, 16)))],
             )
-        return _read_value(_open_archive(read, nbytes, where)), identity
+        return _read_value(_open_archive(read, nbytes, where, file.expect)), identity
 
 
-def reader_of(descriptor: int) -> ReadAt:
-    """Reads an open file by offset and length."""
-    return lambda offset, nbytes: os.pread(descriptor, nbytes, offset)
-
-
-def _open_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
+def _open_archive(
+    read: ReadAt, nbytes: int, where: str, expect: Callable[[Heading], None] | None
+) -> Archive:
     try:
-        archive = read_archive(read, nbytes, where)
+        archive = read_archive(read, nbytes, where, expect=expect)
     except FormatError as error:
         needed = _bytes_needed(read, nbytes, where)
         if needed <= nbytes:

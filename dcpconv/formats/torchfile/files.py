@@ -6,7 +6,6 @@ Memory: the pickle and its keys, never a payload.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -20,12 +19,11 @@ from dcpconv.formats.torchfile.contents import (
     ZIP_MAGIC,
     Contents,
     read_leaves,
-    reader_of,
 )
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.roles import is_beside_a_model
 from dcpconv.formats.torchfile.writing import outline
-from dcpconv.stores.local import identity_of, open_regular, read_regular
+from dcpconv.stores.local import OpenFile, identity_of, read_regular
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "is_torch_file", "outline", "read_catalog"]
 
@@ -40,8 +38,8 @@ _LARGEST_INDEX: Final = 1 << 28
 def is_torch_file(path: Path) -> bool:
     """Whether ``torch.save`` wrote the file, told by its first bytes; cut short or not."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            start = file.read(4096)
+        with OpenFile(path) as file:
+            start = file.read(0, 4096)
             if start.startswith(LEGACY_MAGIC):
                 return True
             if not start.startswith(ZIP_MAGIC):
@@ -49,8 +47,7 @@ def is_torch_file(path: Path) -> bool:
             name = start[30 : 30 + int.from_bytes(start[26:28], "little")]
             if name.endswith(b"/data.pkl"):
                 return True
-            size = os.fstat(file.fileno()).st_size
-            return "data.pkl" in read_archive(reader_of(file.fileno()), size, str(path))
+            return "data.pkl" in read_archive(file.read, file.nbytes, str(path))
     except (OSError, FormatError):
         return False
 

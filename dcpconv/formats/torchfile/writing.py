@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dcpconv.core.catalog import KeyPath
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutFile, Outline, OutTensor
-from dcpconv.formats.torchfile.frames import STORAGE_ALIGNMENT, add_frame_records, tensor_call
+from dcpconv.formats.torchfile.frames import (
+    STORAGE_ALIGNMENT,
+    ArchiveLayout,
+    add_frame_records,
+    tensor_call,
+)
 from dcpconv.formats.torchfile.nesting import key_of, nest
 from dcpconv.formats.torchfile.unpickling import dumps
-from dcpconv.formats.torchfile.zip_records import ArchiveLayout
 
 
 def outline(

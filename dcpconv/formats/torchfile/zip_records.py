@@ -11,26 +11,30 @@ Source:
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.errors import FormatError
+
+if TYPE_CHECKING:
+    from dcpconv.formats.torchfile.later import Later
+    from dcpconv.stores.ranged import Heading
 
 ReadAt = Callable[[int, int], bytes]
 """``read(offset, nbytes)``: bytes of the archive, fewer only at its end."""
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_LOCATOR = struct.Struct("<4sLQL")
-_LOCAL_SIG, _CENTRAL_SIG, _END_SIG = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
-_END64_SIG, _LOCATOR_SIG = b"PK\x06\x06", b"PK\x06\x07"
-_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
-_ZIP64_ID = 1
-_PADDING_ID = b"FB"
+LOCAL = struct.Struct("<4s5H3L2H")
+CENTRAL = struct.Struct("<4s6H3L5H2L")
+END = struct.Struct("<4s4H2LH")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+LOCAL_SIG, CENTRAL_SIG, END_SIG = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+END64_SIG, LOCATOR_SIG = b"PK\x06\x06", b"PK\x06\x07"
+MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
+_HAS_FOOT, _FOOT, _FOOT64 = 8, 16, 24
+ZIP64_ID = 1
+PADDING_ID = b"FB"
 
 _PAGE: Final = 4096
 """Bytes read at once around a header: both ends of a small archive come in two reads."""
@@ -43,6 +47,7 @@ class _Record:
     header: int
     nbytes: int
     limit: int  # the next header, or the directory: no byte of this record lies there
+    foot: int  # bytes that follow the payload: its checksum and lengths once more, or none
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Archive:
     Attributes:
         where: Name for error messages.
         nbytes: Length of the archive.
-        names: Record names without the archive's own directory, in directory order.
+        names: _Record names without the archive's own directory, in directory order.
     """
 
     where: str
@@ -60,10 +65,11 @@ class Archive:
     _read: ReadAt
     _prefix: bytes
     _records: Mapping[str, _Record]
+    _later: Later | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Record names without the archive's own directory, in directory order."""
+        """_Record names without the archive's own directory, in directory order."""
         return tuple(self._records)
 
     def __contains__(self, name: object) -> bool:
@@ -80,16 +86,26 @@ class Archive:
             raise FormatError(
                 "record is missing", [("file", self.where), ("expected", name)], hint=_CUT_SHORT
             )
-        raw = self._read(record.header, _LOCAL.size)
-        if len(raw) < _LOCAL.size or raw[:4] != _LOCAL_SIG:
+        if self._later is not None and name.startswith("data/"):
+            end = record.limit - record.foot
+            return self._later.extent(
+                self._prefix + name.encode(),
+                (record.header, end - record.nbytes, record.nbytes),
+                lambda: self._extent(name, record),
+            )
+        return self._extent(name, record)
+
+    def _extent(self, name: str, record: _Record) -> tuple[int, int]:
+        raw = self._read(record.header, LOCAL.size)
+        if len(raw) < LOCAL.size or raw[:4] != LOCAL_SIG:
             raise FormatError(
                 "record has no header where the directory puts it",
                 [("file", self.where), ("record", name), ("at", f"byte {record.header}")],
                 hint=_CUT_SHORT,
             )
-        name_length, extra_length = _LOCAL.unpack(raw)[-2:]
-        offset = record.header + _LOCAL.size + name_length + extra_length
-        if self._read(record.header + _LOCAL.size, name_length) != self._prefix + name.encode():
+        name_length, extra_length = LOCAL.unpack(raw)[-2:]
+        offset = record.header + LOCAL.size + name_length + extra_length
+        if self._read(record.header + LOCAL.size, name_length) != self._prefix + name.encode():
             raise FormatError(
                 "record's header has another name than the directory",
                 [("file", self.where), ("record", name), ("at", f"byte {record.header}")],
@@ -126,13 +142,16 @@ class Archive:
         return payload
 
 
-def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
+def read_archive(
+    read: ReadAt, nbytes: int, where: str, *, expect: Callable[[Heading], None] | None = None
+) -> Archive:
     """The directory of one archive, checked; no payload is read.
 
     Args:
         read: Bytes of the archive by offset from its own start, which may be inside a file.
         nbytes: Length of the archive.
         where: Name for error messages.
+        expect: Has a header checked when the payload after it is read.
 
     Raises:
         FormatError: The end is missing, a record is compressed, encrypted, duplicated, outside the
@@ -149,9 +168,9 @@ def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
     # Reversed, so that of two records at one place the first ends where it starts, and is refused.
     following = dict(reversed([*zip(starts, [*starts[1:], directory_offset], strict=True)]))
     records: dict[str, _Record] = {}
-    for raw_name, header, size in entries:
+    for raw_name, header, size, has_foot in entries:
         limit = following[header]
-        if header + _LOCAL.size + len(raw_name) + size > limit:
+        if header + LOCAL.size + len(raw_name) + size > limit:
             raise FormatError(
                 "records overlap or lie outside the file",
                 [
@@ -171,9 +190,17 @@ def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
             ) from error
         if name in records:
             raise FormatError("record appears twice", [("file", where), ("record", name)])
-        records[name] = _Record(header, size, limit)
+        foot = 0
+        if has_foot:
+            foot = _FOOT64 if size >= MAX32 or header >= MAX32 else _FOOT
+        records[name] = _Record(header, size, limit, foot)
 
-    archive = Archive(where, nbytes, read, prefix, records)
+    later = None
+    if expect is not None:
+        from dcpconv.formats.torchfile.later import Later  # noqa: PLC0415 - of a store's objects
+
+        later = Later(expect, where, _frame_of)
+    archive = Archive(where, nbytes, read, prefix, records, later)
     if "byteorder" in archive and archive.read("byteorder") != b"little":
         raise FormatError(
             "tensors are not stored little-endian",
@@ -181,6 +208,15 @@ def read_archive(read: ReadAt, nbytes: int, where: str) -> Archive:
             hint="load and save it again with torch on a little-endian machine",
         )
     return archive
+
+
+def _frame_of(raw: bytes) -> tuple[bytes, int]:
+    """The name in a record's header, and the length of the header; a name of none is empty."""
+    if len(raw) < LOCAL.size or raw[:4] != LOCAL_SIG:
+        return b"", 0
+    name_length, extra_length = LOCAL.unpack(raw[: LOCAL.size])[-2:]
+    end = LOCAL.size + name_length
+    return raw[LOCAL.size : end], end + extra_length
 
 
 def _paged(read: ReadAt, nbytes: int) -> ReadAt:
@@ -200,34 +236,34 @@ def _paged(read: ReadAt, nbytes: int) -> ReadAt:
 def _find_directory(read: ReadAt, nbytes: int, where: str) -> tuple[bytes, int, int]:
     """The central directory's bytes, its offset, and how many entries it should hold."""
     tail, at = b"", -1
-    for length in (_PAGE, _END.size + _MAX16):  # torch writes no comment after the end record
+    for length in (_PAGE, END.size + MAX16):  # torch writes no comment after the end record
         tail = read(max(0, nbytes - length), min(nbytes, length))
-        at = tail.rfind(_END_SIG)
+        at = tail.rfind(END_SIG)
         if at >= 0:
             break
-    if at < 0 or at + _END.size > len(tail):
+    if at < 0 or at + END.size > len(tail):
         raise FormatError(
             "file has no zip directory at its end",
             [("file", where), ("expected", "an end record"), ("found", f"none in {nbytes} bytes")],
             hint=_CUT_SHORT,
         )
     end_offset = nbytes - len(tail) + at
-    *_, count, size, offset, _ = _END.unpack_from(tail, at)
+    *_, count, size, offset, _ = END.unpack_from(tail, at)
 
-    locator_offset = end_offset - _LOCATOR.size
-    locator = read(locator_offset, _LOCATOR.size) if locator_offset >= 0 else b""
-    if locator[:4] == _LOCATOR_SIG:
-        end_offset = _LOCATOR.unpack(locator)[2]
-        end64 = read(end_offset, _END64.size) if end_offset < nbytes else b""
-        if end64[:4] != _END64_SIG or len(end64) < _END64.size:
+    locator_offset = end_offset - LOCATOR.size
+    locator = read(locator_offset, LOCATOR.size) if locator_offset >= 0 else b""
+    if locator[:4] == LOCATOR_SIG:
+        end_offset = LOCATOR.unpack(locator)[2]
+        end64 = read(end_offset, END64.size) if end_offset < nbytes else b""
+        if end64[:4] != END64_SIG or len(end64) < END64.size:
             raise FormatError(
                 "zip64 end record is missing",
                 [("file", where), ("expected", f"at byte {end_offset}")],
                 hint=_CUT_SHORT,
             )
-        *_, count, size, offset = _END64.unpack(end64)
+        *_, count, size, offset = END64.unpack(end64)
 
-    if offset + size > end_offset or count * _CENTRAL.size > size:
+    if offset + size > end_offset or count * CENTRAL.size > size:
         raise FormatError(
             "zip directory does not fit where its end record puts it",
             [
@@ -240,21 +276,21 @@ def _find_directory(read: ReadAt, nbytes: int, where: str) -> tuple[bytes, int, 
     return read(offset, size), offset, count
 
 
-def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, int, int]]:
-    """``(name, offset of its header, nbytes)`` of every record."""
+def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, int, int, bool]]:
+    """``(name, offset of its header, nbytes, whether a foot follows)`` of every record."""
     position = 0
     for _ in range(count):
-        fixed = directory[position : position + _CENTRAL.size]
-        if len(fixed) < _CENTRAL.size or fixed[:4] != _CENTRAL_SIG:
+        fixed = directory[position : position + CENTRAL.size]
+        if len(fixed) < CENTRAL.size or fixed[:4] != CENTRAL_SIG:
             raise FormatError(
                 "zip directory is damaged",
                 [("file", where), ("at", f"byte {position} of the directory")],
                 hint=_CUT_SHORT,
             )
-        fields = _CENTRAL.unpack(fixed)
+        fields = CENTRAL.unpack(fixed)
         flags, method, packed, size = fields[3], fields[4], fields[8], fields[9]
         name_length, extra_length, comment_length, header = *fields[10:13], fields[16]
-        position += _CENTRAL.size
+        position += CENTRAL.size
         name = directory[position : position + name_length]
         position += name_length
         extra = directory[position : position + extra_length]
@@ -262,9 +298,9 @@ def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, 
 
         wide = _zip64_fields(extra)
         try:
-            size = next(wide) if size == _MAX32 else size
-            packed = next(wide) if packed == _MAX32 else packed
-            header = next(wide) if header == _MAX32 else header
+            size = next(wide) if size == MAX32 else size
+            packed = next(wide) if packed == MAX32 else packed
+            header = next(wide) if header == MAX32 else header
         except (StopIteration, struct.error):
             raise FormatError(
                 "zip64 sizes of a record are missing", [("file", where), ("record", repr(name))]
@@ -280,7 +316,7 @@ def _entries(directory: bytes, count: int, where: str) -> Iterator[tuple[bytes, 
                 ],
                 hint="this is not a torch.save file, or another tool packed it again",
             )
-        yield name, header, size
+        yield name, header, size, bool(flags & _HAS_FOOT)
 
 
 def _zip64_fields(extra: bytes) -> Iterator[int]:
@@ -288,95 +324,8 @@ def _zip64_fields(extra: bytes) -> Iterator[int]:
     while position + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, position)
         position += 4
-        if kind == _ZIP64_ID:
+        if kind == ZIP64_ID:
             for at in range(position, position + length - 7, 8):
                 yield int.from_bytes(extra[at : at + 8], "little")
             return
         position += length
-
-
-@dataclass(slots=True)
-class ArchiveLayout:
-    """Places records one after another and writes down every byte that is not payload.
-
-    Deterministic: no times, no ids.  Payload checksums are 0, because the bytes are not at hand
-    and torch never looks (``torch.serialization.set_crc32_options`` and ``skip_data`` rely on it).
-
-    Attributes:
-        position: Where the next record's header goes; after ``finish``, the archive's length.
-        literals: ``(offset, bytes)``; padding is left out, it is zeros.
-    """
-
-    position: int = 0
-    literals: list[tuple[int, bytes]] = field(default_factory=list)
-    _directory: list[bytes] = field(default_factory=list)
-
-    def add(self, name: str, data: bytes) -> None:
-        """Place a small record together with its bytes."""
-        self._header(name, len(data), zlib.crc32(data), modulus=1, residue=0)
-        self._literal(data)
-
-    def add_payload(self, name: str, nbytes: int, *, modulus: int, residue: int) -> int:
-        """Place a record whose bytes come from elsewhere; returns their offset.
-
-        Args:
-            name: Record name below the archive's directory.
-            nbytes: Length of the payload.
-            modulus: The payload starts where ``offset % modulus == residue``; at most 32768, so
-                that the padding fits an extra field.
-            residue: See ``modulus``.
-        """
-        self._header(name, nbytes, 0, modulus=modulus, residue=residue)
-        offset = self.position
-        self.position += nbytes
-        return offset
-
-    def finish(self) -> None:
-        """Place the directory and the end record."""
-        offset, directory = self.position, b"".join(self._directory)
-        count, size = len(self._directory), len(directory)
-        self._literal(directory)
-        if count >= _MAX16 or size >= _MAX32 or offset >= _MAX32:
-            end64 = _END64.pack(
-                _END64_SIG, _END64.size - 12, 45, 45, 0, 0, count, count, size, offset
-            )
-            locator = _LOCATOR.pack(_LOCATOR_SIG, 0, self.position, 1)
-            self._literal(end64 + locator)
-        short = min(count, _MAX16)
-        self._literal(
-            _END.pack(_END_SIG, 0, 0, short, short, min(size, _MAX32), min(offset, _MAX32), 0)
-        )
-
-    def _literal(self, data: bytes) -> None:
-        self.literals.append((self.position, data))
-        self.position += len(data)
-
-    def _header(self, name: str, nbytes: int, crc: int, *, modulus: int, residue: int) -> None:
-        raw_name, header = f"archive/{name}".encode(), self.position
-        is_wide = nbytes >= _MAX32
-        short = _MAX32 if is_wide else nbytes
-        version = 45 if is_wide or header >= _MAX32 else 20
-        extra = struct.pack("<2H2Q", _ZIP64_ID, 16, nbytes, nbytes) if is_wide else b""
-        start = header + _LOCAL.size + len(raw_name) + len(extra)
-        padding = 0
-        if start % modulus != residue:
-            padding = (residue - start - 4) % modulus
-            extra += _PADDING_ID + struct.pack("<H", padding)
-        local = _LOCAL.pack(
-            _LOCAL_SIG, version, 0, 0, 0, 0, crc, short, short, len(raw_name), len(extra) + padding
-        )
-        self._literal(local + raw_name + extra)
-        self.position += padding
-
-        wide = [nbytes, nbytes] if is_wide else []
-        wide += [header] if header >= _MAX32 else []
-        extra = struct.pack(f"<2H{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
-        self._directory.append(
-            _CENTRAL.pack(
-                _CENTRAL_SIG,
-                *(version, version, 0, 0, 0, 0, crc, short, short),
-                *(len(raw_name), len(extra), 0, 0, 0, 0, min(header, _MAX32)),
-            )
-            + raw_name
-            + extra
-        )

@@ -27,7 +27,7 @@ from dcpconv.runs.carrying.understood import understood, with_ties
 from dcpconv.sources.adapters.reading import open_adapter
 from dcpconv.sources.adapters.spotting import is_adapter
 from dcpconv.sources.said import Said
-from dcpconv.stores.local import read_json
+from dcpconv.stores.json_files import read_json
 
 _RNG: Final = re.compile(r"rng_state(_[0-9]{1,9})?\.pth")
 _LARGEST_ARGUMENTS: Final = 1 << 20

@@ -17,7 +17,8 @@ from dcpconv.runs.carrying.counted import read_minimind, read_trainer
 from dcpconv.runs.carrying.named import read_deepspeed, read_named
 from dcpconv.runs.carrying.state import Kind, TrainingState
 from dcpconv.sources.said import Said
-from dcpconv.stores.local import identities_of, read_json
+from dcpconv.stores.json_files import read_json
+from dcpconv.stores.local import identities_of
 from dcpconv.stores.schemes import refuse_scheme
 
 _TRAIN_STATE: Final = re.compile(r"train_state_[0-9]{5,9}\.json")

@@ -11,7 +11,7 @@ from pathlib import Path
 from dcpconv.core.errors import DcpconvError
 from dcpconv.sources.adapters.reading import read_adapter
 from dcpconv.sources.adapters.record import Adapter
-from dcpconv.stores.hub import locate_adapter
+from dcpconv.stores.schemes import is_remote, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def read_adapters(names: AdapterName | Sequence[AdapterName]) -> tuple[Weighed, 
         FormatError: A file is malformed.
     """
     return tuple(
-        Weighed(read_adapter(locate_adapter(name)), weight)
+        Weighed(read_adapter(path_of(name)), weight)
         for name, weight in map(_weighed, adapter_names(names))
     )
 
@@ -48,7 +48,7 @@ def read_adapters(names: AdapterName | Sequence[AdapterName]) -> tuple[Weighed, 
 def _weighed(text: str) -> tuple[str, float]:
     """``DIR:0.5`` as its two parts; a name with a colon that is there is a name."""
     name, _, number = text.rpartition(":")
-    if not name or Path(text).exists():
+    if not name or (not is_remote(text) and Path(text).exists()):
         return text, 1.0
     try:
         weight = float(number)

@@ -19,6 +19,7 @@ from dcpconv.sources.adapters.fields import CONFIG, LoraFields, lora_fields, rea
 from dcpconv.sources.adapters.record import Adapter, LowRank
 from dcpconv.sources.adapters.spotting import MINIMIND, PART, in_base, weights_of
 from dcpconv.sources.fitting import bare
+from dcpconv.stores.remote import RemotePath
 
 _SAVED = re.compile(r"\.modules_to_save(\.(?!weight$|bias$)[^.]+)?(?=\.)")
 
@@ -109,7 +110,8 @@ def _config_of(path: Path) -> Path | None:
 
 def _absolute(catalog: Catalog) -> Catalog:
     """The catalog with whole paths: its tensors are read along with those of a base elsewhere."""
-    root = os.path.realpath(catalog.path)
+    here = catalog.path
+    root = here.address if isinstance(here, RemotePath) else os.path.realpath(here)
 
     def whole(chunk: Chunk) -> Chunk:
         extent = replace(chunk.extent, file=f"{root}/{chunk.extent.file}")

@@ -1,7 +1,8 @@
 """A server that speaks as much of the hub's protocol as a download needs, and counts bytes.
 
 Source: what huggingface_hub asks for: ``GET /api/models/ORG/NAME[/revision/REV]`` for the list of
-files, ``HEAD`` and ``GET /ORG/NAME/resolve/REV/FILE`` for the files, with ``Range``.
+files, ``HEAD`` and ``GET /ORG/NAME/resolve/REV/FILE`` for the files, with ``Range``; to write,
+``POST .../preupload/REV``, ``.../info/lfs/objects/batch`` and ``.../commit/REV``, and ``PUT``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import hashlib
 import json
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+_SMALL = 10_000
+"""Bytes from which a file is uploaded by itself, before the commit."""
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -25,6 +31,9 @@ class Hub:
     Attributes:
         url: For ``HF_ENDPOINT``.
         served: Bytes of files sent, by name.
+        asked: Method and path of every request.
+        objects: What was uploaded, by its hash.
+        has_moved: Whether somebody else has committed since it was looked at.
     """
 
     def __init__(self, name: str, directory: Path, *, reported: dict[str, int] | None) -> None:
@@ -32,6 +41,9 @@ class Hub:
         self.directory = directory
         self.reported = reported or {}
         self.served: dict[str, int] = {}
+        self.asked: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.has_moved = False
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -56,8 +68,58 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self._answer(with_body=True)
 
+        def do_PUT(self) -> None:
+            hub.asked.append(f"PUT {self.path}")
+            hub.objects[self.path.rpartition("/")[2]] = self._body()
+            self._send(200, b"", {}, with_body=True)
+
+        def do_POST(self) -> None:
+            hub.asked.append(f"POST {self.path}")
+            body, path = self._body(), urlsplit(self.path).path
+            if path.endswith("/objects/batch"):
+                objects = [
+                    {**one, "actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
+                    for one in json.loads(body)["objects"]
+                ]
+                answer: object = {"objects": objects, "transfer": "basic"}
+            elif "/preupload/" in path:
+                modes = [
+                    {
+                        "path": one["path"],
+                        "uploadMode": "lfs" if one["size"] > _SMALL else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for one in json.loads(body)["files"]
+                ]
+                answer = {"files": modes}
+            elif "/commit/" in path and hub.has_moved:
+                self._send(412, b"{}", {}, with_body=True)
+                return
+            elif "/commit/" in path:
+                self._commit([json.loads(line) for line in body.splitlines()])
+                answer = {"commitUrl": f"{hub.url}/{hub.name}/commit/{COMMIT}", "success": True}
+                answer["commitOid"] = COMMIT
+            else:
+                answer = {"url": f"{hub.url}/{hub.name}"}
+            self._send(200, json.dumps(answer).encode(), {}, with_body=True)
+
+        def _body(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+        def _commit(self, lines: list[dict[str, Any]]) -> None:
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    (hub.directory / value["path"]).write_bytes(b64decode(value["content"]))
+                elif line["key"] == "lfsFile":
+                    (hub.directory / value["path"]).write_bytes(hub.objects[value["oid"]])
+                elif line["key"] == "deletedFile":
+                    (hub.directory / value["path"]).unlink()
+
         def _answer(self, *, with_body: bool) -> None:
+            hub.asked.append(f"{self.command} {self.path}")
             path = unquote(urlsplit(self.path).path)
+            path = path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
             api = re.fullmatch(rf"/api/models/{re.escape(hub.name)}(?:/revision/(.+))?", path)
             tree = re.fullmatch(rf"/api/models/{re.escape(hub.name)}/tree/([^/]+)", path)
             file = re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path)

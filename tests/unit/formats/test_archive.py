@@ -14,8 +14,7 @@ import torch
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.torchfile.archive import StoredTensor, read_archive, read_tensors
-from dcpconv.formats.torchfile.frames import object_frame, tensor_call, tensor_frame
-from dcpconv.formats.torchfile.zip_records import ArchiveLayout
+from dcpconv.formats.torchfile.frames import ArchiveLayout, object_frame, tensor_call, tensor_frame
 from support.checkpoints.torch_files import (
     DTYPES,
     archive_of,

@@ -263,9 +263,9 @@ def test_every_file_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     opened: list[str] = []
     real = zip_records.read_archive
 
-    def counting(read: Any, nbytes: int, where: str) -> Any:
+    def counting(read: Any, nbytes: int, where: str, **options: Any) -> Any:
         opened.append(where)
-        return real(read, nbytes, where)
+        return real(read, nbytes, where, **options)
 
     monkeypatch.setattr(contents, "read_archive", counting)
     fsdp.read_catalog(directory)

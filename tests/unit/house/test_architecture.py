@@ -27,7 +27,7 @@ class Row:
 
 ROWS = (
     Row(("core",), frozenset({"pydantic"})),
-    Row(("stores",), frozenset({"huggingface_hub"})),
+    Row(("stores",), frozenset({"boto3", "fsspec", "huggingface_hub", "obstore"})),
     Row(
         ("formats", "families", "engine"),
         frozenset({"blake3", "huggingface_hub", "pydantic", "safetensors", "tomli", "zstandard"}),

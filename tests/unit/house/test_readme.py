@@ -18,7 +18,10 @@ PAGES = [
     *sorted((ROOT / "docs").glob("**/*.md")),
     *sorted((ROOT / "examples").glob("**/*.md")),
 ]
-RUN_ELSEWHERE = {"keymaps.md": "tests/unit/families/test_keymaps.py"}
+RUN_ELSEWHERE = {
+    "keymaps.md": "tests/unit/families/test_keymaps.py",
+    "remote.md": "tests/unit/stores/test_remote_page.py",
+}
 """A page whose transcript needs a checkpoint of its own, and the test that runs it."""
 
 WITH_TRANSCRIPTS = [

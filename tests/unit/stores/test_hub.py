@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dcpconv import check, convert
-from dcpconv.core.errors import FormatError, NotACheckpointError
+from dcpconv.core.errors import FormatError, NotACheckpointError, TargetExistsError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.sources.hub_headers import read_catalog
-from dcpconv.stores.hub import HubError, is_hub_id, locate, locate_adapter
+from dcpconv.sources.adapters.reading import read_adapter
+from dcpconv.stores.hub import HubError
+from dcpconv.stores.schemes import is_hub_id, path_of
 from support.checkpoints.adapters import assert_near, factors, merged, peft_tensors, save_peft
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
 from support.machine.hub_server import COMMIT, Hub, serving
@@ -65,7 +66,7 @@ def test_only_headers_travel(name: str, hub: Hub) -> None:
 
 
 def test_the_catalog_is_that_of_the_same_files_here(hub: Hub) -> None:
-    remote, _ = read_catalog("org/tiny")
+    remote = open_checkpoint("org/tiny")
     local = open_checkpoint(hub.directory)
     assert remote.tensors == local.tensors
     assert remote.files == local.files
@@ -77,7 +78,7 @@ def test_a_header_longer_than_the_first_read_is_fetched_whole(
     shapes = {f"layers.{n}.some_long_name_of_a_module.weight": (2, 3) for n in range(3000)}
     with serving(write_hf(tmp_path / "repo", shapes, config=None)) as hub:
         point_to(hub, monkeypatch)
-        remote, _ = read_catalog("org/tiny")
+        remote = open_checkpoint("org/tiny")
         assert remote.tensors == open_checkpoint(hub.directory).tensors
         assert hub.served["model.safetensors"] > 64 * 1024
 
@@ -100,11 +101,14 @@ def test_a_truncated_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         coverage = check("org/tiny")
         assert [name in problem for problem in coverage.problems] == [True]
         with pytest.raises(FormatError):
-            read_catalog("org/tiny")
+            open_checkpoint("org/tiny")
 
 
-def test_a_conversion_downloads_weights_and_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cache", [False, True], ids=["from-afar", "cached"])
+def test_a_conversion_reads_weights_and_config_and_nothing_else(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     source = write_hf(tmp_path / "repo", {}, config=CONFIG)
     tensors = {key: torch.randn(shape).bfloat16() for key, shape in llama_shapes().items()}
@@ -113,9 +117,10 @@ def test_a_conversion_downloads_weights_and_config(
     (source / "consolidated.safetensors").write_bytes(b"x" * 5000)
     with serving(source) as hub:
         point_to(hub, monkeypatch)
-        convert("org/tiny", tmp_path / "out.pth", to="lingua")
+        convert("org/tiny", tmp_path / "out.pth", to="lingua", cache=cache)
         assert "notes.pdf" not in hub.served
         assert "consolidated.safetensors" not in hub.served
+    assert (tmp_path / "cache").exists() == cache
     stored = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     key = "layers.4.attention.wo.weight"
     assert torch.equal(stored[key], tensors["model.layers.4.self_attn.o_proj.weight"])
@@ -123,7 +128,7 @@ def test_a_conversion_downloads_weights_and_config(
 
 @pytest.mark.parametrize("is_bin", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("with_model", [False, True], ids=["alone", "beside-a-model"])
-def test_an_adapter_is_downloaded_without_the_model_beside_it(
+def test_an_adapter_is_read_without_the_model_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_bin: bool, with_model: bool
 ) -> None:
     base = write_hf(tmp_path / "base", {}, config=CONFIG)
@@ -150,9 +155,8 @@ def test_an_adapter_is_downloaded_without_the_model_beside_it(
 
 def test_a_repository_without_an_adapter_is_declined_with_what_it_has(hub: Hub) -> None:
     del hub
-    with pytest.raises(NotACheckpointError, match="has no adapter") as error:
-        locate_adapter("org/tiny")
-    assert "model.safetensors" in str(error.value)
+    with pytest.raises(NotACheckpointError, match="this is no adapter"):
+        read_adapter(path_of("org/tiny"))
 
 
 @pytest.mark.parametrize("name", ["org/absent", "org/tiny@no-such-revision"])
@@ -164,18 +168,19 @@ def test_what_is_not_there_is_one_clear_error(name: str, hub: Hub) -> None:
     assert error.value.hint
 
 
-def test_a_repository_without_safetensors_is_declined_with_the_reason(
+def test_a_repository_of_another_form_is_read_from_afar_and_never_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "repo").mkdir()
-    (tmp_path / "repo" / "pytorch_model.bin").write_bytes(b"PK")
+    tensors = {key: torch.randn(shape) for key, shape in llama_shapes().items()}
+    torch.save(tensors, tmp_path / "repo" / "pytorch_model.bin")
     with serving(tmp_path / "repo") as hub:
         point_to(hub, monkeypatch)
-        with pytest.raises(NotACheckpointError) as error:
-            check("org/tiny")
+        remote, local = open_checkpoint("org/tiny"), open_checkpoint(hub.directory)
+        assert remote.tensors == local.tensors
+        with pytest.raises(NotACheckpointError, match="no safetensors") as error:
+            convert("org/tiny", tmp_path / "out", cache=True)
         assert "pytorch_model.bin" in str(error.value)
-        with pytest.raises(NotACheckpointError):
-            locate("org/tiny")
 
 
 def test_a_server_that_is_not_there_is_could_not_tell(tmp_path: Path) -> None:
@@ -215,4 +220,63 @@ def test_a_path_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not is_hub_id("org/name")
-    assert locate("org/name") == Path("org/name")
+    assert path_of("org/name") == Path("org/name")
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 2), (7, 9)])
+def test_a_check_takes_two_round_trips_and_one_for_each_file(
+    count: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"layers.{n}.weight": (3, 5) for n in range(300)}
+    with serving(write_hf(tmp_path / "repo", shapes, files=count, config=None)) as hub:
+        point_to(hub, monkeypatch)
+        assert check("hf://org/tiny")
+        assert len(hub.asked) == most
+
+
+def test_a_data_set_and_a_file_in_a_repository_are_read(hub: Hub) -> None:
+    for name in ("hf://datasets/org/tiny", "hf://org/tiny@main", "hf://models/org/tiny"):
+        assert open_checkpoint(name).tensors.keys() == SHAPES.keys()
+    file = "model-00002-of-00003.safetensors"
+    there, here = open_checkpoint(f"hf://org/tiny/{file}"), open_checkpoint(hub.directory / file)
+    assert there.tensors == here.tensors
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A repository with nothing but what the hub itself puts there."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    with serving(tmp_path / "new") as hub:
+        point_to(hub, monkeypatch)
+        yield hub
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the client's own
+def test_a_result_is_one_commit(empty: Hub, tmp_path: Path) -> None:
+    model = write_hf(tmp_path / "model", SHAPES, config={**CONFIG, **BIG})
+    convert(model, "hf://org/tiny", form="hf", max_file_size=4 << 20)
+    convert(model, tmp_path / "here", form="hf", max_file_size=4 << 20)
+    written = {file.name: file.read_bytes() for file in empty.directory.iterdir()}
+    written.pop(".gitattributes")
+    assert written == {file.name: file.read_bytes() for file in (tmp_path / "here").iterdir()}
+    assert sum("/commit/" in asked for asked in empty.asked) == 1
+    with pytest.raises(TargetExistsError):
+        convert(model, "hf://org/tiny", to="lingua")
+    convert(model, "hf://org/tiny", form="dcp", to="lingua", overwrite=True)
+    names = {file.name for file in empty.directory.iterdir()}
+    assert ".metadata" in names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    assert sum("/commit/" in asked for asked in empty.asked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # the client's own
+def test_a_repository_that_somebody_else_wrote_to_stays_as_it_is(
+    empty: Hub, tmp_path: Path
+) -> None:
+    model = write_hf(tmp_path / "model", llama_shapes())
+    empty.has_moved = True
+    with pytest.raises(TargetExistsError, match="somebody else wrote"):
+        convert(model, "hf://org/tiny", form="hf")
+    assert [file.name for file in empty.directory.iterdir()] == [".gitattributes"]

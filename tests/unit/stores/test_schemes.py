@@ -23,19 +23,14 @@ from dcpconv.cli.app import app
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.runs.carrying.carrying import convert_run
-from dcpconv.stores.schemes import SchemeError, refuse_scheme
+from dcpconv.stores.schemes import SchemeError, path_of, refuse_scheme
+from dcpconv.stores.store import StoreError
 from support.checkpoints.check_cases import llama_shapes, write_hf
 
-URLS = [
-    "s3://bucket/x",
-    "gs://bucket/x",
-    "az://container/x",
-    "abfss://c@account/x",
-    "http://host/x",
-    "https://host/x",
-    "file:///tmp/x",
-    "foo://x",
-]
+URLS = ["file:///tmp/x", "foo://x", "zip://x.zip", "blockcache://x"]
+"""What no store serves; of what one serves, ``test_buckets`` and its neighbours tell."""
+
+SERVED = ["s3://bucket/x", "gs://bucket/x", "abfss://c@account/x", "https://host/x"]
 
 COMMANDS = [
     ["convert", "{url}", "out"],
@@ -78,6 +73,52 @@ def test_every_command_says_what_works(
         assert [path.name for path in tmp_path.iterdir()] == ["here"], command
 
 
+ON_A_DISK = [
+    ["convert", "here", "out", "--keymap", "{url}"],
+    ["check", "here", "-o", "{url}"],
+    ["keys", "here", "-o", "{url}"],
+    ["params", "here", "-o", "{url}"],
+    ["families", "check", "{url}"],
+    ["families", "new", "{url}"],
+    ["runs", "prune", "{url}", "--keep-last", "1"],
+    ["runs", "strip", "{url}"],
+    ["runs", "carry", "{url}", "out", "--to", "dcp"],
+    ["runs", "carry", "here", "{url}", "--to", "dcp"],
+]
+
+
+@pytest.mark.parametrize("url", SERVED)
+def test_what_is_read_and_written_on_a_disk_only_says_so(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hf(tmp_path / "here", llama_shapes())
+    monkeypatch.chdir(tmp_path)
+    for command in ON_A_DISK:
+        found = CliRunner().invoke(app, [word.format(url=url) for word in command])
+        assert found.exit_code == 2, command
+        assert "is no place that dcpconv reads or writes here" in found.output, command
+        assert "Traceback" not in found.output, command
+        assert [path.name for path in tmp_path.iterdir()] == ["here"], command
+
+
+def test_a_store_whose_package_is_absent_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dcpconv.stores.buckets.find_spec", lambda _: None)
+    with pytest.raises(StoreError, match="not installed") as caught:
+        path_of("s3://bucket/x")
+    assert caught.value.hint == "pip install 'dcpconv[remote]'"
+
+
+def test_a_url_with_a_secret_is_refused_without_saying_it() -> None:
+    pytest.importorskip("obstore")
+    for url in ("https://me:hush@host/x", "https://host/x?token=hush"):
+        with pytest.raises(StoreError) as caught:
+            path_of(url)
+        assert "hush" not in str(caught.value)
+        assert "host/x" in str(caught.value)
+
+
 @pytest.mark.parametrize("as_path", [False, True])
 def test_every_function_says_so_too(
     as_path: bool,  # noqa: FBT001 - a parameter of the test
@@ -86,7 +127,7 @@ def test_every_function_says_so_too(
 ) -> None:
     write_hf(tmp_path / "here", llama_shapes())
     monkeypatch.chdir(tmp_path)
-    url = Path("s3://bucket/x") if as_path else "s3://bucket/x"
+    url = Path("foo://bucket/x") if as_path else "foo://bucket/x"
     attempts = [
         lambda: convert(url, "out"),
         lambda: convert("here", url),

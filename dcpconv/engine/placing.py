@@ -1,0 +1,246 @@
+"""A result in a store: its objects, and the one that makes it a checkpoint, which is made last.
+
+Nothing can be renamed there, so every object is written where it stays.  What makes them a
+checkpoint is the index or ``.metadata``, or the one file itself.  It is created only if nobody else
+has made one meanwhile, or put in place of the one that was there when we began.  Where anything is
+below the prefix already, data goes under names that nobody has: an old checkpoint stays whole until
+the moment it is replaced, and its objects are removed after that.
+
+A mark below the prefix lists what a conversion may leave behind if the process dies.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from dcpconv.core.errors import DcpconvError, TargetExistsError
+from dcpconv.core.outline import Outline
+from dcpconv.engine.uploading import Uploads
+from dcpconv.stores.fetching import fetch
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.store import Info, Store, StoreError
+
+_MARK: Final = ".dcpconv-unfinished-"
+_WEIGHTS: Final = (".safetensors", ".distcp", ".metadata", ".pth", ".pt", ".bin", ".json")
+_ANOTHER: Final = "choose another name"
+_LARGEST_MARK: Final = 64 << 20
+"""Bytes of a mark; a result of 90,000 files has one of 4 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What is at a target before a conversion.
+
+    Attributes:
+        target: Where a result goes.
+        objects: What belongs to a checkpoint there.
+        left: What conversions left that did not end, and their marks.
+        stem: Goes into the names of data files, where something is there; else empty.
+    """
+
+    target: RemotePath
+    objects: Mapping[str, Info] = field(default_factory=dict)
+    left: Mapping[str, Info] = field(default_factory=dict)
+    stem: str = ""
+
+
+def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) -> Ground:
+    """Looks at a target in a store, and refuses one that must not be written.
+
+    Args:
+        target: Where a result goes.
+        overwrite: Whether what is there may be replaced.
+        is_file: Whether the result is one object.
+        source: What is read, of which nothing is replaced.
+
+    Raises:
+        TargetExistsError: It exists and may not be replaced.
+        StoreError: The store cannot be read, or is not written to.
+    """
+    store = target.origin.store
+    if not store.writes:
+        raise StoreError(
+            "results are not written to this store",
+            [("target", target)],
+            hint="write to a path, or to a URL of s3, gs, az or hf",
+        )
+    if not target.key and not store.commits:
+        raise _taken("a result needs a name in its bucket", target, f"name one: {target}/NAME")
+    if isinstance(source, RemotePath):
+        here, there = f"{target.address}/", f"{source.address}/"
+        if here.startswith(there) or there.startswith(here):
+            raise _taken(
+                "the target is the source, or one is in the other", target, "choose another"
+            )
+    if is_file:
+        info = store.look_at(target.key)
+        if info is not None and not overwrite:
+            raise _exists(target)
+        return Ground(target, {} if info is None else {target.key: info})
+    found = store.walk(target.key)
+    if store.commits:
+        found = {key: info for key, info in found.items() if _is_ours(key, target.key)}
+    elif not found and store.look_at(target.key) is not None:
+        raise _taken(
+            "the target is an object, but the result is several", target, "choose another name"
+        )
+    marks = [key for key in found if key.rpartition("/")[2].startswith(_MARK)]
+    listed = {*marks}
+    for mark in marks:
+        names = _listed(store, mark, found[mark])
+        if names and names[-1] not in found:  # else it did end, and could not remove its mark
+            listed.update(names)
+    left = {key: info for key, info in found.items() if key in listed}
+    objects = {key: info for key, info in found.items() if key not in listed}
+    if objects and not overwrite:
+        raise _exists(target)
+    strange = [key for key in objects if not _is_ours(key, target.key)]
+    if strange and len(strange) == len(objects):
+        raise _taken("what is there is no checkpoint", target, _ANOTHER)
+    is_fresh = not found or store.commits
+    return Ground(target, objects, left, "" if is_fresh else f"r{secrets.token_hex(4)}")
+
+
+def _is_ours(key: str, prefix: str) -> bool:
+    name = key[len(prefix) :].lstrip("/")
+    return "/" not in name and name.endswith(_WEIGHTS)
+
+
+def _listed(store: Store, key: str, info: Info) -> list[str]:
+    with suppress(DcpconvError, ValueError, FileNotFoundError):
+        if info.nbytes <= _LARGEST_MARK:
+            names = json.loads(bytes(fetch(store, key, 0, info.nbytes, info)))
+            return [name for name in names if isinstance(name, str)]
+    return []
+
+
+def _exists(target: RemotePath) -> TargetExistsError:
+    hint = "pass --overwrite to replace it once the new one is complete"
+    return _taken("the target exists", target, hint)
+
+
+def _taken(headline: str, target: RemotePath, hint: str) -> TargetExistsError:
+    return TargetExistsError(headline, [("target", target)], hint=hint)
+
+
+@dataclass(slots=True)
+class Placing:
+    """A result on its way into a store.
+
+    Attributes:
+        path: Where it goes.
+        uploads: Its data.
+        ground: What was there before.
+        made: Keys that are not of the result unless it is published.
+        replaced: Small objects that were replaced, as they were.
+        marks: Keys of the marks of this conversion.
+        is_published: Whether it is a checkpoint by now.
+    """
+
+    path: RemotePath
+    uploads: Uploads
+    ground: Ground
+    made: set[str] = field(default_factory=set)
+    replaced: dict[str, bytes] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
+    is_published: bool = False
+
+    @property
+    def store(self) -> Store:
+        """The store."""
+        return self.path.origin.store
+
+    def publish(self, commit: Sequence[tuple[str, bytes]] = (), *, commits: int = 0) -> None:
+        """Write what stands beside the data, then the commit object, and remove what is replaced.
+
+        Args:
+            commit: ``(relative name, content)``, in order.
+            commits: How many of the last ones make the data a checkpoint; none of one file.
+
+        Raises:
+            TargetExistsError: Somebody else finished meanwhile.
+            StoreError: An object could not be written.
+        """
+        beside = commit[: len(commit) - commits] if commits else commit
+        for name, data in beside:
+            self._beside((self.path / name).key, data)
+        self.uploads.release()
+        for name, data in commit[len(commit) - commits :] if commits else ():
+            key = (self.path / name).key
+            known = self.ground.objects.get(key)
+            self.made.add(key)
+            if not self.store.create(key, data, replaces=known):
+                self.made.discard(key)
+                raise TargetExistsError(
+                    "another conversion finished this target first",
+                    [("target", self.path), ("object", key)],
+                    hint="what it wrote is whole; pass --overwrite to replace it",
+                )
+        self.is_published = not self.store.commits
+        new = {*self.uploads.keys, *((self.path / name).key for name, _ in commit)}
+        with suppress(DcpconvError):  # the result is whole, whatever stays beside it
+            self.store.delete([*self.marks, *({*self.ground.objects, *self.ground.left} - new)])
+        self.store.finish()
+        self.is_published = True
+
+    def mark(self, keys: Sequence[str]) -> None:
+        """List what may be left behind if the process dies; the last one would make it whole."""
+        key = (self.path / f"{_MARK}{secrets.token_hex(4)}").key
+        self.marks.append(key)
+        self.store.create(key, json.dumps(keys).encode(), replaces=None)
+
+    def _beside(self, key: str, data: bytes) -> None:
+        known = self.ground.objects.get(key)
+        if known is not None and not self.store.commits:
+            self.replaced[key] = bytes(fetch(self.store, key, 0, known.nbytes, known))
+        self.made.add(key)
+        self.store.put(key, iter([data]), nbytes=len(data), part=len(data) + 1, at_once=1)
+
+    def undo(self) -> None:
+        """Leave everything as it was, as far as the store lets us; a mark tells what it did not."""
+        self.uploads.stop()
+        self.store.abandon()
+        with suppress(DcpconvError):
+            if not self.store.commits:
+                self._undo()
+
+    def _undo(self) -> None:
+        for key, data in self.replaced.items():
+            self.store.put(key, iter([data]), nbytes=len(data), part=len(data) + 1, at_once=1)
+        new = {*self.uploads.keys, *self.made} - {*self.ground.objects}
+        self.store.delete([*new, *self.marks])
+
+
+@contextmanager
+def placing(
+    ground: Ground, outline: Outline, *, is_file: bool, beside: Sequence[str]
+) -> Iterator[Placing]:
+    """Lend a place for the objects of a result; what is not published is gone when the block ends.
+
+    Args:
+        ground: Where it goes, as ``survey`` found it.
+        outline: Its data, and what makes them a checkpoint.
+        is_file: Whether it is one object.
+        beside: Names of small objects that stand beside the data.
+
+    Raises:
+        StoreError: The store is not written to.
+    """
+    target = ground.target
+    uploads = Uploads(target, is_file=is_file, is_held=not outline.commit)
+    placed = Placing(target, uploads, ground)
+    try:
+        if not is_file and not target.origin.store.commits:
+            names = [*beside, *(file.name for file in reversed(outline.files))]
+            names += [name for name, _ in outline.commit]
+            placed.mark([(target / name).key for name in names])
+        yield placed
+    finally:
+        if not placed.is_published:
+            placed.undo()

@@ -1,0 +1,403 @@
+"""Checkpoints in a bucket: read by ranges, written in parts, and what is told when that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from typer.testing import CliRunner
+
+from dcpconv import CheckpointReader, check, convert, load_init_weights
+from dcpconv.cli.app import app
+from dcpconv.core.errors import FormatError, SourceChangedError, TargetExistsError
+from dcpconv.formats.opening import open_checkpoint
+from dcpconv.stores.schemes import path_of
+from dcpconv.stores.store import StoreError
+from support.checkpoints.adapters import factors, peft_tensors, save_peft
+from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
+from support.machine.fault_proxy import spoiling
+from support.machine.s3_server import BUCKET, Bucket, point_to, serving_s3
+
+MIB = 1 << 20
+VOCAB = 4_000
+SHAPES = {k: (VOCAB, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    monkeypatch.setattr("dcpconv.stores.fetching._FIRST_PAUSE", 0.001)
+    with serving_s3(monkeypatch) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {key: torch.randn(shape).bfloat16() for key, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def model(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    source = write_hf(tmp_path / "model", {}, config={**CONFIG, "vocab_size": VOCAB})
+    save_file(tensors, source / "model.safetensors")
+    return source
+
+
+def files(path: Path) -> dict[str, bytes]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "dcp": {"to": "lingua", "chunks": 2},
+    "hf": {"form": "hf", "max_file_size": MIB},
+    "one": {"form": "hf"},
+    "out.pth": {"to": "lingua"},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_result_has_the_bytes_that_it_has_on_a_disk(
+    name: str, bucket: Bucket, model: Path, tmp_path: Path
+) -> None:
+    """From a disk into a bucket, from there to a disk, and from bucket to bucket."""
+    here = tmp_path / "here" / name
+    convert(model, here, **FORMS[name])
+    afar = bucket.upload(model, "model")
+    convert(model, f"s3://{BUCKET}/a/{name}", **FORMS[name])
+    convert(afar, f"s3://{BUCKET}/b/{name}", **FORMS[name])
+    convert(afar, tmp_path / "c" / name, **FORMS[name])
+    assert bucket.contents(f"a/{name}") == files(here)
+    assert bucket.contents(f"b/{name}") == files(here)
+    assert files(tmp_path / "c" / name) == files(here)
+    assert not bucket.unfinished()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_read_where_it_is(
+    name: str, bucket: Bucket, model: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here" / name
+    convert(model, here, **FORMS[name])
+    afar = bucket.upload(here, f"x/{name}")
+    there, local = open_checkpoint(afar), open_checkpoint(here)
+    assert there.tensors == local.tensors
+    assert there.files == local.files
+    assert check(afar, against=model)
+    convert(afar, tmp_path / "back", form="dcp", to="stored")
+    convert(here, tmp_path / "stored", form="dcp", to="stored")
+    assert files(tmp_path / "back") == files(tmp_path / "stored")
+
+
+def test_what_torch_wrote_is_read_by_a_few_requests(
+    bucket: Bucket,
+    tensors: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """48 tensors: headers cost 2 requests of a zip, one for each kind of item of a DCP."""
+    state = {"model": tensors, "step": 7}
+    torch.save(state, tmp_path / "state.pth")
+    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    names = [bucket.upload(tmp_path / name, name) for name in ("state.pth", "dcp")]
+    kinds = len(set(SHAPES.values())) + 1
+    for name, most in zip(names, (3, 1 + kinds), strict=True):
+        with spoiling(bucket.url) as proxy:
+            point_to(proxy.url, monkeypatch)
+            catalog = open_checkpoint(name)
+            assert len(proxy.gets(of=f"/{name.rpartition('/')[2]}")) <= most
+            assert catalog.tensors == open_checkpoint(tmp_path / name.rpartition("/")[2]).tensors
+
+
+def test_a_bucket_is_asked_for_no_more_ranges_than_the_plan_has(
+    bucket: Bucket, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 tensors that lie side by side are one range, and so is a header."""
+    afar = bucket.upload(model, "model")
+    with spoiling(bucket.url) as proxy:
+        point_to(proxy.url, monkeypatch)
+        convert(afar, tmp_path / "out", to="lingua")
+        assert len(proxy.gets(of="/model/model.safetensors")) == 2
+        assert len(proxy.asked) <= 6
+
+
+@pytest.mark.parametrize(("files_of_it", "most"), [(1, 1), (5, 6)])
+def test_a_check_takes_two_round_trips_and_one_for_each_file(
+    files_of_it: int, most: int, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {f"layers.{n}.weight": (3, 5) for n in range(300)}
+    afar = bucket.upload(write_hf(tmp_path / "x", shapes, files=files_of_it, config=None), "x")
+    with spoiling(bucket.url) as proxy:
+        point_to(proxy.url, monkeypatch)
+        assert check(afar)
+        assert len([one for one in proxy.asked if "list-type" in one.path]) == 1
+        assert len([one for one in proxy.asked if one.range]) == most
+
+
+def test_a_live_model_is_filled_from_a_bucket(
+    bucket: Bucket, model: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    afar = bucket.upload(model, "model")
+    live = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).bfloat16()
+    report = load_init_weights(live, afar)
+    assert report.source == afar
+    state = live.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("form", ["dcp", "state.pth"])
+def test_a_reader_gives_tensors_and_objects_from_a_bucket(
+    form: str, bucket: Bucket, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state = {"model": tensors, "step": 7, "opt": {"lr": 0.5}}
+    torch.save(state, tmp_path / "state.pth")
+    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    afar = bucket.upload(tmp_path / form, form)
+    found: dict[str, Any] = {
+        "model": {key: torch.zeros_like(value) for key, value in tensors.items()},
+        "step": 0,
+        "opt": {"lr": 0.0},
+    }
+    load(found, storage_reader=CheckpointReader(afar), no_dist=True)
+    assert (found["step"], found["opt"]["lr"]) == (7, 0.5)
+    assert all(torch.equal(found["model"][key], value) for key, value in tensors.items())
+
+
+def test_an_adapter_and_its_base_may_be_in_buckets(
+    bucket: Bucket, model: Path, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    adapter = save_peft(tmp_path / "adapter", peft_tensors(factors(tensors, ["o_proj"])))
+    base, change = bucket.upload(model, "model"), bucket.upload(adapter, "adapter")
+    expected = tmp_path / "expected"
+    convert(model, expected, form="hf", adapter=adapter)
+    pairs: list[tuple[str | Path, str | Path]] = [(base, change), (model, change), (base, adapter)]
+    for number, (one, other) in enumerate(pairs):
+        convert(one, tmp_path / f"out{number}", form="hf", adapter=other)
+        assert files(tmp_path / f"out{number}") == files(expected)
+
+
+def test_an_existing_target_is_replaced_only_where_that_is_asked_for(
+    bucket: Bucket, model: Path
+) -> None:
+    target = f"s3://{BUCKET}/out"
+    convert(model, target, form="hf", max_file_size=MIB)
+    before = bucket.contents("out")
+    with pytest.raises(TargetExistsError, match="the target exists"):
+        convert(model, target, form="hf", max_file_size=MIB)
+    assert bucket.contents("out") == before
+    convert(model, target, form="dcp", to="lingua", overwrite=True)
+    after = bucket.keys("out")
+    assert f"out/{'.metadata'}" in after
+    assert not [key for key in after if key.endswith((".safetensors", ".index.json"))]
+    assert check(target, against=model)
+
+
+def test_an_old_checkpoint_is_whole_until_the_new_one_is(
+    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every request while it is replaced, what readers find is one of the two."""
+    target = f"s3://{BUCKET}/out"
+    convert(model, target, form="hf", max_file_size=MIB)
+    old = json.loads(bucket.read("out/model.safetensors.index.json"))["weight_map"]
+    seen = []
+
+    def look(method: str, _path: str) -> str:
+        if method in {"PUT", "POST", "DELETE"}:
+            there = {key.rpartition("/")[2] for key in bucket.keys("out")}
+            index = json.loads(bucket.read("out/model.safetensors.index.json"))["weight_map"]
+            seen.append((index == old, {*index.values()} <= there))
+        return ""
+
+    with spoiling(bucket.url, look) as proxy:
+        point_to(proxy.url, monkeypatch)
+        convert(model, target, form="hf", max_file_size=2 * MIB, overwrite=True)
+    assert {is_old for is_old, _ in seen} == {True, False}
+    assert all(is_whole for _, is_whole in seen)
+
+
+def test_of_two_conversions_one_wins_and_the_other_says_so(
+    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one ends while the first one is about to."""
+    target = f"s3://{BUCKET}/out"
+    other: list[str] = []
+
+    def second(method: str, path: str) -> str:
+        is_commit = method == "PUT" and path.partition("?")[0].endswith("/out/.metadata")
+        if is_commit and not other:
+            other.append(path)
+            point_to(bucket.url, monkeypatch)
+            convert(model, target, form="dcp", to="stored")
+        return ""
+
+    with spoiling(bucket.url, second) as proxy:
+        point_to(proxy.url, monkeypatch)
+        with pytest.raises(TargetExistsError, match="another conversion finished"):
+            convert(model, target, form="dcp", to="lingua")
+    point_to(bucket.url, monkeypatch)
+    assert open_checkpoint(target).tensors.keys() == SHAPES.keys()
+    assert len([key for key in bucket.keys("out") if key.endswith(".distcp")]) == 1
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    shapes = {k: (150_000, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
+    config = {**CONFIG, "vocab_size": 150_000}
+    model = write_hf(tmp_path / "big", shapes, config=config)
+    target = f"s3://{BUCKET}/out"
+
+    def slowly(method: str, path: str) -> str:
+        if method == "PUT" and "/out/" in path and "unfinished" not in path:
+            started.set()
+            time.sleep(0.3)
+        return ""
+
+    started = threading.Event()
+    with spoiling(bucket.url, slowly) as proxy:
+        command = [sys.executable, "-m", "dcpconv", "convert", str(model), target, "--to", "lingua"]
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        assert started.wait(60)
+        run.send_signal(signal.SIGINT)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 130, told
+    assert bucket.keys("out") == []
+    assert bucket.unfinished() == []
+    convert(model, target, to="lingua")
+    assert check(target, against=model)
+
+
+def test_what_a_killed_conversion_left_is_in_nobodys_way(bucket: Bucket, model: Path) -> None:
+    convert(model, f"s3://{BUCKET}/out", to="lingua", chunks=2)
+    names = sorted(bucket.contents("out"))
+    listed = [f"out/{name}" for name in names if name != ".metadata"] + ["out/.metadata"]
+    mark = "out/.dcpconv-unfinished-1234"
+    bucket.client.put_object(Bucket=BUCKET, Key=mark, Body=json.dumps(listed).encode())
+    bucket.client.delete_object(Bucket=BUCKET, Key="out/.metadata")
+    convert(model, f"s3://{BUCKET}/out", to="lingua", chunks=2)
+    assert check(f"s3://{BUCKET}/out", against=model)
+    left = {key for key in bucket.keys("out") if key in listed}
+    assert {name.rpartition("/")[2] for name in left} == {".metadata", "params.json"}
+    assert mark not in bucket.keys("out")
+
+
+def test_a_changed_object_is_an_error(bucket: Bucket, model: Path, tmp_path: Path) -> None:
+    source = path_of(bucket.upload(model, "model"))
+    open_checkpoint(source)
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    key = "model/model.safetensors"
+    bucket.client.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    with pytest.raises(SourceChangedError, match="another object has its name"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_item_that_is_unlike_the_others_is_told_when_it_is_read(
+    bucket: Bucket, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Of many items of a kind one is looked at when a DCP is opened."""
+    save(tensors, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    local = open_checkpoint(tmp_path / "dcp")
+    file = next((tmp_path / "dcp").glob("*.distcp"))
+    last = max(
+        (e.chunks[0].extent for k, e in local.tensors.items() if k.endswith("o_proj.weight")),
+        key=lambda extent: extent.offset,
+    )
+    data = bytearray(file.read_bytes())
+    data[last.offset - 200] ^= 0xFF
+    file.write_bytes(data)
+    afar = bucket.upload(tmp_path / "dcp", "dcp")
+    assert open_checkpoint(afar).tensors == local.tensors
+    with pytest.raises(FormatError, match="does not begin as others"):
+        convert(afar, tmp_path / "out", form="torch", to="stored")
+
+
+PLAIN = [
+    pytest.param("404 NoSuchBucket", "there is no such bucket", id="bucket"),
+    pytest.param("403 AccessDenied", "access was denied", id="denied"),
+    pytest.param("403 InvalidAccessKeyId", "access was denied", id="key"),
+    pytest.param("301 PermanentRedirect", "in another region", id="region"),
+]
+
+
+@pytest.mark.parametrize(("answer", "words"), PLAIN)
+def test_what_is_wrong_is_said_in_plain_words(
+    answer: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            del format, args
+
+        def do_GET(self) -> None:
+            status, _, code = answer.partition(" ")
+            body = f"<Error><Code>{code}</Code><Message>secret-of-the-tests</Message></Error>"
+            self.send_response(int(status))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    pytest.importorskip("obstore")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        point_to(f"http://127.0.0.1:{server.server_address[1]}", monkeypatch)
+        with pytest.raises(StoreError, match=words) as caught:
+            check("s3://other/model")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "s3://other/model" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_never_answers_is_one_error_with_what_was_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setattr("dcpconv.stores.fetching._FIRST_PAUSE", 0.001)
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(StoreError) as caught:
+        check("s3://bucket/model")
+    labels = [label for label, _ in caught.value.facts]
+    assert labels == ["object", "expected", "tried", "answer"]
+
+
+def test_runs_in_a_bucket_are_listed_resolved_and_verified(bucket: Bucket, model: Path) -> None:
+    (model / "trainer_state.json").write_text(json.dumps({"global_step": 500}))
+    bucket.upload(model, "run/checkpoint-500")
+    (model / "trainer_state.json").unlink()
+    bucket.upload(model, "run/checkpoint-1000")
+    run = f"s3://{BUCKET}/run"
+
+    def ask(*words: str) -> tuple[int, str]:
+        found = CliRunner().invoke(app, ["runs", *words])
+        return found.exit_code, found.stdout
+
+    code, text = ask("list", run)
+    assert code == 0
+    assert f"{run}/checkpoint-500" in text
+    assert "no trainer_state.json" in text
+    assert ask("latest", run) == (0, f"{run}/checkpoint-500\n")
+    assert ask("resolve", run, "500")[1] == f"{run}/checkpoint-500\n"
+    assert ask("verify", run)[0] == 1
+    assert ask("prune", run, "--keep-last", "1")[0] == 2
