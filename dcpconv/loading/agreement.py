@@ -1,4 +1,8 @@
-"""Before anything moves: every rank looks at its model and at the checkpoint, and all agree."""
+"""Before anything moves: every rank looks at its model and at the checkpoint, and all agree.
+
+What the ranks tell each other does not grow with the number of tensors times the number of ranks:
+digests, one mark per stored key, and whatever is wrong, once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,24 +17,26 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from dcpconv.core.catalog import Identity
+from dcpconv.core.catalog import Catalog
 from dcpconv.core.dtypes import DType
-from dcpconv.core.errors import CoverageError, DcpconvError, FormatError
+from dcpconv.core.errors import CoverageError, DcpconvError
 from dcpconv.core.outline import Fill
 from dcpconv.loading.account import Account, Offer, match, offer_of
 from dcpconv.loading.buffers import Restored, restore_buffers
+from dcpconv.loading.catalogs import Seen, look, require_alike
 from dcpconv.loading.entries import entries
 from dcpconv.loading.model import Place, device_of, places, reshard
 from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.regions import Need, Wish, needs_of
-from dcpconv.loading.supply import Options, Supply, prepare
-from dcpconv.loading.world import World, hostname, portable, raise_first
+from dcpconv.loading.shares import Shares, place_in, share_out
+from dcpconv.loading.supply import Options, Supply, supply_of
+from dcpconv.loading.world import World
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.live_models import live_model
-from dcpconv.stores.hub import locate
+from dcpconv.sources.understanding import Source
 
-ReadMode = Literal["auto", "all", "once", "rank0"]
+ReadMode = Literal["auto", "all", "host", "once", "rank0"]
 LoadEngine = Literal["auto", "direct", "torch"]
 
 
@@ -64,21 +69,20 @@ class LoadRequest:
 
 @dataclass(frozen=True)
 class Supplied:
-    """Where the bytes are, on ranks that read.
+    """Where the bytes are.
 
     Attributes:
         supply: What was made of the source.
-        directory: What parts' files are relative to.
         targets: Every tensor by FQN.
-        fills: Fills made so far.
-        identities: What the files were when their headers were read.
     """
 
-    supply: Supply | None = None
-    directory: Path = field(default_factory=Path)
-    targets: Mapping[str, Target] = field(default_factory=dict)
-    fills: dict[Wish, Fill] = field(default_factory=dict)
-    identities: Mapping[str, Identity] = field(default_factory=dict)
+    supply: Supply
+    targets: Mapping[str, Target]
+
+    @property
+    def catalog(self) -> Catalog:
+        """The source, under the path that it has on this host."""
+        return self.supply.catalog
 
     def fill(self, wish: Wish) -> Fill:
         """How a wish is read.
@@ -86,9 +90,18 @@ class Supplied:
         Raises:
             FormatError: The stored chunks do not cover it.
         """
-        if wish not in self.fills:
-            self.fills[wish] = fill_of(self.targets[wish.key], wish.offsets, wish.sizes)
-        return self.fills[wish]
+        return fill_of(self.targets[wish.key], wish.offsets, wish.sizes)
+
+    def require_fillable(self, wish: Wish) -> None:
+        """Raises where ``fill`` would, and makes nothing where a tensor is stored as it is."""
+        target = self.targets[wish.key]
+        pieces = target.pieces
+        is_plain = len(pieces) == 1 and pieces[0].placed is None and pieces[0].wanted is None
+        if is_plain and len(pieces[0].entry.chunks) == 1 and not pieces[0].entry.factors:
+            chunk = pieces[0].entry.chunks[0]
+            if chunk.sizes == target.shape and not pieces[0].limit:
+                return
+        self.fill(wish)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Agreement:
         casts: Tensors by ``(how the source stores them, model dtype)``, where these differ.
         unexpected: Stored keys that no rank has a place for.
         supplied: Where the bytes are.
-        read: Which ranks read: ``all``, ``once`` or ``rank0``.
+        shares: Who reads what.
     """
 
     places: tuple[Place, ...]
@@ -115,15 +128,19 @@ class Agreement:
     casts: Counter[tuple[str, str]]
     unexpected: tuple[Fault, ...]
     supplied: Supplied
-    read: ReadMode
+    shares: Shares = field(default_factory=Shares)
 
     def dtype_of_key(self, key: str) -> DType:
         """Dtype of a tensor as it is read from the source."""
         return self.offer.tensors[key].dtype
 
+    def itemsize(self, wish: Wish) -> int:
+        """Bytes of an element of a wish, as it is read from the source."""
+        return self.dtype_of_key(wish.key).itemsize
+
     def nbytes(self, wish: Wish) -> int:
         """Bytes of a wish, as they are read from the source."""
-        return (wish.stop - wish.start) * self.dtype_of_key(wish.key).itemsize
+        return (wish.stop - wish.start) * self.itemsize(wish)
 
     def missing(self) -> list[Place]:
         """What the checkpoint cannot supply."""
@@ -131,56 +148,18 @@ class Agreement:
         return [place for place in self.places if place.fqn in lost]
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """What one rank tells the others."""
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    """What is wrong on one rank."""
 
-    failure: DcpconvError | None
-    source: str = ""
-    model: str = ""
-    host: str = ""
-    digest: str = ""
-    loaded: int = 0
     missing: tuple[Fault, ...] = ()
-    unexpected: tuple[Fault, ...] = ()
     misshapen: tuple[Fault, ...] = ()
     scaled: tuple[Fault, ...] = ()
     lost: tuple[Fault, ...] = ()
     garbage: tuple[Fault, ...] = ()
 
-
-def unlike(source: str, heard: Sequence[tuple[str, Offer]]) -> FormatError:
-    """The error for ranks that see different checkpoints: which rank, which host, which file."""
-    first_host, first = heard[0]
-    right = {file.file: file for file in first.files}
-    facts: list[tuple[str, object]] = [
-        ("source", source),
-        ("rank 0", f"{first_host} {first.digest}"),
-    ]
-    others = [rank for rank, (_, offer) in enumerate(heard) if offer.digest != first.digest]
-    for rank in others[:8]:
-        host, offer = heard[rank]
-        found = {file.file: file for file in offer.files}
-        facts.append((f"rank {rank}", f"{host} {offer.digest}"))
-        for name in dict.fromkeys([*right, *found]):
-            old, new = right.get(name), found.get(name)
-            if old == new:
-                continue
-            if old is None or new is None:
-                facts.append(("file", f"{name}: only on rank {0 if new is None else rank}"))
-            elif old.nbytes != new.nbytes:
-                facts.append(("file", f"{name}: {new.nbytes} bytes, {old.nbytes} on rank 0"))
-            else:
-                facts.append(("file", f"{name}: {new.nbytes} bytes on both, with other contents"))
-        if offer.files == first.files:
-            facts.append(("shapes", "the files are the same; another config or other options"))
-    if len(others) > 8:
-        facts.append(("ranks", f"{len(others)} of {len(heard)} differ from rank 0"))
-    return FormatError(
-        "ranks see different checkpoints; nothing was loaded",
-        facts,
-        hint="fetch the same files on every host, or read='rank0'",
-    )
+    def __bool__(self) -> bool:
+        return any((self.missing, self.misshapen, self.scaled, self.lost, self.garbage))
 
 
 def agree(model: nn.Module, request: LoadRequest, world: World) -> Agreement:
@@ -194,32 +173,38 @@ def agree(model: nn.Module, request: LoadRequest, world: World) -> Agreement:
     """
     failure: Exception | None = None
     found: tuple[Place, ...] = ()
-    restored, offer, supplied = Restored(), list[Offer](), Supplied()
+    restored = Restored()
     agreement: Agreement | None = None
     try:
         found, restored = _look_at_model(model, request)
-        if request.read != "rank0" or world.rank == 0:
-            offer[:], supplied = _look_at_source(model, request, found)
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
-    if request.read == "rank0":
-        offer = world.from_first(offer)
-    if failure is None and offer:
+    seen = _look_at_source(request, world)
+    if isinstance(seen, Exception):
+        failure = failure or seen
+    elif failure is None:
         try:
-            agreement = _account(model, request, found, restored, offer[0], supplied)
+            offer, supplied = _supplied(model, request, found, seen.source)
+            agreement = _account(model, request, found, restored, offer, supplied)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it below
             failure = error
-    heard = world.gather(_tell(agreement, request, failure))
-    raise_first([one.failure for one in heard], cause=failure)
-    if agreement is None:
+    world.agree(failure)
+    if agreement is None or isinstance(seen, Exception):
         raise AssertionError("no rank failed, yet this one has nothing to go by")
-    if len({one.digest for one in heard}) > 1:
-        raise unlike(heard[0].source, world.gather((hostname(), agreement.offer)))
-    unexpected = _judge(heard, request)
-    read = agreement.read
-    if read == "auto":
-        read = "once" if len({one.host for one in heard}) > 1 else "all"
-    return replace(agreement, unexpected=unexpected, read=read)
+    require_alike(seen, world)
+    unexpected = _judge(agreement, request, world)
+    agreement = replace(agreement, unexpected=unexpected)
+    if request.by_state_dict:
+        return agreement
+    shares = share_out(
+        agreement.needs,
+        world,
+        read=None if request.read == "auto" else request.read,
+        hosts=seen.hosts,
+        nbytes=agreement.nbytes,
+        place=place_in(agreement.supplied.targets),
+    )
+    return replace(agreement, shares=shares)
 
 
 def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place, ...], Restored]:
@@ -231,23 +216,20 @@ def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place,
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 
-def _look_at_source(
-    model: nn.Module, request: LoadRequest, found: Sequence[Place]
-) -> tuple[list[Offer], Supplied]:
-    path = locate(request.source)
+def _look_at_source(request: LoadRequest, world: World) -> Seen | Exception:
+    return look(request.source, request.options, world, only_first=request.read == "rank0")
+
+
+def _supplied(
+    model: nn.Module, request: LoadRequest, found: Sequence[Place], source: Source
+) -> tuple[Offer, Supplied]:
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
-    supply = prepare(path, request.options, wanted=wanted, live=live_model(model))
-    offer = offer_of(supply, os.fspath(request.source))
+    supply = supply_of(source, request.options, wanted=wanted, live=live_model(model))
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)
         if any(piece.entry.factors for piece in target.pieces):
             fill_of(target, nothing, nothing)  # raises here what would leave weights half loaded
-    return [offer], Supplied(
-        supply,
-        supply.catalog.path,
-        supply.targets(),
-        identities=supply.catalog.identities,
-    )
+    return offer_of(supply, os.fspath(request.source)), Supplied(supply, supply.targets())
 
 
 def _account(
@@ -270,9 +252,8 @@ def _account(
             now = had.dtype
         if had.kind != now.label:
             casts[had.kind, now.label] += 1
-    if request.read in {"auto", "all"}:
-        for need in needs:
-            supplied.fill(need.wish)
+    for need in needs:
+        supplied.require_fillable(need.wish)
     return Agreement(
         places=found,
         restored=restored,
@@ -282,7 +263,6 @@ def _account(
         casts=casts,
         unexpected=(),
         supplied=supplied,
-        read=request.read,
     )
 
 
@@ -297,59 +277,73 @@ def _require_renewable(model: nn.Module, place: Place) -> None:
             )
 
 
-def _tell(agreement: Agreement | None, request: LoadRequest, failure: Exception | None) -> _Heard:
-    if failure is not None or agreement is None:
-        return _Heard(portable(failure))
-    account, offer = agreement.account, agreement.offer
+def _faults(agreement: Agreement, request: LoadRequest) -> _Faults:
+    account = agreement.account
     lost = [] if request.strict or request.initialises else agreement.missing()
-    return _Heard(
-        None,
-        f"{offer.source}  {offer.form}  {offer.family}",
-        f"{offer.target}  {len(account.chosen)} tensors match",
-        hostname(),
-        offer.digest,
-        len(account.chosen),
-        account.missing,
-        account.unexpected,
+    lost = [place for place in lost if place.is_meta]
+    return _Faults(
+        account.missing if request.strict else (),
         account.misshapen,
         account.scaled,
-        tuple(Fault(p.fqn, "on the meta device; pass init_missing") for p in lost if p.is_meta),
+        tuple(Fault(place.fqn, "on the meta device; pass init_missing") for place in lost),
         tuple(
             Fault(name, "buffer that is in no checkpoint and that its module does not compute")
             for name in agreement.restored.uninitialised
-        ),
+        )
+        if request.strict
+        else (),
     )
 
 
-def _judge(heard: Sequence[_Heard], request: LoadRequest) -> tuple[Fault, ...]:
+def _unexpected(agreement: Agreement, world: World) -> tuple[Fault, ...]:
+    """Stored keys that no rank has a place for; with pipeline parallelism ranks hold different
+    layers, and each finds those of the others unexpected."""
+    supply = agreement.supplied.supply
+    stored = sorted(supply.catalog.tensors)
+    entries = supply.weights.entries
+    faults = {fault.key: fault for fault in agreement.account.unexpected}
+    keys = {
+        key: entries[key].key if key in entries and key not in supply.catalog.tensors else key
+        for key in faults
+    }
+    wrong = {*keys.values()}
+    everywhere = world.in_common(bytearray(key in wrong for key in stored))
+    shared = {key for key, is_so in zip(stored, everywhere, strict=True) if is_so}
+    return tuple(fault for key, fault in faults.items() if keys[key] in shared)
+
+
+def _judge(agreement: Agreement, request: LoadRequest, world: World) -> tuple[Fault, ...]:
     """Raise what all ranks raise, or return what is unexpected on all of them.
 
     Only what all have heard may be told: a rank's own path may be another.
     """
-    # With pipeline parallelism ranks hold different layers: a stored key is unexpected only where
-    # nobody has a place for it.
-    shared = set.intersection(*({fault.key for fault in one.unexpected} for one in heard))
-    unexpected = tuple(fault for fault in heard[0].unexpected if fault.key in shared)
+    unexpected = _unexpected(agreement, world)
+    heard = [faults for _, faults in world.distinct(_faults(agreement, request))]
     rows = {
+        "missing": _merged(one.missing for one in heard),
+        "unexpected": unexpected if request.strict else (),
         "misshapen": _merged(one.misshapen for one in heard),
         "scaled": _merged(one.scaled for one in heard),
+        "garbage": _merged(one.garbage for one in heard),
+        "lost": _merged(one.lost for one in heard),
     }
-    if request.strict:
-        rows = {
-            "missing": _merged(one.missing for one in heard),
-            "unexpected": unexpected,
-            **rows,
-            "garbage": _merged(one.garbage for one in heard),
-        }
-    else:
-        rows["missing"] = _merged(one.lost for one in heard)
+    rows["missing"] += rows.pop("lost")
     counts = [f"{len(faults)} {label}" for label, faults in rows.items() if faults]
     if counts:
+        account, offer = agreement.account, agreement.offer
+        source, model, loaded, rows["unexpected"] = world.from_first(
+            (
+                f"{offer.source}  {offer.form}  {offer.family}",
+                f"{offer.target}  {len(account.chosen)} tensors match",
+                len(account.chosen),
+                rows["unexpected"],
+            )
+        )
         raise CoverageError(
             f"the checkpoint does not fit the model: {', '.join(counts)}; nothing was loaded",
             [
-                ("source", heard[0].source),
-                ("model", heard[0].model),
+                ("source", source),
+                ("model", model),
                 *(
                     (label, f"{fault.key}  {fault.why}".rstrip())
                     for label, faults in rows.items()
@@ -358,7 +352,7 @@ def _judge(heard: Sequence[_Heard], request: LoadRequest) -> tuple[Fault, ...]:
             ],
             hint=request.options.advice
             if rows["scaled"]
-            else _hint({label for label, faults in rows.items() if faults}, heard[0].loaded),
+            else _hint({label for label, faults in rows.items() if faults}, loaded),
         )
     return unexpected
 

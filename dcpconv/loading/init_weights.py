@@ -65,8 +65,8 @@ def load_init_weights(
 
     Call it on every rank, after the model is wrapped, sharded or parallelised, before the
     optimizer is built.  Each rank reads the bytes of its own shards and nothing else; beside them
-    it needs a constant: 12 MiB of buffers per thread at most, 16 MiB where ranks send to each
-    other.
+    it needs a constant: 12 MiB of buffers per thread at most, and 24 MiB where ranks send to
+    each other.
 
     All ranks decide together before any tensor changes: either all load, or all raise the same
     error with the same text.  Parameters and buffers on the meta device get memory, tied ones stay
@@ -100,11 +100,13 @@ def load_init_weights(
             missing parameter, on all ranks in the same order; without it they keep their values.
         process_group: The ranks that load together; all by default.
         progress: Called with ``(bytes done, bytes in all)`` of this rank, from worker threads.
-        read: ``all``: every rank reads its shards.  ``once``: ranks that hold the same bytes (DDP,
-            HSDP) have one of them read and send.  ``rank0``: rank 0 reads everything, for sources
-            that other nodes cannot see.  ``auto``: ``once`` if the ranks are on several hosts,
-            where storage is the slowest link; ``all`` on one host, whose page cache is faster than
-            any process group.
+        read: ``all``: every rank reads its shards.  ``once``: of what several ranks hold (DDP,
+            HSDP, norms beside tensor parallelism) each reads a part and sends it to the others;
+            what nobody else holds is read directly.  ``host``: the same within every host.
+            ``rank0``: rank 0 reads everything, for sources that other nodes cannot see.  ``auto``:
+            ``all`` on one host, whose page cache is faster than any process group; on several
+            ``once`` if storage would otherwise have to deliver what is wanted more than twice,
+            and the report's notes say so.
         engine: ``direct`` reads into the parameters' own memory.  ``torch`` goes through
             ``get_model_state_dict``, ``dcp.load`` and ``set_model_state_dict``, every rank reading
             its own shards.  ``auto`` takes ``torch`` where a module of any rank has hooks for its
@@ -133,14 +135,14 @@ def load_init_weights(
     )
     if (
         dtype not in {"model", "source"}
-        or read not in {"auto", "all", "once", "rank0"}
+        or read not in {"auto", "all", "host", "once", "rank0"}
         or engine not in {"auto", "direct", "torch"}
     ):
         raise ValueError(f"{dtype=}, {read=}, {engine=}: see load_init_weights.__doc__")
     world = World.of(process_group, load=os.fspath(source))
     reason = own_state_dict(model)
     if engine == "auto":
-        reason = next(filter(None, world.gather(reason)), "")
+        reason = next((told for _, told in world.distinct(reason)), "")
         engine = "torch" if reason else "direct"
     if engine == "torch":
         _require_plain(dtype, read, reason)
@@ -226,6 +228,11 @@ def _report(agreement: Agreement, arrived: Arrived, initialised: tuple[str, ...]
         initialised=initialised,
         on_meta=(),
         engine="direct",
-        notes=(*offer.notes, *((left,) if offer.left else ())),
+        read=agreement.shares.read,
+        notes=(
+            *offer.notes,
+            *((left,) if offer.left else ()),
+            *((agreement.shares.note,) if agreement.shares.note else ()),
+        ),
         seconds=0.0,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
-from dcpconv.engine.boxes import Box
+from dcpconv.engine.boxes import Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed
 from dcpconv.stores.local import Sources
@@ -111,6 +111,11 @@ def box_of(fill: Fill) -> Readable:
     return Computed(fill) if fill.scales or fill.changes else Box(fill)
 
 
+def place_of(fill: Fill) -> tuple[str, int]:
+    """Where the first element of a fill is stored: what is read in this order is read forwards."""
+    return (fill.parts[0].file, fill.parts[0].offset) if fill.parts else ("", 0)
+
+
 def dtype_of(tensor: Tensor) -> DType:
     """Our name for a tensor's dtype."""
     return BY_NAME[str(tensor.dtype).removeprefix("torch.")]
@@ -130,20 +135,48 @@ def memory(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def read_pieces(
+    pieces: Sequence[tuple[Readable, int, int, int]], *, sources: Sources, into: memoryview
+) -> None:
+    """Fill one buffer with intervals of many boxes: neighbours in a file are read together.
+
+    Args:
+        pieces: ``(box, first element, end, byte of the buffer)``.
+        sources: Where the parts' files are open.
+        into: The buffer.
+
+    Raises:
+        FormatError: A source file is missing, unreadable or too short.
+    """
+    runs: dict[str, list[ByteRun]] = {}
+    for box, start, stop, at in pieces:
+        if isinstance(box, Box) and not box.is_relabelled:
+            for part in box.parts_in(start, stop):
+                begin = at + (part.target - start) * box.itemsize
+                run = (part.offset, begin, part.numel * box.itemsize)
+                runs.setdefault(part.file, []).append(run)
+        else:
+            end = at + (stop - start) * box.itemsize
+            box.read(start, stop, sources=sources, into=into[at:end])
+    read_runs(runs, sources=sources, into=into)
+
+
 def read_landings(
     landings: Sequence[Landing],
     *,
     sources: Sources,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Fill all landings.
+    """Fill all landings, in the order of the files.
 
     Args:
         landings: What to read; memory must not overlap.
         sources: Where the parts' files are open.
         jobs: Threads; by default as many as there are CPUs, 4 at most.
         progress: Called from the threads with bytes read since its last call.
+        stop: Nothing more is read once it is set.
 
     Returns:
         ``(overflowed, underflowed)`` values of every key that a cast changed by more than rounding.
@@ -151,7 +184,8 @@ def read_landings(
     Raises:
         FormatError: A source file is missing, unreadable or too short.
     """
-    work = iter([unit for landing in landings for unit in _units(landing)])
+    in_order = sorted(landings, key=lambda landing: place_of(landing.fill))
+    work = (unit for landing in in_order for unit in _units(landing))
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
@@ -165,7 +199,7 @@ def read_landings(
         try:
             if device is not None:
                 torch.cuda.set_device(device)  # a new thread would pin memory for device 0
-            while not errors:
+            while not errors and not (stop is not None and stop.is_set()):
                 with lock:
                     unit = next(work, None)
                 if unit is None:

@@ -1,0 +1,250 @@
+"""One look at the checkpoint for all ranks: rank 0 opens it, the others are told.
+
+Every header on shared storage is opened once per job.  On each other host one rank looks whether
+its files are those that rank 0 saw: the same inode, size and time mean shared storage.  Where they
+are copies, that rank opens the copies itself, compares a few KiB of them too, and says what is
+wrong with them, or what they hold instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcpconv.core.catalog import Catalog, Identity
+from dcpconv.core.errors import DcpconvError, FormatError
+from dcpconv.loading.sampling import Sampled, sample
+from dcpconv.loading.supply import Options
+from dcpconv.loading.world import World, hostname, portable
+from dcpconv.sources.packing import pack, rebased, unpack
+from dcpconv.sources.understanding import Source, understand
+from dcpconv.stores.hub import is_hub_id, locate
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a rank knows of the checkpoint.
+
+    Attributes:
+        source: The checkpoint, under the path that it has here.
+        hosts: Of every rank.
+        digest: Equal where the same checkpoint is seen.
+        files: Size and sampled bytes of every file, where they were compared.
+    """
+
+    source: Source
+    hosts: tuple[str, ...]
+    digest: str
+    files: tuple[Sampled, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a rank says of the files that it sees.
+
+    Attributes:
+        host: Where it runs.
+        digest: Of tensors and files.
+        files: Size and sampled bytes of every file.
+    """
+
+    host: str
+    digest: str
+    files: tuple[Sampled, ...]
+
+
+def look(
+    name: str | os.PathLike[str], options: Options, world: World, *, only_first: bool
+) -> Seen | Exception:
+    """The checkpoint as rank 0 understands it, and whether this host has the same; an error is
+    returned, since all ranks are to hear of it.
+
+    Args:
+        name: What this rank's caller named: a path, which may be another one on every rank, or a
+            hub id.
+        options: How to understand it.
+        world: The ranks.
+        only_first: Whether only rank 0 sees the files.
+
+    Raises:
+        LostRankError: A rank does not answer.
+    """
+    told = world.gather((hostname(), _absolute(name)))
+    hosts = tuple(host for host, _ in told)
+    first = told.index(told[world.rank])
+    looks = first == world.rank and (not only_first or world.rank == 0)
+    path = _located(name, world, first, looks=looks)
+    packed: bytes | None = None
+    mine: Source | None = None
+    failure: Exception | None = None
+    if world.rank == 0:
+        try:
+            mine = understand(_or_raise(path), options.said())
+            packed = pack(mine) if world.size > 1 else b""
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it
+            failure = error
+    packed, old = world.from_first((packed, path if isinstance(path, Path) else None))
+    if packed is None or old is None:
+        return failure or _own_failure(path, options)
+    source = mine or unpack(packed)
+    if only_first:
+        if world.rank:
+            source = rebased(source, old, old, {})
+        return Seen(source, hosts, _digest(source.catalog, ()))
+    if isinstance(path, Exception):
+        failure = path
+    return _compared(source, old, path, options, world, hosts, first, failure)
+
+
+def _compared(
+    source: Source,
+    old: Path,
+    path: Path | Exception,
+    options: Options,
+    world: World,
+    hosts: tuple[str, ...],
+    first: int,
+    failure: Exception | None,
+) -> Seen | Exception:
+    """What is here beside what rank 0 saw; every rank takes part."""
+    is_copy = False
+    if isinstance(path, Path):
+        here: Mapping[str, Identity] | None = source.catalog.identities if first == 0 else {}
+        if first == world.rank != 0:
+            here = _same_files(rebased(source, old, path, {}).catalog, source.catalog)
+            is_copy = here is None
+        source = rebased(source, old, path, here or {})
+    copies = any(world.gather(is_copy))
+    view: View | None = None
+    if failure is None and (is_copy or (copies and world.rank == 0)):
+        try:
+            source = understand(_or_raise(path), options.said()) if is_copy else source
+            files = sample(source.catalog)
+            view = View(hostname(), _digest(source.catalog, files), files)
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it
+            failure = error
+    views = world.gather(view.digest if view else "") if copies else []
+    if failure is not None:
+        return failure
+    digest = (views[first] or views[0]) if views else _digest(source.catalog, ())
+    return Seen(source, hosts, digest, view.files if view else ())
+
+
+def require_alike(seen: Seen, world: World) -> None:
+    """Every rank sees the same checkpoint.
+
+    Raises:
+        FormatError: A rank sees another one; says which rank, which host and which file.
+    """
+    digests = world.gather(seen.digest)
+    if len(set(digests)) == 1:
+        return
+    # A digest stands for the files of the rank that looked at them first.
+    firsts = {digest: digests.index(digest) for digest in digests}
+    files: dict[str, tuple[Sampled, ...]] = {}
+    for digest, rank in list(firsts.items())[:9]:
+        files[digest] = world.from_rank(seen.files, rank)
+    views = [
+        View(host, digest, files.get(digest, ()))
+        for host, digest in zip(seen.hosts, digests, strict=True)
+    ]
+    raise unlike(world.from_first(str(seen.source.catalog.source)), views)
+
+
+def unlike(source: str, heard: Sequence[View]) -> FormatError:
+    """The error for ranks that see different checkpoints: which rank, which host, which file."""
+    first = heard[0]
+    right = {file.file: file for file in first.files}
+    facts: list[tuple[str, object]] = [
+        ("source", source),
+        ("rank 0", f"{first.host} {first.digest}"),
+    ]
+    others = [rank for rank, view in enumerate(heard) if view.digest != first.digest]
+    for rank in others[:8]:
+        view = heard[rank]
+        found = {file.file: file for file in view.files}
+        facts.append((f"rank {rank}", f"{view.host} {view.digest}"))
+        for name in dict.fromkeys([*right, *found]):
+            old, new = right.get(name), found.get(name)
+            if old == new:
+                continue
+            if old is None or new is None:
+                facts.append(("file", f"{name}: only on rank {0 if new is None else rank}"))
+            elif old.nbytes != new.nbytes:
+                facts.append(("file", f"{name}: {new.nbytes} bytes, {old.nbytes} on rank 0"))
+            else:
+                facts.append(("file", f"{name}: {new.nbytes} bytes on both, with other contents"))
+        if view.files == first.files:
+            facts.append(("shapes", "the files are the same; another config or other options"))
+    if len(others) > 8:
+        facts.append(("ranks", f"{len(others)} of {len(heard)} differ from rank 0"))
+    return FormatError(
+        "ranks see different checkpoints; nothing was loaded",
+        facts,
+        hint="fetch the same files on every host, or read='rank0'",
+    )
+
+
+def _absolute(name: str | os.PathLike[str]) -> str:
+    text = os.fspath(name)
+    return text if is_hub_id(text) else os.path.abspath(text)  # noqa: PTH100 - `..` is not followed
+
+
+def _located(
+    name: str | os.PathLike[str], world: World, first: int, *, looks: bool
+) -> Path | Exception:
+    """A local path; a hub id is downloaded by one rank of a host while the others wait."""
+    is_remote = is_hub_id(os.fspath(name))
+    found: Path | DcpconvError | None = None
+    if looks or not is_remote:
+        try:
+            found = locate(name)
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it
+            found = portable(error)
+    if any(world.gather(is_remote)):
+        told = world.gather(found if is_remote else None)
+        found = told[first] if is_remote else found
+    return found if found is not None else Path(name)
+
+
+def _or_raise(path: Path | Exception) -> Path:
+    if isinstance(path, Exception):
+        raise path
+    return path
+
+
+def _own_failure(path: Path | Exception, options: Options) -> Exception:
+    """What this rank would have raised, where rank 0 has failed."""
+    try:
+        understand(_or_raise(path), options.said())
+    except Exception as error:  # noqa: BLE001 - all ranks hear of it
+        return error
+    return DcpconvError("rank 0 cannot open the checkpoint")
+
+
+def _same_files(here: Catalog, there: Catalog) -> dict[str, Identity] | None:
+    """The files of a path, if they are those of another host, on storage that both see."""
+    found: dict[str, Identity] = {}
+    for file, (_, *wanted) in there.identities.items():
+        try:
+            state = (here.path / file).stat()
+        except OSError:
+            return None
+        found[file] = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        if [*found[file][1:]] != wanted:
+            return None
+    return found or None
+
+
+def _digest(catalog: Catalog, files: Sequence[Sampled]) -> str:
+    """Of what is stored, not of what is wanted: ranks of a pipeline want different things."""
+    hasher = hashlib.sha256()
+    for key, entry in sorted(catalog.tensors.items()):
+        places = [(chunk.offsets, chunk.extent) for chunk in entry.chunks]
+        hasher.update(f"{key} {entry.dtype} {entry.shape} {places}\n".encode())
+    for file in files:
+        hasher.update(f"{file.file} {file.nbytes} {file.digest}\n".encode())
+    return hasher.hexdigest()[:16]
