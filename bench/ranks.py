@@ -1,4 +1,4 @@
-"""What loading costs on a thousand ranks: the real planning of some of them, on meshes that are fake.
+"""What loading costs on a thousand ranks: the real planning of some of them, on fake meshes.
 
     python -m bench.ranks --ranks 1024 --tensors 91000
 
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench.data import deepseek_shapes, write_sparse
 from bench.ranks_picture import picture
@@ -187,7 +188,7 @@ def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
     shapes = dict(islice(deepseek_shapes(layers=1 + scale.tensors // 1480), scale.tensors))
     model = hsdp_model(shapes, rank=rank, replicas=scale.replicas, shards=scale.shards)
     world = Simulated.of_rank(rank, scale, work / "rank0.pickle")
-    catalogs.hostname = lambda: scale.host(rank)
+    patch.object(catalogs, "hostname", lambda: scale.host(rank)).start()
     opened: list[str] = []
     sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
     request = LoadRequest(

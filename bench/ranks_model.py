@@ -114,6 +114,7 @@ class Simulated(World):
 
     def from_rank(self, payload: Payload, rank: int) -> Payload:
         """What rank 0 said, in the order in which it did."""
+        assert rank == 0, "nobody else has anything to say"
         at = self.counts["broadcasts"]
         self.counts["broadcasts"] += 1
         if self.rank == 0:

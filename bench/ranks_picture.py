@@ -1,4 +1,4 @@
-"""A picture of ``bench.ranks``: the steps on the critical path, and what each rank's planning took."""
+"""A picture of ``bench.ranks``: the critical path, and what each rank's planning took."""
 
 from __future__ import annotations
 
@@ -25,24 +25,22 @@ def picture(found: dict[str, Any]) -> str:
     """An SVG of a result of ``bench.ranks``."""
     path: dict[str, float] = found["critical_path"]
     scale = found["scale"]
-    starts, at = {}, 0.0
+    starts: dict[str, float] = {}
+    at = 0.0
     for step, seconds in path.items():
         starts[step] = starts["read"] if step == "send" else at
         at += seconds if step != "send" else 0.0
     total = max(starts[step] + path[step] for step in path)
     room = WIDTH - LEFT - RIGHT
-    rows = [
-        f'<text x="10" y="20" font-weight="bold">{scale["ranks"]} ranks,'
-        f" {found['checkpoint']['tensors']:,} tensors: {total:.1f} s</text>"
-    ]
+    title = f"{scale['ranks']} ranks, {found['checkpoint']['tensors']:,} tensors: {total:.1f} s"
+    rows = [f'<text x="10" y="20" font-weight="bold">{title}</text>']
     for number, (step, seconds) in enumerate(path.items()):
         top = 34 + number * ROW
         left = LEFT + room * starts[step] / total
         width = max(1.0, room * seconds / total)
         rows += [
             f'<text x="10" y="{top + 14}">{step}</text>',
-            f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{ROW - 5}"'
-            f' fill="{COLOURS[step]}"><title>{WORDS[step]}</title></rect>',
+            _bar(left, top, width, COLOURS[step], WORDS[step]),
             f'<text x="{left + width + 5:.1f}" y="{top + 14}">{seconds:.2f} s</text>',
         ]
     top = 34 + len(path) * ROW + 24
@@ -51,14 +49,19 @@ def picture(found: dict[str, Any]) -> str:
     for number, one in enumerate(found["ranks"]):
         line = top + 8 + number * ROW
         width = max(1.0, room * one["peak"] / most)
+        took = f"{one['peak']:.0f} MiB, {one['seconds']:.1f} s"
         rows += [
             f'<text x="10" y="{line + 14}">rank {one["rank"]}</text>',
-            f'<rect x="{LEFT}" y="{line}" width="{width:.1f}" height="{ROW - 5}" fill="#bbb"/>',
-            f'<text x="{LEFT + width + 5:.1f}" y="{line + 14}">{one["peak"]:.0f} MiB,'
-            f" {one['seconds']:.1f} s</text>",
+            _bar(LEFT, line, width, "#bbb", "memory that planning adds"),
+            f'<text x="{LEFT + width + 5:.1f}" y="{line + 14}">{took}</text>',
         ]
     height = top + 8 + len(found["ranks"]) * ROW + 8
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
         ' font-family="sans-serif" font-size="12">\n' + "\n".join(rows) + "\n</svg>\n"
     )
+
+
+def _bar(left: float, top: float, width: float, colour: str, words: str) -> str:
+    place = f'x="{left:.1f}" y="{top}" width="{width:.1f}" height="{ROW - 5}"'
+    return f'<rect {place} fill="{colour}"><title>{words}</title></rect>'
