@@ -9,7 +9,7 @@ from typing import Final
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.coverage import Coverage, Target
-from dcpconv.runs.carrying.state import Group, OptimizerError, TrainingState, read_scalar
+from dcpconv.plan.training.state import Group, OptimizerError, TrainingState, read_scalar
 
 
 def moment_targets(state: TrainingState, coverage: Coverage) -> Iterator[tuple[str, str, Target]]:
