@@ -180,10 +180,11 @@ def _in_a_process(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
 def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
     from bench.ranks_model import Simulated, hsdp_model  # noqa: PLC0415 - torch, for ranks alone
     from dcpconv.loading import catalogs  # noqa: PLC0415
-    from dcpconv.loading.agreement import LoadRequest, agree  # noqa: PLC0415
+    from dcpconv.loading.agreement import agree  # noqa: PLC0415
     from dcpconv.loading.hooks import own_state_dict  # noqa: PLC0415
     from dcpconv.loading.replicas import TILE, in_turns, tiles_of  # noqa: PLC0415
     from dcpconv.loading.supply import Options  # noqa: PLC0415
+    from dcpconv.loading.terms import LoadRequest  # noqa: PLC0415
 
     shapes = dict(islice(deepseek_shapes(layers=1 + scale.tensors // 1480), scale.tensors))
     model = hsdp_model(shapes, rank=rank, replicas=scale.replicas, shards=scale.shards)

@@ -11,7 +11,7 @@ from dcpconv.loading.model import Place
 from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.supply import Supply
 from dcpconv.plan.block_scales import FACTORS
-from dcpconv.plan.coverage import Fault
+from dcpconv.plan.coverage import Fault, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +98,10 @@ def offer_of(supply: Supply, source: str) -> Offer:
         family=coverage.source,
         target=coverage.target,
         tensors={
-            key: OfferedTensor(
-                target.shape,
-                target.dtype,
-                target.pieces[0].kind if target.pieces else target.dtype.label,
-                tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
-                supply.factors_of(target),
-                root + target.tied_to if target.tied_to else None,
+            key: offered_as(
+                target,
+                factors=supply.factors_of(target),
+                tied_to=root + target.tied_to if target.tied_to else None,
             )
             for key, target in supply.targets().items()
         },
@@ -114,6 +111,20 @@ def offer_of(supply: Supply, source: str) -> Offer:
         ignored=coverage.ignored,
         left=len(coverage.left),
         notes=supply.notes,
+    )
+
+
+def offered_as(
+    target: Target, *, factors: tuple[str, ...] = (), tied_to: str | None = None
+) -> OfferedTensor:
+    """A tensor without where its bytes are."""
+    return OfferedTensor(
+        target.shape,
+        target.dtype,
+        target.pieces[0].kind if target.pieces else target.dtype.label,
+        tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
+        factors,
+        tied_to,
     )
 
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dcpconv.core.catalog import Catalog, Identity
+from dcpconv.core.catalog import Catalog, Identity, TensorEntry
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.loading.sampling import Sampled, sample
-from dcpconv.loading.supply import Options
 from dcpconv.loading.world import World, hostname, portable
 from dcpconv.sources.packing import pack, rebased, unpack
-from dcpconv.sources.understanding import Source, understand
+from dcpconv.sources.understanding import Source
 from dcpconv.stores.hub import is_hub_id, locate
 
 
@@ -33,12 +33,33 @@ class Seen:
         hosts: Of every rank.
         digest: Equal where the same checkpoint is seen.
         files: Size and sampled bytes of every file, where they were compared.
+        beside: What the opener knows beside the weights.
     """
 
     source: Source
     hosts: tuple[str, ...]
     digest: str
     files: tuple[Sampled, ...] = ()
+    beside: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint that has been opened.
+
+    Attributes:
+        source: Its weights.
+        beside: What else is known of it.
+        entries: Tensors in there.
+    """
+
+    source: Source
+    beside: Any = None
+    entries: tuple[TensorEntry, ...] = ()
+
+
+Opener = Callable[[Path], Opened]
+"""Opens a checkpoint; called on rank 0, and where a host has copies of its files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +78,7 @@ class View:
 
 
 def look(
-    name: str | os.PathLike[str], options: Options, world: World, *, only_first: bool
+    name: str | os.PathLike[str], opener: Opener, world: World, *, only_first: bool
 ) -> Seen | Exception:
     """The checkpoint as rank 0 understands it, and whether this host has the same; an error is
     returned, since all ranks are to hear of it.
@@ -65,7 +86,7 @@ def look(
     Args:
         name: What this rank's caller named: a path, which may be another one on every rank, or a
             hub id.
-        options: How to understand it.
+        opener: Opens it.
         world: The ranks.
         only_first: Whether only rank 0 sees the files.
 
@@ -78,38 +99,41 @@ def look(
     looks = first == world.rank and (not only_first or world.rank == 0)
     path = _located(name, world, first, looks=looks)
     packed: bytes | None = None
-    mine: Source | None = None
+    mine: Opened | None = None
     failure: Exception | None = None
     if world.rank == 0:
         try:
-            mine = understand(_or_raise(path), options.said())
-            packed = pack(mine) if world.size > 1 else b""
+            mine = opener(_or_raise(path))
+            packed = b""
+            if world.size > 1:
+                packed = pack(mine.source, mine.beside, mine.entries)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it
             failure = error
     packed, old = world.from_first((packed, path if isinstance(path, Path) else None))
     if packed is None or old is None:
-        return failure or _own_failure(path, options)
-    source = mine or unpack(packed)
+        return failure or _own_failure(path, opener)
+    source, beside = (mine.source, mine.beside) if mine is not None else unpack(packed)
     if only_first:
         if world.rank:
             source = rebased(source, old, old, {})
-        return Seen(source, hosts, _digest(source.catalog, ()))
+        return Seen(source, hosts, _digest(source.catalog, ()), beside=beside)
     if isinstance(path, Exception):
         failure = path
-    return _compared(source, old, path, options, world, hosts, first, failure)
+    seen = Seen(source, hosts, "", beside=beside)
+    return _compared(seen, old, path, opener, world, first, failure)
 
 
 def _compared(
-    source: Source,
+    seen: Seen,
     old: Path,
     path: Path | Exception,
-    options: Options,
+    opener: Opener,
     world: World,
-    hosts: tuple[str, ...],
     first: int,
     failure: Exception | None,
 ) -> Seen | Exception:
     """What is here beside what rank 0 saw; every rank takes part."""
+    source, beside = seen.source, seen.beside
     is_copy = False
     if isinstance(path, Path):
         here: Mapping[str, Identity] | None = source.catalog.identities if first == 0 else {}
@@ -121,16 +145,19 @@ def _compared(
     view: View | None = None
     if failure is None and (is_copy or (copies and world.rank == 0)):
         try:
-            source = understand(_or_raise(path), options.said()) if is_copy else source
-            files = sample(source.catalog)
-            view = View(hostname(), _digest(source.catalog, files), files)
+            if is_copy:
+                opened = opener(_or_raise(path))
+                source, beside = opened.source, opened.beside
+            sampled = sample(source.catalog)
+            view = View(hostname(), _digest(source.catalog, sampled), sampled)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it
             failure = error
     views = world.gather(view.digest if view else "") if copies else []
     if failure is not None:
         return failure
     digest = (views[first] or views[0]) if views else _digest(source.catalog, ())
-    return Seen(source, hosts, digest, view.files if view else ())
+    files = view.files if view else ()
+    return replace(seen, source=source, digest=digest, files=files, beside=beside)
 
 
 def require_alike(seen: Seen, world: World) -> None:
@@ -216,10 +243,10 @@ def _or_raise(path: Path | Exception) -> Path:
     return path
 
 
-def _own_failure(path: Path | Exception, options: Options) -> Exception:
+def _own_failure(path: Path | Exception, opener: Opener) -> Exception:
     """What this rank would have raised, where rank 0 has failed."""
     try:
-        understand(_or_raise(path), options.said())
+        opener(_or_raise(path))
     except Exception as error:  # noqa: BLE001 - all ranks hear of it
         return error
     return DcpconvError("rank 0 cannot open the checkpoint")

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from dcpconv.core.errors import DcpconvError
-from dcpconv.engine.execute import LossyCast
-from dcpconv.loading.agreement import Agreement, LoadEngine, LoadRequest, ReadMode, agree
+from dcpconv.loading.agreement import agree
 from dcpconv.loading.hooks import own_state_dict
 from dcpconv.loading.model import places
-from dcpconv.loading.moving import Arrived, move
+from dcpconv.loading.moving import move
 from dcpconv.loading.report import LoadReport
+from dcpconv.loading.reporting import report_of
 from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
+from dcpconv.loading.terms import LoadEngine, LoadRequest, ReadMode
 from dcpconv.loading.world import World
 from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.said import parse_allowed
@@ -171,7 +172,7 @@ def load_init_weights(
             for place in agreement.missing():
                 init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
                 initialised.append(place.fqn)
-    report = _report(agreement, arrived, tuple(initialised))
+    report = report_of(agreement, arrived, tuple(initialised))
     ran = "are run: engine='torch'" if engine == "torch" else "are not run: engine='direct'"
     notes = (*report.notes, *([f"{reason}; state dict hooks {ran}"] if reason else []))
     return replace(
@@ -203,36 +204,3 @@ def _require_plain(dtype: str, read: str, reason: str) -> None:
             facts,
             hint="read='all', or engine='direct' with read='rank0'",
         )
-
-
-def _report(agreement: Agreement, arrived: Arrived, initialised: tuple[str, ...]) -> LoadReport:
-    offer, account = agreement.offer, agreement.account
-    left = f"{offer.left} entries beside the weights stay behind"
-    return LoadReport(
-        source=offer.source,
-        form=offer.form,
-        family=offer.family,
-        target=offer.target,
-        loaded=tuple(place.fqn for place, _ in account.chosen),
-        nbytes=sum(agreement.nbytes(need.wish) for need in agreement.needs),
-        nbytes_read=arrived.read,
-        nbytes_received=arrived.received,
-        missing=tuple((fault.key, fault.why) for fault in account.missing),
-        unexpected=tuple((fault.key, fault.why) for fault in agreement.unexpected),
-        ignored=tuple((fault.key, fault.why) for fault in account.ignored),
-        tied=tuple(place.fqns for place in agreement.places if len(place.fqns) > 1),
-        casts=tuple((old, new, count) for (old, new), count in agreement.casts.items()),
-        lossy=tuple(LossyCast(key, *lost) for key, lost in sorted(arrived.losses.items())),
-        computed_buffers=agreement.restored.computed,
-        uninitialised_buffers=agreement.restored.uninitialised,
-        initialised=initialised,
-        on_meta=(),
-        engine="direct",
-        read=agreement.shares.read,
-        notes=(
-            *offer.notes,
-            *((left,) if offer.left else ()),
-            *((agreement.shares.note,) if agreement.shares.note else ()),
-        ),
-        seconds=0.0,
-    )

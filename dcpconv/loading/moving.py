@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from dcpconv.core.errors import SourceChangedError
-from dcpconv.loading.agreement import Agreement, LoadRequest
 from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.groups import sends_from
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.reading import Landing, read_landings, torch_dtype
 from dcpconv.loading.regions import Need, Wish
 from dcpconv.loading.replicas import TILE, tiles_of
+from dcpconv.loading.terms import Agreement, LoadRequest
 from dcpconv.loading.world import LostRankError, World, portable
 from dcpconv.stores.local import Sources
 
@@ -51,8 +51,18 @@ def move(
     *,
     jobs: int | None,
     progress: Callable[[int, int], None] | None,
+    prepare: Callable[[], None] | None = None,
 ) -> Arrived:
     """Carry out an agreement.
+
+    Args:
+        model: The model.
+        agreement: What to load.
+        request: What the caller wants.
+        world: The ranks.
+        jobs: Threads.
+        progress: Called with ``(bytes done, bytes in all)``.
+        prepare: Makes memory for what is loaded beside the weights, once they have theirs.
 
     Raises:
         FormatError: A file could not be read, on this rank or another; the same on every rank.
@@ -61,6 +71,8 @@ def move(
     failure: BaseException | None = None
     try:
         _materialise(model, agreement, request)
+        if prepare is not None:
+            prepare()
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
     if agreement.shares.read != "all":

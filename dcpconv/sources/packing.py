@@ -12,7 +12,7 @@ import os
 import pickle
 import zlib
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,29 @@ from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.sources.understanding import Source
 
 
-def pack(source: Source) -> bytes:
-    """The source, about 20 bytes per tensor where keys repeat as those of layers do."""
-    plain = [entry for entry in source.catalog.tensors.values() if _is_plain(entry)]
+def pack(source: Source, beside: object = None, entries: Iterable[TensorEntry] = ()) -> bytes:
+    """The source, about 20 bytes per tensor where keys repeat as those of layers do.
+
+    Args:
+        source: What was opened.
+        beside: What else is known of it, which may refer to the source or to parts of it.
+        entries: Tensors in there that are not the source's own.
+    """
+    every = {id(entry): entry for entry in (*source.catalog.tensors.values(), *entries)}
+    plain = [entry for entry in every.values() if _is_plain(entry)]
     stream = io.BytesIO()
     packing = _Packing(stream, {id(entry): n for n, entry in enumerate(plain)})
     packing.dump(_columns(plain))
-    packing.dump(source)  # by the same pickler: it refers to keys that are in the columns
+    packing.dump((source, beside))  # by the same pickler: it refers to keys in the columns
     return zlib.compress(stream.getvalue(), 1)
 
 
-def unpack(data: bytes) -> Source:
-    """What was packed, by a process of the same job: it is unpickled."""
+def unpack(data: bytes) -> tuple[Source, Any]:
+    """What was packed, and what beside it, by a process of the same job: it is unpickled."""
     unpacking = _Unpacking(io.BytesIO(zlib.decompress(data)))
     unpacking.plain = _entries(*unpacking.load())
-    found: Source = unpacking.load()
-    return found
+    source, beside = unpacking.load()
+    return source, beside
 
 
 def rebased(source: Source, old: Path, new: Path, identities: Mapping[str, Identity]) -> Source:

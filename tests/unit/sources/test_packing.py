@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_source_comes_back_as_it_was(sources: Path, name: str) -> None:
     said = Said.parse(dequantize=name.startswith("blocks"))
     source = understand(sources / name, said)
-    found = unpack(pack(source))
+    found, _ = unpack(pack(source))
     assert found == source
     assert found.catalog.tensors is not source.catalog.tensors
     assert found.keymap is source.keymap  # which table it is, is told by identity
@@ -46,7 +47,7 @@ def test_a_source_comes_back_as_it_was(sources: Path, name: str) -> None:
 def test_what_is_made_of_it_is_the_same(sources: Path) -> None:
     source = understand(sources / "hf")
     wanted = aim(source, to="lingua").cover()
-    found = unpack(pack(source))
+    found, _ = unpack(pack(source))
     assert found.keymap is keymaps()["hf-llama"]
     assert aim(found, to="lingua").cover() == wanted
 
@@ -56,7 +57,7 @@ def test_a_table_of_ones_own_stays_the_one_that_was_said(sources: Path, tmp_path
     table.write_text(
         'name = "mine"\ntitle = "Mine"\nsource = "here"\n\n[keys]\n"a" = ["embed", "V"]\n'
     )
-    source = unpack(pack(understand(sources / "odd.pth", Said.parse(keymap=table))))
+    source, _ = unpack(pack(understand(sources / "odd.pth", Said.parse(keymap=table))))
     assert source.said.keymap is not None
     assert source.said.keymap.name == "mine"
     assert source.keymap is None or source.keymap is source.said.keymap
@@ -81,3 +82,12 @@ def test_another_path_has_the_same_files(sources: Path, tmp_path: Path) -> None:
         assert found.catalog.path == (there if name == "hf" else there.parent)
         assert found.catalog.identities == found.weights.catalog.identities == identities
         assert found.weights.entries is source.weights.entries
+
+
+def test_what_is_beside_it_keeps_its_ties_to_it(sources: Path) -> None:
+    source = understand(sources / "hf")
+    key, entry = next(iter(source.catalog.tensors.items()))
+    other = replace(entry, key="exp_avg")
+    found, beside = unpack(pack(source, {"model": source, key: other}, [other]))
+    assert beside == {"model": source, key: other}
+    assert beside["model"] is found
