@@ -75,7 +75,7 @@ class Planned:
 
     Attributes:
         rank: Which.
-        seconds: Until it knows what to read and send.
+        seconds: Until it knows what to read and send, of CPU: other ranks are other machines' work.
         peak: MiB above what it had with the model built.
         opens: Files of the checkpoint that it opened.
         messages: Meetings with other ranks, by kind.
@@ -203,14 +203,14 @@ def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
         device=None,
     )
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = _status("VmRSS"), time.process_time()
     world.distinct(own_state_dict(model))
     agreement = agree(model, request, world)
     tiles = [
         (share, tuple(tiles_of(share.wishes, agreement.itemsize, nbytes=TILE)))
         for share in agreement.shares.sent
     ]
-    seconds, peak = time.perf_counter() - started, _status("VmHWM") - before
+    seconds, peak = time.process_time() - started, _status("VmHWM") - before
     links: Counter[tuple[str, str]] = Counter()
     reads = 0
     for share, some in tiles:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dcpconv.loading.model import Place, device_of, walk
+from dcpconv.loading.pages import use_huge_pages
 
 
 def materialise(
@@ -19,6 +20,9 @@ def materialise(
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
     """Give memory to every parameter and persistent buffer that has none, contents undefined.
+
+    On the CPU it is in huge pages where the system has some.  Nothing touches it here: pages come
+    into being where the threads that read first write.
 
     ``Module.to_empty`` would also overwrite tensors that do have memory, and untie those that are
     tied by sharing a parameter.
@@ -49,6 +53,7 @@ def materialise(
         if id(tensor) not in made:
             at, dtype = wanted[id(tensor)]
             made[id(tensor)] = torch.empty_like(tensor, device=at, dtype=dtype)
+            use_huge_pages(made[id(tensor)])
         return made[id(tensor)]
 
     model._apply(renew)  # type: ignore[no-untyped-call]  # noqa: SLF001

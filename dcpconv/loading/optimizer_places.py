@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dcpconv.loading.model import Place
+from dcpconv.loading.pages import use_huge_pages
 from dcpconv.loading.regions import Need, Wish, needs_of
 from dcpconv.plan.coverage import Target
 
@@ -37,12 +38,13 @@ class Room:
     kind: str
     made: list[Tensor] = field(default_factory=list)
 
-    def make(self, param: Tensor, state: dict[str, Any]) -> None:
+    def make(self, param: Tensor, state: dict[str, Any], *, is_flat: bool) -> None:
         """Allocates what the optimizer would; what it has already is kept.
 
         Args:
             param: The parameter, with memory.
             state: What the optimizer keeps of it.
+            is_flat: Whether it is FSDP1's, which holds padding that no checkpoint has.
         """
         had = state.get(self.kind)
         if not isinstance(had, Tensor):
@@ -50,8 +52,12 @@ class Room:
                 is_beside = self.group.get("capturable") or self.group.get("fused")
                 device = param.device if is_beside else "cpu"
                 had = torch.zeros((), dtype=torch.float32, device=device)
+            elif is_flat:
+                had = torch.zeros_like(param)
             else:
-                had = torch.zeros_like(param, memory_format=torch.preserve_format)
+                # Every element is read from the checkpoint: clearing it would touch it twice.
+                had = torch.empty_like(param, memory_format=torch.preserve_format)
+                use_huge_pages(had)
             state[self.kind] = had
         self.made[:] = [had.to_local() if isinstance(had, DTensor) else had.detach()]
 

@@ -1,4 +1,11 @@
-"""Huge pages for memory that is about to be filled."""
+"""Huge pages for memory that is about to be filled.
+
+Filling new memory is what loading from the page cache waits for: a page of 4 KiB is faulted in and
+cleared before anything is read into it.  ``python -m bench.pages`` compares both, in turns, on
+memory that the process has used before.  Over 15 pairs of 512 MiB on a busy machine of 2 cores,
+huge pages took 0.48 x the CPU seconds and 0.55 x the median time; best times were alike (1.08 x).
+They are therefore always asked for, and there is no option.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 SIZE = 2 << 20
 """Bytes of a huge page on x86-64 and on arm64 with pages of 4 KiB."""
@@ -17,15 +25,20 @@ SIZE = 2 << 20
 def use_huge_pages(tensor: Tensor) -> bool:
     """Ask the system for huge pages wherever a CPU tensor's storage has room for whole ones.
 
-    It is a hint: contents stay, and what has pages already keeps them.
+    It is a hint: contents stay, and what has pages already keeps them.  Memory never grows by it,
+    since no page reaches beyond the storage.
+
+    Args:
+        tensor: New; a DTensor's own shard is meant.
 
     Returns:
         Whether the system was asked and took it.
     """
-    storage = tensor.untyped_storage()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     advise = _advise()
-    if tensor.device.type != "cpu" or advise is None:
+    if local.device.type != "cpu" or advise is None:
         return False
+    storage = local.untyped_storage()
     begin = -(-storage.data_ptr() // SIZE) * SIZE
     end = (storage.data_ptr() + storage.nbytes()) // SIZE * SIZE
     return end > begin and advise(begin, end - begin, mmap.MADV_HUGEPAGE) == 0

@@ -1,10 +1,10 @@
 """Read source bytes straight into the memory of live tensors, with several threads.
 
 Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
-Everything else goes through tiles: a cast, a strided tensor, or a CUDA device, for which the tiles
-are pinned and double-buffered so that reading and copying overlap.  Weights in scaled blocks are
-read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * BUFFER`` per
-thread, plus one row where a strided tensor has longer rows than that.
+Everything else goes through the tiles of ``staging``: a cast, a strided tensor, a CUDA device.
+Weights in scaled blocks are read as fp32, the type in which they are multiplied out.  Buffers are
+at most ``3 * BUFFER`` per thread, twice as much for casts on their way to a device, plus one row
+where a strided tensor has longer rows than that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,10 +25,8 @@ from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed
+from dcpconv.loading.staging import BUFFER, Desk, device_of, is_beyond
 from dcpconv.stores.local import Sources
-
-BUFFER = 4 << 20
-"""Bytes of a staging buffer."""
 
 _DIRECT = 32 << 20
 """Bytes that a thread reads at a time where no buffer is needed: enough to keep it busy, few enough
@@ -70,7 +68,7 @@ class Landing:
     def is_direct(self) -> bool:
         """Whether bytes can be read into the memory as they are."""
         into = self.into
-        return into.device.type == "cpu" and into.is_contiguous() and not self.is_cast
+        return not is_beyond(into) and into.is_contiguous() and not self.is_cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,29 +187,26 @@ def read_landings(
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
-    device = next((one.into.device for one in landings if one.into.device.type == "cuda"), None)
-    if device is not None:
-        # Kernels queued before us may still use the memory that the destinations now have.
-        torch.cuda.synchronize(device)
+    far = next((one.into for one in landings if is_beyond(one.into)), None)
 
     def loop() -> None:
-        desk = _Desk()
+        near = Desk()
+        beyond = Desk(device_of(far)) if far is not None else near
         try:
-            if device is not None:
-                torch.cuda.set_device(device)  # a new thread would pin memory for device 0
+            beyond.begin()
             while not errors and not (stop is not None and stop.is_set()):
                 with lock:
                     unit = next(work, None)
                 if unit is None:
                     break
-                lost = desk.perform(unit, sources)
+                lost = _perform(unit, sources, beyond if is_beyond(unit.into) else near)
                 if any(lost):
                     with lock:
                         over, under = losses.get(unit.landing.key, (0, 0))
                         losses[unit.landing.key] = (over + lost[0], under + lost[1])
                 if progress is not None:
                     progress((unit.stop - unit.start) * unit.landing.box.itemsize)
-            desk.finish()
+            beyond.finish()
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
 
@@ -247,80 +242,25 @@ def _units(landing: Landing) -> Iterator[_Unit]:
         yield _Unit(landing, start, start + part.numel(), part)
 
 
-@dataclass
-class _Desk:
-    """What one thread works with.
-
-    Attributes:
-        tiles: Staging buffers by device, dtype-free; two for CUDA, so that one can be read into
-            while the other is on its way.
-        events: What the last copy out of a tile has to reach before the tile is free.
-        streams: Stream per CUDA device.
-    """
-
-    tiles: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    events: dict[tuple[str, int], torch.cuda.Event] = field(default_factory=dict)
-    streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
-    turn: int = 0
-    _scratch: memoryview | None = None
-
-    def scratch(self) -> memoryview:
-        """Room for short runs."""
-        self._scratch = self._scratch or memoryview(bytearray(1 << 20))
-        return self._scratch
-
-    def perform(self, unit: _Unit, sources: Sources) -> tuple[int, int]:
-        """Read one unit; returns ``(overflowed, underflowed)``."""
-        box, landing = unit.landing.box, unit.landing
-        if landing.is_direct:
-            view = memory(unit.into)
-            box.read(unit.start, unit.stop, sources=sources, into=view, scratch=self.scratch)
-            return 0, 0
-        numel, source = unit.stop - unit.start, landing.fill.target_dtype
-        is_cuda = unit.into.device.type == "cuda"
-        self.turn = (self.turn + 1) % 2 if is_cuda else 0
-        read = self._tile("read", numel * source.itemsize, is_pinned=is_cuda)
-        box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=self.scratch)
-        lost = (0, 0)
-        if landing.is_cast:
-            target = dtype_of(unit.into)
-            is_plain = unit.into.device.type == "cpu" and unit.into.is_contiguous()
-            done = (
-                memory(unit.into)
-                if is_plain
-                else memory(made := self._tile("cast", numel * target.itemsize, is_pinned=is_cuda))
-            )
-            lost = cast(memory(read), done, source_dtype=source, target_dtype=target)
-            if is_plain:
-                return lost
-            read = made
-        self._copy(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
-        return lost
-
-    def finish(self) -> None:
-        """Wait for copies that are still under way."""
-        for stream in self.streams.values():
-            stream.synchronize()
-
-    def _tile(self, use: str, nbytes: int, *, is_pinned: bool) -> Tensor:
-        key = (use, self.turn)
-        if key in self.events:
-            self.events.pop(key).synchronize()
-        tile = self.tiles.get(key)
-        if tile is None or tile.numel() < nbytes:
-            tile = torch.empty(max(nbytes, BUFFER), dtype=torch.uint8, pin_memory=is_pinned)
-            self.tiles[key] = tile
-        return tile[:nbytes]
-
-    def _copy(self, source: Tensor, into: Tensor) -> None:
-        if into.device.type != "cuda":
-            into.copy_(source)
-            return
-        stream = self.streams.get(into.device)
-        if stream is None:
-            stream = self.streams[into.device] = torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            into.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        self.events["read", self.turn] = self.events["cast", self.turn] = event
+def _perform(unit: _Unit, sources: Sources, desk: Desk) -> tuple[int, int]:
+    """Read one unit; returns ``(overflowed, underflowed)``."""
+    box, landing = unit.landing.box, unit.landing
+    if landing.is_direct:
+        view = memory(unit.into)
+        box.read(unit.start, unit.stop, sources=sources, into=view, scratch=desk.scratch)
+        return 0, 0
+    numel, source = unit.stop - unit.start, landing.fill.target_dtype
+    desk.next_tile()
+    read = desk.tile("read", numel * source.itemsize)
+    box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=desk.scratch)
+    lost = (0, 0)
+    if landing.is_cast:
+        target = dtype_of(unit.into)
+        is_plain = desk.device is None and unit.into.is_contiguous()
+        made = unit.into if is_plain else desk.tile("cast", numel * target.itemsize)
+        lost = cast(memory(read), memory(made), source_dtype=source, target_dtype=target)
+        if is_plain:
+            return lost
+        read = made
+    desk.deliver(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
+    return lost

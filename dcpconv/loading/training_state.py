@@ -233,7 +233,8 @@ class _Loading:
                 # The model has another tensor by now, with memory.
                 current = new[id(param)] = place.module.get_parameter(place.name)
             for room in rooms.values():
-                room.make(current, self._optimizer.state[current])
+                state = self._optimizer.state[current]
+                room.make(current, state, is_flat=place.flat is not None)
         for group in self._optimizer.param_groups if new else ():
             group["params"] = [new.get(id(param), param) for param in group["params"]]
 

@@ -112,18 +112,22 @@ def _entries(
 ) -> list[TensorEntry]:
     made: list[TensorEntry] = []
     types = [BY_NAME[name] for name in names]
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}  # layers have the same shapes
     at = 0
+
+    def take(count: int) -> tuple[int, ...]:
+        nonlocal at
+        found = tuple(numbers[at : at + count])
+        at += count
+        return known.setdefault(found, found)
+
     for key, dtype, ndim, count in zip(keys, dtypes, dims, chunks, strict=True):
-        shape = tuple(numbers[at : at + ndim])
-        at += ndim
+        shape = take(ndim)
         boxes = []
         for _ in range(count):
-            offsets = tuple(numbers[at : at + ndim])
-            sizes = tuple(numbers[at + ndim : at + 2 * ndim])
-            at += 2 * ndim
+            offsets, sizes = take(ndim), take(ndim)
             file, offset, nbytes = numbers[at : at + 3]
             at += 3
-            sizes = shape if sizes == shape else sizes
             boxes.append(Chunk(offsets, sizes, Extent(files[file], offset, nbytes)))
         made.append(TensorEntry(key, types[dtype], shape, tuple(boxes)))
     return made
