@@ -98,28 +98,31 @@ def look(
     first = told.index(told[world.rank])
     looks = first == world.rank and (not only_first or world.rank == 0)
     path = _located(name, world, first, looks=looks)
-    packed: bytes | None = None
-    mine: Opened | None = None
+    told_by_first: tuple[bytes, Path, str] | None = None
+    opened: Opened | None = None
     failure: Exception | None = None
     if world.rank == 0:
         try:
-            mine = opener(_or_raise(path))
-            packed = b""
-            if world.size > 1:
-                packed = pack(mine.source, mine.beside, mine.entries)
+            opened = opener(_or_raise(path))
+            if world.size == 1:
+                return Seen(opened.source, hosts, "", beside=opened.beside)
+            packed = pack(opened.source, opened.beside, opened.entries)
+            told_by_first = packed, _or_raise(path), _digest(opened.source.catalog, ())
         except Exception as error:  # noqa: BLE001 - all ranks hear of it
             failure = error
-    packed, old = world.from_first((packed, path if isinstance(path, Path) else None))
-    if packed is None or old is None:
+        opened = None  # what was packed takes less memory: equal shapes are one
+    told_by_first = world.from_first(told_by_first)
+    if told_by_first is None:
         return failure or _own_failure(path, opener)
-    source, beside = (mine.source, mine.beside) if mine is not None else unpack(packed)
+    packed, old, digest = told_by_first
+    source, beside = unpack(packed)
     if only_first:
         if world.rank:
             source = rebased(source, old, old, {})
-        return Seen(source, hosts, _digest(source.catalog, ()), beside=beside)
+        return Seen(source, hosts, digest, beside=beside)
     if isinstance(path, Exception):
         failure = path
-    seen = Seen(source, hosts, "", beside=beside)
+    seen = Seen(source, hosts, digest, beside=beside)
     return _compared(seen, old, path, opener, world, first, failure)
 
 
@@ -155,7 +158,7 @@ def _compared(
     views = world.gather(view.digest if view else "") if copies else []
     if failure is not None:
         return failure
-    digest = (views[first] or views[0]) if views else _digest(source.catalog, ())
+    digest = (views[first] or views[0]) if views else seen.digest
     files = view.files if view else ()
     return replace(seen, source=source, digest=digest, files=files, beside=beside)
 

@@ -37,7 +37,7 @@ def pack(source: Source, beside: object = None, entries: Iterable[TensorEntry] =
     packing = _Packing(stream, {id(entry): n for n, entry in enumerate(plain)})
     packing.dump(_columns(plain))
     packing.dump((source, beside))  # by the same pickler: it refers to keys in the columns
-    return zlib.compress(stream.getvalue(), 1)
+    return zlib.compress(stream.getbuffer(), 1)
 
 
 def unpack(data: bytes) -> tuple[Source, Any]:
