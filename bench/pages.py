@@ -89,6 +89,16 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
     return "\n".join(lines)
 
 
+def run(work: Path, *, mb: int = 512, runs: int = 15) -> dict[str, list[tuple[float, float]]]:
+    """Measure with a file of its own below ``work``."""
+    with tempfile.NamedTemporaryFile(dir=work) as file:
+        block = os.urandom(MIB)
+        for _ in range(mb):
+            file.write(block)
+        file.flush()
+        return measure(Path(file.name), runs=runs)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -98,12 +108,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(words)
     options.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=options.work) as file:
-        block = os.urandom(MIB)
-        for _ in range(options.mb):
-            file.write(block)
-        file.flush()
-        found = measure(Path(file.name), runs=options.runs)
+    found = run(options.work, mb=options.mb, runs=options.runs)
     if options.json:
         options.json.write_text(json.dumps(found))
     sys.stdout.write(table(found) + "\n")

@@ -37,7 +37,7 @@ MEMORY_TARGET = 200
 """MiB that planning may add to a rank."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scale:
     """The job that is simulated.
 
@@ -51,13 +51,13 @@ class Scale:
         latency: Seconds to open a file.
     """
 
-    ranks: int
-    per_host: int
-    replicas: int
-    tensors: int
-    storage: float
-    network: float
-    latency: float
+    ranks: int = 1024
+    per_host: int = 8
+    replicas: int = 16
+    tensors: int = 91_000
+    storage: float = 50.0
+    network: float = 40.0
+    latency: float = 0.002
 
     @property
     def shards(self) -> int:
@@ -108,6 +108,11 @@ class Planned:
     links: tuple[int, int]
 
 
+def some_of(scale: Scale) -> tuple[int, ...]:
+    """Ranks to plan for beside rank 0: its neighbour, one in the middle, the last."""
+    return 1, scale.ranks // 2, scale.ranks - 1
+
+
 def moving_seconds(scale: Scale, planned: Sequence[Planned]) -> dict[str, float]:
     """Seconds of every step on the critical path, for the speeds of ``scale``.
 
@@ -136,7 +141,7 @@ def simulate(scale: Scale, ranks: Sequence[int], work: Path) -> dict[str, Any]:
         work: Directory for the checkpoint.
     """
     source = work / "sparse"
-    shapes = dict(islice(deepseek_shapes(layers=1 + scale.tensors // 1480), scale.tensors))
+    shapes = dict(islice(deepseek_shapes(layers=4 + scale.tensors // 1480), scale.tensors))
     files = max(1, round(FILES_OF_671B * len(shapes) / 91_000))
     nbytes = write_sparse(source, shapes, files=files)
     planned = [_in_a_process(scale, rank, source, work) for rank in dict.fromkeys([0, *ranks])]
@@ -186,7 +191,7 @@ def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
     from dcpconv.loading.supply import Options  # noqa: PLC0415
     from dcpconv.loading.terms import LoadRequest  # noqa: PLC0415
 
-    shapes = dict(islice(deepseek_shapes(layers=1 + scale.tensors // 1480), scale.tensors))
+    shapes = dict(islice(deepseek_shapes(layers=4 + scale.tensors // 1480), scale.tensors))
     model = hsdp_model(shapes, rank=rank, replicas=scale.replicas, shards=scale.shards)
     world = Simulated.of_rank(rank, scale, work / "rank0.pickle")
     patch.object(catalogs, "hostname", lambda: scale.host(rank)).start()
@@ -272,13 +277,17 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     """Simulate and print, or be one rank."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--tensors", type=int, default=91_000)
-    parser.add_argument("--per-host", type=int, default=8)
-    parser.add_argument("--replicas", type=int, default=16, help="copies of the model")
-    parser.add_argument("--storage", type=float, default=50.0, help="GB/s for all hosts together")
-    parser.add_argument("--network", type=float, default=40.0, help="GB/s into a host")
-    parser.add_argument("--latency", type=float, default=0.002, help="seconds to open a file")
+    parser.add_argument("--ranks", type=int, default=Scale.ranks)
+    parser.add_argument("--tensors", type=int, default=Scale.tensors)
+    parser.add_argument("--per-host", type=int, default=Scale.per_host)
+    parser.add_argument("--replicas", type=int, default=Scale.replicas, help="copies of the model")
+    parser.add_argument(
+        "--storage", type=float, default=Scale.storage, help="GB/s for all hosts together"
+    )
+    parser.add_argument("--network", type=float, default=Scale.network, help="GB/s into a host")
+    parser.add_argument(
+        "--latency", type=float, default=Scale.latency, help="seconds to open a file"
+    )
     parser.add_argument("--work", type=Path, default=Path("out"), help="directory to write to")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--picture", type=Path, help="file for a picture of them, SVG")
@@ -303,8 +312,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ranks-", dir=options.work))
     try:
-        some = (1, scale.ranks // 2, scale.ranks - 1)
-        found = simulate(scale, some, work)
+        found = simulate(scale, some_of(scale), work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if options.json:
