@@ -167,8 +167,14 @@ def _rank(options: argparse.Namespace) -> dict[str, float]:
     read = load(case, model, options.hf, options.rank)
     dist.barrier()
     seconds, peak = time.perf_counter() - started, _status("VmHWM") - before
-    held = sum(
-        _local(p).untyped_storage().nbytes() for p in model.parameters() if not _local(p).is_meta
+    held = (
+        read
+        if case.way == "preadv"
+        else sum(
+            _local(p).untyped_storage().nbytes()
+            for p in model.parameters()
+            if not _local(p).is_meta
+        )
     )
     dist.destroy_process_group()
     return {"seconds": seconds, "read": read, "above": peak - held / (1 << 20)}
