@@ -61,6 +61,7 @@ def load_init_weights(
     engine: LoadEngine = "auto",
     device: torch.device | str | None = None,
     jobs: int | None = None,
+    huge_pages: bool = False,
 ) -> LoadReport:
     """Loads weights from a checkpoint of any form and naming into a live model.
 
@@ -115,6 +116,9 @@ def load_init_weights(
             report's notes.
         device: Where tensors on the meta device go that are no DTensors; the CPU by default.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
+        huge_pages: Ask the system for huge pages where tensors on the meta device get memory on the
+            CPU.  It halves the work of the first write where memory is free in large pieces, and
+            doubles it where the kernel has to make room: off by default.
 
     Raises:
         CoverageError: The model and the checkpoint do not fit; lists everything, the same on
@@ -157,6 +161,7 @@ def load_init_weights(
         read=read,
         device=torch.device(device) if device is not None else None,
         by_state_dict=engine == "torch",
+        huge_pages=huge_pages,
     )
     agreement = agree(model, request, world)
     initialised: list[str] = []

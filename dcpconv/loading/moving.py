@@ -129,7 +129,7 @@ def _materialise(model: nn.Module, agreement: Agreement, request: LoadRequest) -
         for place, key in chosen
         if not request.keeps_dtype
     }
-    materialise(model, wanted, device=request.device, dtypes=dtypes)
+    materialise(model, wanted, device=request.device, dtypes=dtypes, huge_pages=request.huge_pages)
 
 
 def _read(

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dcpconv.loading.model import Place
-from dcpconv.loading.pages import use_huge_pages
 from dcpconv.loading.regions import Need, Wish, needs_of
 from dcpconv.plan.coverage import Target
 
@@ -57,7 +56,6 @@ class Room:
             else:
                 # Every element is read from the checkpoint: clearing it would touch it twice.
                 had = torch.empty_like(param, memory_format=torch.preserve_format)
-                use_huge_pages(had)
             state[self.kind] = had
         self.made[:] = [had.to_local() if isinstance(had, DTensor) else had.detach()]
 

@@ -3,8 +3,9 @@
 Filling new memory is what loading from the page cache waits for: a page of 4 KiB is faulted in and
 cleared before anything is read into it.  ``python -m bench.pages`` compares both, in turns, on
 memory that the process has used before.  Over 15 pairs of 512 MiB on a busy machine of 2 cores,
-huge pages took 0.48 x the CPU seconds and 0.55 x the median time; best times were alike (1.08 x).
-They are therefore always asked for, and there is no option.
+huge pages took 0.48 x the CPU seconds and 0.55 x the median time; over 7 pairs of 400 MiB at a time
+when memory was in pieces, 1.66 x and 2.20 x, since the kernel moves pages to make huge ones (the
+best run was still the faster one, 0.52 x).  Nobody can tell beforehand, so it is an option.
 """
 
 from __future__ import annotations

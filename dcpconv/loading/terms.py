@@ -41,6 +41,7 @@ class LoadRequest:
         read: Which ranks read.
         device: Where tensors on the meta device go that are no DTensors.
         by_state_dict: Whether the tensors to fill are those of the model's state dict.
+        huge_pages: Whether memory that is allocated is to be in huge pages.
         opener: Opens the source, where it is more than weights.
     """
 
@@ -53,6 +54,7 @@ class LoadRequest:
     read: ReadMode
     device: torch.device | None
     by_state_dict: bool = False
+    huge_pages: bool = False
     opener: Opener | None = None
 
 

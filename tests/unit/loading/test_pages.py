@@ -60,11 +60,13 @@ def test_loading_asks_for_what_it_allocates_and_for_nothing_else(
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(materialise, "use_huge_pages", lambda t: seen.append(tuple(t.shape)))
     live = nn.Linear(1024, 2048)
-    load_init_weights(live, tmp_path / "weights.pt")
+    load_init_weights(live, tmp_path / "weights.pt", huge_pages=True)
     assert seen == []
     with torch.device("meta"):
-        empty = nn.Linear(1024, 2048)
-    load_init_weights(empty, tmp_path / "weights.pt")
+        empty, small = nn.Linear(1024, 2048), nn.Linear(1024, 2048)
+    load_init_weights(small, tmp_path / "weights.pt")
+    assert seen == []  # only if it is asked for
+    load_init_weights(empty, tmp_path / "weights.pt", huge_pages=True)
     assert seen == [(2048, 1024), (2048,)]
     assert torch.equal(empty.weight, weights["weight"])
 
