@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import comparing, loading, loop, remote, scale, start_up
+from bench import comparing, loading, loop, pages, ranks, remote, scale, sharing, start_up
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -53,6 +53,7 @@ def main() -> int:
         loaded = [] if options.no_loading else loading.rows(work, gb=options.gb)
         fetched = [] if options.no_remote else remote.rows(work, gb=min(options.gb, 1.0))
         compared = [] if options.no_comparing else comparing.rows(work, gb=options.gb)
+        texts = {} if options.no_loading else _ranks(work, options)
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
     finally:
@@ -65,6 +66,8 @@ def main() -> int:
         _say(f"\nfrom a server\n{remote.table(fetched)}")
     if compared:
         _say(f"\nfingerprint and diff\n{comparing.table(compared)}")
+    for title, text in texts.items():
+        _say(f"\n{title}\n{text}")
     for line in growth:
         _say(str(line))
     _say(f"\nstart-up\n{start_up.table(started)}")
@@ -78,8 +81,23 @@ def main() -> int:
             notes,
             gb=options.gb,
             pairs=options.pairs,
+            texts=texts,
         )
     return 0
+
+
+def _ranks(work: Path, options: argparse.Namespace) -> dict[str, str]:
+    """Loading on several ranks beside the least that it can take, and on a thousand."""
+    hf = write_llama(work / "sharing", gigabytes=options.gb / 2)
+    found = sharing.measure(hf, runs=options.pairs, only="")
+    shutil.rmtree(hf)
+    scale_of_job = ranks.Scale()
+    planned = ranks.simulate(scale_of_job, ranks.some_of(scale_of_job), work)
+    return {
+        "Ranks beside the least that loading can take": sharing.table(found),
+        "A thousand ranks, simulated": ranks.table(planned),
+        "Huge pages": pages.table(pages.run(work)),
+    }
 
 
 def _disk(work: Path, options: argparse.Namespace) -> list[Result]:

@@ -206,8 +206,8 @@ def _lingua(hf: Path) -> Any:
     return _shard(model, model.layers)
 
 
-def _hugging_face(hf: Path) -> Any:
-    """Parameters under the names of the files and nothing else."""
+def plain_llama(hf: Path) -> Any:
+    """Parameters under the names of the files and nothing else, on the meta device."""
     import torch  # noqa: PLC0415
     from torch import nn  # noqa: PLC0415
 
@@ -223,6 +223,11 @@ def _hugging_face(hf: Path) -> Any:
         parent.register_parameter(
             name, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
         )
+    return model
+
+
+def _hugging_face(hf: Path) -> Any:
+    model = plain_llama(hf)
     return _shard(model, model.get_submodule("model.layers").children())
 
 

@@ -30,6 +30,7 @@ def write_page(
     *,
     gb: float,
     pairs: int,
+    texts: Mapping[str, str],
 ) -> None:
     """Writes what was measured, with machine and date."""
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
@@ -76,6 +77,8 @@ def write_page(
             "```",
             "",
         ]
+    for title, text in texts.items():
+        lines += [f"## {title}", "", "```", text, "```", ""]
     if growth:
         lines += ["## 100 to 100,000 tensors", "", "```", *map(str, growth), "```", ""]
     lines += ["## Start-up", "", "```", start_up.table(started), "```", ""]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dcpconv.formats.opening import open_checkpoint
     from dcpconv.loading.init_weights import LoadReport, load_init_weights
     from dcpconv.loading.storage_reader import CheckpointReader
+    from dcpconv.loading.training_state import load_training_state
     from dcpconv.plan.coverage import Coverage
     from dcpconv.plan.fingerprints import Fingerprint
     from dcpconv.runs import find_checkpoints, find_latest_checkpoint, resolve_checkpoint
@@ -43,6 +44,7 @@ __all__ = [
     "find_latest_checkpoint",
     "fingerprint",
     "load_init_weights",
+    "load_training_state",
     "open_checkpoint",
     "resolve_checkpoint",
     "save_weights",
@@ -65,6 +67,7 @@ _HOMES = {
     "find_latest_checkpoint": "dcpconv.runs",
     "fingerprint": "dcpconv.comparing.fingerprint",
     "load_init_weights": "dcpconv.loading.init_weights",
+    "load_training_state": "dcpconv.loading.training_state",
     "open_checkpoint": "dcpconv.formats.opening",
     "resolve_checkpoint": "dcpconv.runs",
     "save_weights": "dcpconv.conversion.saving.save_weights",

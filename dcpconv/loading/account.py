@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dcpconv.core.dtypes import DType
 from dcpconv.loading.model import Place
 from dcpconv.loading.reading import dtype_of
-from dcpconv.loading.sampling import Sampled, sample
 from dcpconv.loading.supply import Supply
 from dcpconv.plan.block_scales import FACTORS
-from dcpconv.plan.coverage import Fault
+from dcpconv.plan.coverage import Fault, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class OfferedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a checkpoint has for a model: small enough to send to ranks that cannot see it.
+    """What a checkpoint has for a model.
 
     Attributes:
         source: What the user named.
@@ -54,9 +52,7 @@ class Offer:
         misshapen: Keys whose shape or dtype contradicts the config or another tensor.
         ignored: Source keys that are dropped, with the reason.
         left: Entries beside the weights.
-        files: Size and sampled bytes of every file.
         notes: What a user should know.
-        digest: Equal on two ranks that see the same checkpoint.
     """
 
     source: str
@@ -69,9 +65,7 @@ class Offer:
     misshapen: tuple[Fault, ...]
     ignored: tuple[Fault, ...]
     left: int
-    files: tuple[Sampled, ...]
     notes: tuple[str, ...]
-    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +94,16 @@ def offer_of(supply: Supply, source: str) -> Offer:
     """What can be said about a supply without its bytes."""
     coverage = supply.coverage
     root = supply.root
-    files = sample(supply.catalog)
     return Offer(
         source=source,
         form=supply.catalog.form,
         family=coverage.source,
         target=coverage.target,
         tensors={
-            key: OfferedTensor(
-                target.shape,
-                target.dtype,
-                target.pieces[0].kind if target.pieces else target.dtype.label,
-                tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
-                supply.factors_of(target),
-                root + target.tied_to if target.tied_to else None,
-                target.part,
+            key: offered_as(
+                target,
+                factors=supply.factors_of(target),
+                tied_to=root + target.tied_to if target.tied_to else None,
             )
             for key, target in supply.targets().items()
         },
@@ -123,20 +112,23 @@ def offer_of(supply: Supply, source: str) -> Offer:
         misshapen=coverage.misshapen,
         ignored=coverage.ignored,
         left=len(coverage.left),
-        files=files,
         notes=supply.notes,
-        digest=_digest(supply, files),
     )
 
 
-def _digest(supply: Supply, files: Sequence[Sampled]) -> str:
-    """Of what is stored, not of what is offered: ranks of a pipeline want different things."""
-    hasher = hashlib.sha256()
-    for key, entry in sorted(supply.catalog.tensors.items()):
-        hasher.update(f"{key} {entry.dtype} {entry.shape}\n".encode())
-    for file in files:
-        hasher.update(f"{file.file} {file.nbytes} {file.digest}\n".encode())
-    return hasher.hexdigest()[:16]
+def offered_as(
+    target: Target, *, factors: tuple[str, ...] = (), tied_to: str | None = None
+) -> OfferedTensor:
+    """A tensor without where its bytes are."""
+    return OfferedTensor(
+        target.shape,
+        target.dtype,
+        target.pieces[0].kind if target.pieces else target.dtype.label,
+        tuple(dict.fromkeys(piece.entry.key for piece in target.pieces)),
+        factors,
+        tied_to,
+        target.part,
+    )
 
 
 def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) -> Account:

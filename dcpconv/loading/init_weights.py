@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from dcpconv.core.errors import DcpconvError
-from dcpconv.engine.execute import LossyCast
-from dcpconv.loading.agreement import Agreement, LoadEngine, LoadRequest, ReadMode, agree
+from dcpconv.loading.agreement import agree
 from dcpconv.loading.hooks import own_state_dict
 from dcpconv.loading.model import places
-from dcpconv.loading.moving import Arrived, move
+from dcpconv.loading.moving import move
 from dcpconv.loading.report import LoadReport
+from dcpconv.loading.reporting import report_of
 from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
+from dcpconv.loading.terms import LoadEngine, LoadRequest, ReadMode
 from dcpconv.loading.world import World
 from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.said import parse_allowed
@@ -60,13 +61,14 @@ def load_init_weights(
     engine: LoadEngine = "auto",
     device: torch.device | str | None = None,
     jobs: int | None = None,
+    huge_pages: bool = False,
 ) -> LoadReport:
     """Loads weights from a checkpoint of any form and naming into a live model.
 
     Call it on every rank, after the model is wrapped, sharded or parallelised, before the
     optimizer is built.  Each rank reads the bytes of its own shards and nothing else; beside them
-    it needs a constant: 12 MiB of buffers per thread at most, 16 MiB where ranks send to each
-    other.
+    it needs a constant: 12 MiB of buffers per thread at most, and 24 MiB where ranks send to
+    each other.
 
     All ranks decide together before any tensor changes: either all load, or all raise the same
     error with the same text.  Parameters and buffers on the meta device get memory, tied ones stay
@@ -100,11 +102,13 @@ def load_init_weights(
             missing parameter, on all ranks in the same order; without it they keep their values.
         process_group: The ranks that load together; all by default.
         progress: Called with ``(bytes done, bytes in all)`` of this rank, from worker threads.
-        read: ``all``: every rank reads its shards.  ``once``: ranks that hold the same bytes (DDP,
-            HSDP) have one of them read and send.  ``rank0``: rank 0 reads everything, for sources
-            that other nodes cannot see.  ``auto``: ``once`` if the ranks are on several hosts,
-            where storage is the slowest link; ``all`` on one host, whose page cache is faster than
-            any process group.
+        read: ``all``: every rank reads its shards.  ``once``: of what several ranks hold (DDP,
+            HSDP, norms beside tensor parallelism) each reads a part and sends it to the others;
+            what nobody else holds is read directly.  ``host``: the same within every host.
+            ``rank0``: rank 0 reads everything, for sources that other nodes cannot see.  ``auto``:
+            ``all`` on one host, whose page cache is faster than any process group; on several
+            ``once`` if storage would otherwise have to deliver what is wanted more than twice,
+            and the report's notes say so.
         engine: ``direct`` reads into the parameters' own memory.  ``torch`` goes through
             ``get_model_state_dict``, ``dcp.load`` and ``set_model_state_dict``, every rank reading
             its own shards.  ``auto`` takes ``torch`` where a module of any rank has hooks for its
@@ -112,6 +116,9 @@ def load_init_weights(
             report's notes.
         device: Where tensors on the meta device go that are no DTensors; the CPU by default.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
+        huge_pages: Ask the system for huge pages where tensors on the meta device get memory on the
+            CPU.  It halves the work of the first write where memory is free in large pieces, and
+            doubles it where the kernel has to make room: off by default.
 
     Raises:
         CoverageError: The model and the checkpoint do not fit; lists everything, the same on
@@ -133,14 +140,14 @@ def load_init_weights(
     )
     if (
         dtype not in {"model", "source"}
-        or read not in {"auto", "all", "once", "rank0"}
+        or read not in {"auto", "all", "host", "once", "rank0"}
         or engine not in {"auto", "direct", "torch"}
     ):
         raise ValueError(f"{dtype=}, {read=}, {engine=}: see load_init_weights.__doc__")
     world = World.of(process_group, load=os.fspath(source))
     reason = own_state_dict(model)
     if engine == "auto":
-        reason = next(filter(None, world.gather(reason)), "")
+        reason = next((told for _, told in world.distinct(reason)), "")
         engine = "torch" if reason else "direct"
     if engine == "torch":
         _require_plain(dtype, read, reason)
@@ -154,6 +161,7 @@ def load_init_weights(
         read=read,
         device=torch.device(device) if device is not None else None,
         by_state_dict=engine == "torch",
+        huge_pages=huge_pages,
     )
     agreement = agree(model, request, world)
     initialised: list[str] = []
@@ -169,7 +177,7 @@ def load_init_weights(
             for place in agreement.missing():
                 init_missing(place.fqn, place.local if place.flat is not None else place.tensor)
                 initialised.append(place.fqn)
-    report = _report(agreement, arrived, tuple(initialised))
+    report = report_of(agreement, arrived, tuple(initialised))
     ran = "are run: engine='torch'" if engine == "torch" else "are not run: engine='direct'"
     notes = (*report.notes, *([f"{reason}; state dict hooks {ran}"] if reason else []))
     return replace(
@@ -201,31 +209,3 @@ def _require_plain(dtype: str, read: str, reason: str) -> None:
             facts,
             hint="read='all', or engine='direct' with read='rank0'",
         )
-
-
-def _report(agreement: Agreement, arrived: Arrived, initialised: tuple[str, ...]) -> LoadReport:
-    offer, account = agreement.offer, agreement.account
-    left = f"{offer.left} entries beside the weights stay behind"
-    return LoadReport(
-        source=offer.source,
-        form=offer.form,
-        family=offer.family,
-        target=offer.target,
-        loaded=tuple(place.fqn for place, _ in account.chosen),
-        nbytes=sum(agreement.nbytes(need.wish) for need in agreement.needs),
-        nbytes_read=arrived.read,
-        nbytes_received=arrived.received,
-        missing=tuple((fault.key, fault.why) for fault in account.missing),
-        unexpected=tuple((fault.key, fault.why) for fault in agreement.unexpected),
-        ignored=tuple((fault.key, fault.why) for fault in account.ignored),
-        tied=tuple(place.fqns for place in agreement.places if len(place.fqns) > 1),
-        casts=tuple((old, new, count) for (old, new), count in agreement.casts.items()),
-        lossy=tuple(LossyCast(key, *lost) for key, lost in sorted(arrived.losses.items())),
-        computed_buffers=agreement.restored.computed,
-        uninitialised_buffers=agreement.restored.uninitialised,
-        initialised=initialised,
-        on_meta=(),
-        engine="direct",
-        notes=(*offer.notes, *((left,) if offer.left else ())),
-        seconds=0.0,
-    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dcpconv.loading.model import Place, device_of, walk
+from dcpconv.loading.pages import use_huge_pages
 
 
 def materialise(
@@ -17,8 +18,11 @@ def materialise(
     *,
     device: torch.device | None,
     dtypes: Mapping[str, torch.dtype],
+    huge_pages: bool = False,
 ) -> None:
     """Give memory to every parameter and persistent buffer that has none, contents undefined.
+
+    Nothing touches it here: pages come into being where the threads that read first write.
 
     ``Module.to_empty`` would also overwrite tensors that do have memory, and untie those that are
     tied by sharing a parameter.
@@ -28,6 +32,7 @@ def materialise(
         places: Its tensors.
         device: Where to; by default each DTensor's own device type, the CPU for others.
         dtypes: New dtypes by FQN, also for tensors that have memory; their contents are not kept.
+        huge_pages: Ask for huge pages.
     """
     wanted: dict[int, tuple[torch.device, torch.dtype]] = {}
     keep: list[Tensor] = []  # an id is only good while its tensor lives
@@ -49,6 +54,8 @@ def materialise(
         if id(tensor) not in made:
             at, dtype = wanted[id(tensor)]
             made[id(tensor)] = torch.empty_like(tensor, device=at, dtype=dtype)
+            if huge_pages:
+                use_huge_pages(made[id(tensor)])
         return made[id(tensor)]
 
     model._apply(renew)  # type: ignore[no-untyped-call]  # noqa: SLF001

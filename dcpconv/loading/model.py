@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dcpconv.sources.fitting import WRAPPERS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FlatPiece:
     """A parameter that FSDP1 keeps as an interval of one flat, sharded tensor.
 
@@ -55,7 +55,7 @@ class FlatPiece:
         return data[info.offset_in_shard : info.offset_in_shard + info.numel_in_shard]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """One parameter or buffer of a model.
 

@@ -1,10 +1,10 @@
 """Read source bytes straight into the memory of live tensors, with several threads.
 
 Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
-Everything else goes through tiles: a cast, a strided tensor, or a CUDA device, for which the tiles
-are pinned and double-buffered so that reading and copying overlap.  Weights in scaled blocks are
-read as fp32, the type in which they are multiplied out.  Buffers are at most ``3 * BUFFER`` per
-thread, plus one row where a strided tensor has longer rows than that.
+Everything else goes through the tiles of ``staging``: a cast, a strided tensor, a CUDA device.
+Weights in scaled blocks are read as fp32, the type in which they are multiplied out.  Buffers are
+at most ``3 * BUFFER`` per thread, twice as much for casts on their way to a device, plus one row
+where a strided tensor has longer rows than that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,15 +22,13 @@ from torch import Tensor
 
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
-from dcpconv.engine.boxes import Box
+from dcpconv.engine.boxes import Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
 from dcpconv.engine.wanting import of_box
+from dcpconv.loading.staging import BUFFER, Desk, device_of, is_beyond
 from dcpconv.stores.ahead import WINDOW, Ahead, Wanted
 from dcpconv.stores.local import Sources
-
-BUFFER = 4 << 20
-"""Bytes of a staging buffer."""
 
 _DIRECT = 32 << 20
 """Bytes that a thread reads at a time where no buffer is needed: enough to keep it busy, few enough
@@ -72,7 +70,7 @@ class Landing:
     def is_direct(self) -> bool:
         """Whether bytes can be read into the memory as they are."""
         into = self.into
-        return into.device.type == "cpu" and into.is_contiguous() and not self.is_cast
+        return not is_beyond(into) and into.is_contiguous() and not self.is_cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,11 @@ def box_of(fill: Fill) -> Readable:
     return Computed(fill) if fill.scales or fill.changes else Box(fill)
 
 
+def place_of(fill: Fill) -> tuple[str, int]:
+    """Where the first element of a fill is stored: what is read in this order is read forwards."""
+    return (fill.parts[0].file, fill.parts[0].offset) if fill.parts else ("", 0)
+
+
 def dtype_of(tensor: Tensor) -> DType:
     """Our name for a tensor's dtype."""
     return BY_NAME[str(tensor.dtype).removeprefix("torch.")]
@@ -132,20 +135,48 @@ def memory(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
+def read_pieces(
+    pieces: Sequence[tuple[Readable, int, int, int]], *, sources: Sources, into: memoryview
+) -> None:
+    """Fill one buffer with intervals of many boxes: neighbours in a file are read together.
+
+    Args:
+        pieces: ``(box, first element, end, byte of the buffer)``.
+        sources: Where the parts' files are open.
+        into: The buffer.
+
+    Raises:
+        FormatError: A source file is missing, unreadable or too short.
+    """
+    runs: dict[str, list[ByteRun]] = {}
+    for box, start, stop, at in pieces:
+        if isinstance(box, Box) and not box.is_relabelled:
+            for part in box.parts_in(start, stop):
+                begin = at + (part.target - start) * box.itemsize
+                run = (part.offset, begin, part.numel * box.itemsize)
+                runs.setdefault(part.file, []).append(run)
+        else:
+            end = at + (stop - start) * box.itemsize
+            box.read(start, stop, sources=sources, into=into[at:end])
+    read_runs(runs, sources=sources, into=into)
+
+
 def read_landings(
     landings: Sequence[Landing],
     *,
     sources: Sources,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Fill all landings.
+    """Fill all landings, in the order of the files.
 
     Args:
         landings: What to read; memory must not overlap.
         sources: Where the parts' files are open.
         jobs: Threads; by default as many as there are CPUs, 4 at most.
         progress: Called from the threads with bytes read since its last call.
+        stop: Nothing more is read once it is set.
 
     Returns:
         ``(overflowed, underflowed)`` values of every key that a cast changed by more than rounding.
@@ -154,29 +185,27 @@ def read_landings(
         FormatError: A source file is missing, unreadable or too short.
     """
     direct = WINDOW if sources.is_remote else _DIRECT
-    listed = [unit for landing in landings for unit in _units(landing, direct)]
+    in_order = sorted(landings, key=lambda landing: place_of(landing.fill))
+    listed = [unit for landing in in_order for unit in _units(landing, direct)]
     if sources.is_remote:  # neighbours are fetched together
         listed.sort(key=lambda unit: next(iter(_wanted(unit)), ("", 0, 0)))
     work = Ahead(sources, listed, _wanted)
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
 
-    device = next((one.into.device for one in landings if one.into.device.type == "cuda"), None)
-    if device is not None:
-        # Kernels queued before us may still use the memory that the destinations now have.
-        torch.cuda.synchronize(device)
+    far = next((one.into for one in landings if is_beyond(one.into)), None)
 
     def loop() -> None:
-        desk = _Desk()
+        near = Desk()
+        beyond = Desk(device_of(far)) if far is not None else near
         try:
-            if device is not None:
-                torch.cuda.set_device(device)  # a new thread would pin memory for device 0
-            while not errors:
+            beyond.begin()
+            while not errors and not (stop is not None and stop.is_set()):
                 with lock:
                     unit = next(work, None)
                 if unit is None:
                     break
-                lost = desk.perform(unit, sources)
+                lost = _perform(unit, sources, beyond if is_beyond(unit.into) else near)
                 if any(lost):
                     with lock:
                         over, under = losses.get(unit.landing.key, (0, 0))
@@ -184,7 +213,7 @@ def read_landings(
                 work.done(unit)
                 if progress is not None:
                     progress((unit.stop - unit.start) * unit.landing.box.itemsize)
-            desk.finish()
+            beyond.finish()
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
 
@@ -227,80 +256,25 @@ def _units(landing: Landing, direct: int) -> Iterator[_Unit]:
         yield _Unit(landing, start, start + part.numel(), part)
 
 
-@dataclass
-class _Desk:
-    """What one thread works with.
-
-    Attributes:
-        tiles: Staging buffers by device, dtype-free; two for CUDA, so that one can be read into
-            while the other is on its way.
-        events: What the last copy out of a tile has to reach before the tile is free.
-        streams: Stream per CUDA device.
-    """
-
-    tiles: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    events: dict[tuple[str, int], torch.cuda.Event] = field(default_factory=dict)
-    streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
-    turn: int = 0
-    _scratch: memoryview | None = None
-
-    def scratch(self) -> memoryview:
-        """Room for short runs."""
-        self._scratch = self._scratch or memoryview(bytearray(1 << 20))
-        return self._scratch
-
-    def perform(self, unit: _Unit, sources: Sources) -> tuple[int, int]:
-        """Read one unit; returns ``(overflowed, underflowed)``."""
-        box, landing = unit.landing.box, unit.landing
-        if landing.is_direct:
-            view = memory(unit.into)
-            box.read(unit.start, unit.stop, sources=sources, into=view, scratch=self.scratch)
-            return 0, 0
-        numel, source = unit.stop - unit.start, landing.fill.target_dtype
-        is_cuda = unit.into.device.type == "cuda"
-        self.turn = (self.turn + 1) % 2 if is_cuda else 0
-        read = self._tile("read", numel * source.itemsize, is_pinned=is_cuda)
-        box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=self.scratch)
-        lost = (0, 0)
-        if landing.is_cast:
-            target = dtype_of(unit.into)
-            is_plain = unit.into.device.type == "cpu" and unit.into.is_contiguous()
-            done = (
-                memory(unit.into)
-                if is_plain
-                else memory(made := self._tile("cast", numel * target.itemsize, is_pinned=is_cuda))
-            )
-            lost = cast(memory(read), done, source_dtype=source, target_dtype=target)
-            if is_plain:
-                return lost
-            read = made
-        self._copy(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
-        return lost
-
-    def finish(self) -> None:
-        """Wait for copies that are still under way."""
-        for stream in self.streams.values():
-            stream.synchronize()
-
-    def _tile(self, use: str, nbytes: int, *, is_pinned: bool) -> Tensor:
-        key = (use, self.turn)
-        if key in self.events:
-            self.events.pop(key).synchronize()
-        tile = self.tiles.get(key)
-        if tile is None or tile.numel() < nbytes:
-            tile = torch.empty(max(nbytes, BUFFER), dtype=torch.uint8, pin_memory=is_pinned)
-            self.tiles[key] = tile
-        return tile[:nbytes]
-
-    def _copy(self, source: Tensor, into: Tensor) -> None:
-        if into.device.type != "cuda":
-            into.copy_(source)
-            return
-        stream = self.streams.get(into.device)
-        if stream is None:
-            stream = self.streams[into.device] = torch.cuda.Stream(into.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            into.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        self.events["read", self.turn] = self.events["cast", self.turn] = event
+def _perform(unit: _Unit, sources: Sources, desk: Desk) -> tuple[int, int]:
+    """Read one unit; returns ``(overflowed, underflowed)``."""
+    box, landing = unit.landing.box, unit.landing
+    if landing.is_direct:
+        view = memory(unit.into)
+        box.read(unit.start, unit.stop, sources=sources, into=view, scratch=desk.scratch)
+        return 0, 0
+    numel, source = unit.stop - unit.start, landing.fill.target_dtype
+    desk.next_tile()
+    read = desk.tile("read", numel * source.itemsize)
+    box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=desk.scratch)
+    lost = (0, 0)
+    if landing.is_cast:
+        target = dtype_of(unit.into)
+        is_plain = desk.device is None and unit.into.is_contiguous()
+        made = unit.into if is_plain else desk.tile("cast", numel * target.itemsize)
+        lost = cast(memory(read), memory(made), source_dtype=source, target_dtype=target)
+        if is_plain:
+            return lost
+        read = made
+    desk.deliver(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
+    return lost

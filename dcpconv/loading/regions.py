@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -34,7 +35,7 @@ class Wish:
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Need:
     """A wish, and where this rank will put what it gets."""
 
@@ -91,19 +92,30 @@ def _boxes(tensor: DTensor, place: Place) -> tuple[Held, ...]:
         blocks = int(getattr(placement, "split_factor", 1))
         ranks = tensor.device_mesh.size(mesh_dim)
         splits.append(Split(dim, ranks, coordinate[mesh_dim], blocks))
-    # FSDP2 shards what tensor parallelism left: last, though its mesh dim comes first.
-    inner = [split for split in splits if split.blocks > 1]
-    outer = [split for split in splits if split.blocks == 1]
-    local = tuple(place.local.shape)
-    for order in (splits, [*outer, *(Split(s.dim, s.ranks, s.rank) for s in inner)]):
-        boxes = held_boxes(tensor.shape, order)
-        found = local_shape(tensor.shape, boxes)
-        if found == local or (found is None and 0 in local):
-            return boxes
+    local = tuple(tensor._local_tensor.shape)  # noqa: SLF001 - to_local() takes 50 times as long
+    boxes = _boxes_of(tuple(tensor.shape), tuple(splits), local)
+    if boxes is not None:
+        return boxes
     raise DcpconvError(
         "a parameter's local shape does not follow from its placements",
         [("fqn", place.fqn), ("placements", tensor.placements), ("local", list(local))],
     )
+
+
+@lru_cache(maxsize=1 << 12)
+def _boxes_of(
+    shape: tuple[int, ...], splits: tuple[Split, ...], local: tuple[int, ...]
+) -> tuple[Held, ...] | None:
+    """Boxes that make up a local tensor, ``None`` if its shape is another; layers have the same."""
+    # FSDP2 shards what tensor parallelism left: last, though its mesh dim comes first.
+    inner = [split for split in splits if split.blocks > 1]
+    outer = [split for split in splits if split.blocks == 1]
+    for order in (splits, [*outer, *(Split(s.dim, s.ranks, s.rank) for s in inner)]):
+        boxes = held_boxes(shape, order)
+        found = local_shape(shape, boxes)
+        if found == local or (found is None and 0 in local):
+            return boxes
+    return None
 
 
 def _is_shard(placement: Placement) -> bool:

@@ -34,6 +34,7 @@ class LoadReport:
         initialised: FQNs that ``init_missing`` was asked to fill.
         on_meta: FQNs of parameters that still have no memory, because they were ignored.
         engine: ``direct``, or ``torch`` where the state dict was loaded and set.
+        read: Which ranks read: ``all``, ``host``, ``once`` or ``rank0``.
         notes: What else a user should know.
         seconds: Wall time.
     """
@@ -57,6 +58,7 @@ class LoadReport:
     initialised: tuple[str, ...]
     on_meta: tuple[str, ...]
     engine: str
+    read: str
     notes: tuple[str, ...]
     seconds: float
 

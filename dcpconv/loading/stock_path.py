@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv.core.errors import DcpconvError
-from dcpconv.loading.agreement import Agreement, LoadRequest
 from dcpconv.loading.entries import fqn_of, set_state, state_of
 from dcpconv.loading.materialise import materialise
 from dcpconv.loading.model import places
 from dcpconv.loading.moving import Arrived, agree_on_end
 from dcpconv.loading.storage_reader import CheckpointReader
+from dcpconv.loading.terms import Agreement, LoadRequest
 from dcpconv.loading.world import World
 
 

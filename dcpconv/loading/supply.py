@@ -125,7 +125,20 @@ def prepare(
         NotExpressibleError: The naming cannot hold this model; all reasons are listed.
         FormatError: A file is truncated, malformed or unsafe.
     """
-    understood = understand(source, options.said())
+    return supply_of(
+        understand(source, options.said()), options, wanted=wanted, live=live, whole=whole
+    )
+
+
+def supply_of(
+    understood: Source,
+    options: Options,
+    *,
+    wanted: Shapes | None = None,
+    live: LiveModel | None = None,
+    whole: bool = False,
+) -> Supply:
+    """The same for a source that has been opened."""
     if (
         live is not None
         and wanted is not None

@@ -1,17 +1,30 @@
-"""What the ranks of a process group tell each other, so that all of them end alike."""
+"""What the ranks of a process group tell each other, so that all of them end alike.
+
+Payloads are pickled, as ``all_gather_object`` pickles them: ranks of one job trust each other.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from dcpconv.core.errors import DcpconvError
+from dcpconv.loading.groups import (
+    all_gather,
+    broadcast,
+    default_store,
+    minimum,
+    sends_from,
+    subgroup,
+)
 
 Payload = TypeVar("Payload")
 
@@ -51,18 +64,29 @@ class World:
             raise ValueError("process_group= is a group that this rank is not in")
         return cls(group, rank, dist.get_world_size(group), load)
 
+    @property
+    def talks(self) -> Any:
+        """The group for all that is no weight: over NCCL, planning would take memory of the GPU."""
+        if sends_from(self.group, "cpu"):
+            return self.group
+        return subgroup(self.group, range(self.size))
+
     def gather(self, payload: Payload) -> list[Payload]:
-        """What every rank has to say, by rank.
+        """What every rank has to say, by rank; meant for a few bytes from each.
 
         Raises:
             LostRankError: A rank does not answer.
         """
         if self.size == 1:
             return [payload]
-        heard: list[Any] = [None] * self.size
+        data = torch.frombuffer(bytearray(pickle.dumps(payload)), dtype=torch.uint8)
         with self.meeting():
-            dist.all_gather_object(heard, payload, group=self.group)
-        return heard
+            count = torch.tensor([data.numel()])
+            counts = [int(one) for one in all_gather(self.talks, count, size=self.size)]
+            padded = torch.zeros(max(counts), dtype=torch.uint8)
+            padded[: data.numel()] = data
+            heard = all_gather(self.talks, padded, size=self.size)
+        return [pickle.loads(bytes(one[:n].tolist())) for one, n in zip(heard, counts, strict=True)]
 
     def from_first(self, payload: Payload) -> Payload:
         """What rank 0 has to say.
@@ -70,12 +94,83 @@ class World:
         Raises:
             LostRankError: It does not answer.
         """
+        return self.from_rank(payload, 0)
+
+    def from_rank(self, payload: Payload, rank: int) -> Payload:
+        """What one rank has to say; the others' payload is not looked at.
+
+        Raises:
+            LostRankError: It does not answer.
+        """
         if self.size == 1:
             return payload
-        box = [payload]
+        is_mine = self.rank == rank
+        data = bytearray(pickle.dumps(payload)) if is_mine else bytearray()
         with self.meeting():
-            dist.broadcast_object_list(box, src=self.global_rank(0), group=self.group)
-        return box[0]
+            count = torch.tensor([len(data)])
+            broadcast(self.talks, count, root=rank).wait()
+            data = data or bytearray(int(count))
+            sent = torch.frombuffer(data, dtype=torch.uint8)
+            broadcast(self.talks, sent, root=rank).wait()
+        told: Payload = payload if is_mine else pickle.loads(data)
+        return told
+
+    def tell(self, payload: Payload, speaker: int, listener: int) -> Payload:
+        """What one rank tells one other; all others keep what they have.
+
+        Raises:
+            LostRankError: One of the two does not answer.
+        """
+        if self.rank not in {speaker, listener}:
+            return payload
+        data = bytearray(pickle.dumps(payload)) if self.rank == speaker else bytearray()
+        count = torch.tensor([len(data)])
+        group = self.talks
+        try:
+            if self.rank == speaker:
+                group.send([count], listener, 0).wait()
+                group.send([torch.frombuffer(data, dtype=torch.uint8)], listener, 0).wait()
+                return payload
+            group.recv([count], speaker, 0).wait()
+            data = bytearray(int(count))
+            group.recv([torch.frombuffer(data, dtype=torch.uint8)], speaker, 0).wait()
+        except RuntimeError as error:
+            raise self.lost(error, [*{speaker, listener} - {self.rank}]) from error
+        told: Payload = pickle.loads(data)
+        return told
+
+    def distinct(self, payload: Payload) -> list[tuple[int, Payload]]:
+        """Everything that some rank has to say, once each, with the first rank that says it.
+
+        Ranks mostly say the same, or nothing: all send a digest, and one of those that have the
+        same sends what is behind it.
+
+        Args:
+            payload: What this rank says, with a ``repr`` that tells it; false for nothing.
+
+        Raises:
+            LostRankError: A rank does not answer.
+        """
+        mine = hashlib.sha256(repr(payload).encode()).digest()[:16] if payload else b""
+        firsts: dict[bytes, int] = {}
+        for rank, digest in enumerate(self.gather(mine)):
+            if digest:
+                firsts.setdefault(digest, rank)
+        return [(rank, self.from_rank(payload, rank)) for rank in firsts.values()]
+
+    def in_common(self, marks: bytearray) -> bytes:
+        """For every place 1 where all ranks have marked it with 1, else 0.
+
+        Args:
+            marks: As many on every rank; marked in place.
+
+        Raises:
+            LostRankError: A rank does not answer.
+        """
+        if self.size > 1 and marks:
+            with self.meeting():
+                minimum(self.talks, torch.frombuffer(marks, dtype=torch.uint8))
+        return bytes(marks)
 
     def global_rank(self, rank: int) -> int:
         """A rank of the group as the default group numbers it."""
@@ -83,7 +178,11 @@ class World:
 
     def agree(self, failure: BaseException | None) -> None:
         """Return if no rank failed, else raise the same error on all of them."""
-        raise_first(self.gather(portable(failure)), cause=failure)
+        told = portable(failure)
+        failed = self.gather(told is not None)
+        if any(failed):
+            first = self.from_rank(told, failed.index(True))
+            raise_first([first if one else None for one in failed], cause=failure)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -124,7 +223,7 @@ def _announce(world: World) -> int:
     """Say in the job's key-value store that this rank has come; returns the meeting's number."""
     name = _name(world)
     number = _MEETINGS[name] = _MEETINGS.get(name, 0) + 1
-    store = _store()
+    store = default_store()
     if store is not None:
         with suppress(RuntimeError):  # its host may have died: the meeting will say so
             store.set(f"{name}/{world.rank}", str(number))
@@ -133,7 +232,7 @@ def _announce(world: World) -> int:
 
 def _absent(world: World, number: int) -> list[int]:
     """Ranks that have not come to a meeting; empty where it cannot be told."""
-    store, name = _store(), _name(world)
+    store, name = default_store(), _name(world)
     if store is None:
         return []
     try:
@@ -146,12 +245,6 @@ def _absent(world: World, number: int) -> list[int]:
 
 def _name(world: World) -> str:
     return f"dcpconv/{getattr(world.group, 'group_name', '')}"
-
-
-def _store() -> Any:
-    """The store that the default process group met at; ``None`` where torch hides it."""
-    find = getattr(distributed_c10d, "_get_default_store", None)
-    return find() if find is not None else None
 
 
 def hostname() -> str:

@@ -16,8 +16,7 @@ from support.worlds.ranks import run_ranks
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lost")
-    model = torch.nn.Sequential(torch.nn.Linear(300, 7), torch.nn.Linear(7, 300))
-    torch.save(model.state_dict(), directory / "weights.pt")
+    torch.save(lost_ranks.model_of_two_tiles().state_dict(), directory / "weights.pt")
     run_ranks(lost_ranks.__file__, 2 * len(PAIRS), directory, timeout_s=150)
     return directory
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from dcpconv import convert
 from dcpconv.core.errors import CoverageError, FormatError
-from dcpconv.loading import reading
+from dcpconv.loading import staging
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
 from support.checkpoints import tiles
@@ -147,7 +147,7 @@ def test_a_large_matrix_needs_no_more_than_tiles(
     assert torch.equal(turned, multiplied_out(stored[key], factors))
     assert not torch.equal(turned, worth[key])
     assert len(sizes) > 1
-    assert max(sizes) <= reading.BUFFER
+    assert max(sizes) <= staging.BUFFER
 
 
 @pytest.mark.parametrize(

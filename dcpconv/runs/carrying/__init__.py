@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dcpconv.plan.training.reading import read_training_state
+from dcpconv.plan.training.state import Group, Kind, OptimizerError, TrainingState
 from dcpconv.runs.carrying.carrying import convert_run
-from dcpconv.runs.carrying.reading import read_training_state
 from dcpconv.runs.carrying.report import CarryReport
-from dcpconv.runs.carrying.state import Group, Kind, OptimizerError, TrainingState
 
 __all__ = [
     "CarryReport",

@@ -18,11 +18,11 @@ from dcpconv.families.keymaps import Keymap, keymaps, resolve_family
 from dcpconv.families.side_files import SideFile, SideFiles, carried, disk_nbytes, generated
 from dcpconv.plan.account import aim_at
 from dcpconv.plan.coverage import Coverage
-from dcpconv.runs.carrying.adapters import is_adapters
+from dcpconv.plan.training.adapters import is_adapters
+from dcpconv.plan.training.reading import read_training_state
+from dcpconv.plan.training.state import KINDS, Kind, OptimizerError, TrainingState
 from dcpconv.runs.carrying.progress import rescaled
-from dcpconv.runs.carrying.reading import read_training_state
 from dcpconv.runs.carrying.report import CarryReport
-from dcpconv.runs.carrying.state import KINDS, Kind, OptimizerError, TrainingState
 from dcpconv.runs.carrying.trainer_files import write_trainer
 from dcpconv.runs.carrying.writing import (
     Carried,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcpconv.core.errors import DcpconvError
-from dcpconv.runs.carrying.state import Group, TrainingState, read_scalar
+from dcpconv.plan.training.state import Group, TrainingState, read_scalar
 
 Beside = dict[str, object]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dcpconv.runs.carrying.state import Kind
+from dcpconv.plan.training.state import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

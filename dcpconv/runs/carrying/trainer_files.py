@@ -15,11 +15,11 @@ from dcpconv.core.outline import Outline, OutTensor
 from dcpconv.families.keymaps import Keymap
 from dcpconv.formats import safetensors, torchfile
 from dcpconv.plan.fills import make_plan
+from dcpconv.plan.training.adapters import adapter_in_order
+from dcpconv.plan.training.moments import regrouped
+from dcpconv.plan.training.order import by_decay, parameters_in_order
+from dcpconv.plan.training.state import Group, TrainingState, split_for_file
 from dcpconv.runs.carrying import progress
-from dcpconv.runs.carrying.adapters import adapter_in_order
-from dcpconv.runs.carrying.moments import regrouped
-from dcpconv.runs.carrying.order import by_decay, parameters_in_order
-from dcpconv.runs.carrying.state import Group, TrainingState, split_for_file
 from dcpconv.runs.carrying.writing import Carried, Written, optimizer_file, split
 from dcpconv.sources.adapters.spotting import WEIGHTS
 

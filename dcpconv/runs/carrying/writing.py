@@ -19,16 +19,16 @@ from dcpconv.formats.torchfile.nesting import DictKey, key_of
 from dcpconv.formats.torchfile.unpickling import Instance
 from dcpconv.plan.coverage import Coverage, Target, as_stored
 from dcpconv.plan.fills import fill_of, make_plan, row_chunks, whole
-from dcpconv.runs.carrying import progress
-from dcpconv.runs.carrying.moments import moment_targets, regrouped, require_adamw
-from dcpconv.runs.carrying.order import parameters_in_order
-from dcpconv.runs.carrying.state import (
+from dcpconv.plan.training.moments import moment_targets, regrouped, require_adamw
+from dcpconv.plan.training.order import parameters_in_order
+from dcpconv.plan.training.state import (
     Group,
     TrainingState,
     is_plain,
     split_for_dcp,
     split_for_file,
 )
+from dcpconv.runs.carrying import progress
 
 _ADAMW: Final = {
     "amsgrad": False,

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from dcpconv.loading import reading
+from dcpconv.loading.staging import Desk
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of every staging buffer that is asked for from now on."""
     sizes: list[int] = []
-    tile = reading._Desk._tile
+    tile = Desk.tile
 
     def counted(self: Any, use: str, nbytes: int, **options: Any) -> Tensor:
         sizes.append(nbytes)
         return tile(self, use, nbytes, **options)
 
-    monkeypatch.setattr(reading._Desk, "_tile", counted)
+    monkeypatch.setattr(Desk, "tile", counted)
     return sizes

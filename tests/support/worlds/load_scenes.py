@@ -1,4 +1,4 @@
-"""Scenes for ``dist_worlds``: weights into a model under every parallelism, and every way to fail.
+"""Scenes for ``dist_worlds``: weights into a model under every parallelism.
 
 Run as a script by ``launch``; ``prepare`` writes what the scenes read.
 """
@@ -6,9 +6,9 @@ Run as a script by ``launch``; ``prepare`` writes what the scenes read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from dcpconv.loading import moving
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
 from support.worlds.dist_worlds import Scene, take_part
+from support.worlds.load_faults import FAULTS, Read, hostile
 from support.worlds.sharded_models import (
     VOCAB,
     Wrap,
@@ -39,13 +39,13 @@ from support.worlds.sharded_models import (
     fsdp2_over_tp,
     hsdp,
     lingua_weights,
+    local_parameters,
     local_tensors,
     offloaded,
     plain,
     tp,
 )
 
-Read = Literal["auto", "all", "once", "rank0"]
 READS: tuple[Read, ...] = ("all", "once", "rank0")
 WRAPS: dict[int, dict[str, tuple[Wrap, tuple[bool, ...]]]] = {
     2: {
@@ -101,31 +101,6 @@ def prepare(directory: Path, worlds: Iterable[int] = (2, 4)) -> None:
             file.truncate(victim.stat().st_size - 100)
 
 
-def _own(directory: Path, name: str) -> Path:
-    """This rank's copy of a checkpoint."""
-    return directory / f"{name}-{dist.get_rank()}-of-{dist.get_world_size()}"
-
-
-def _without(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    del weights["layers.1.attention.wq.weight"], weights["norm.weight"]
-    return weights
-
-
-def _misshapen(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**weights, "layers.2.ffn_norm.weight": torch.zeros(95)}
-
-
-def _surplus(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**weights, "layers.0.attention.wq.bias": torch.zeros(96)}
-
-
-FAULTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
-    "missing": _without,
-    "misshapen": _misshapen,
-    "unexpected": _surplus,
-}
-
-
 def _loads(wrap: Wrap, *, meta: bool, read: Read, name: str) -> Scene:
     """The shards after loading are those that torch makes of the right weights."""
 
@@ -157,11 +132,6 @@ def _equal(found: Mapping[str, Any], right: Mapping[str, Tensor]) -> None:
     assert set(found) == set(right), set(found) ^ set(right)
     for key, tensor in right.items():
         assert torch.equal(found[key], tensor), key
-
-
-def _parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Local tensors without the RoPE table, which loading computes again in any case."""
-    return {key: tensor for key, tensor in local_tensors(model).items() if "rope" not in key}
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -201,7 +171,7 @@ def _casts(directory: Path) -> Any:
     kept = fsdp2()(build(meta=False, dtype=torch.float16))
     load_init_weights(kept, directory / "untied.pt", dtype="source")
     assert kept.get_parameter("norm.weight").dtype is torch.float32
-    _equal(_parameters(kept), _parameters(fsdp2()(expected(directory))))
+    _equal(local_parameters(kept), local_parameters(fsdp2()(expected(directory))))
     return {
         "casts": report.casts,
         "lossy": [[o.key, o.overflowed, o.underflowed] for o in report.lossy],
@@ -238,7 +208,10 @@ def _pipeline(directory: Path) -> Any:
     model.layers = nn.ModuleDict({str(layer): model.layers[layer] for layer in kept})  # type: ignore[assignment]
     report = load_init_weights(model, directory / "hf-untied", to="lingua")
     weights = torch.load(directory / "untied.pt")
-    _equal(dict(model.named_parameters()), {k: weights[k] for k, _ in model.named_parameters()})
+    _equal(
+        dict(model.named_parameters()),
+        {k: weights[k] for k, _ in model.named_parameters()},
+    )
     return {"loaded": len(report.loaded)}
 
 
@@ -273,55 +246,6 @@ def _adds(directory: Path) -> Any:
     }
 
 
-def _fails(source: str, **options: Any) -> Scene:
-    """Loading raises, and no weight has changed."""
-
-    def scene(directory: Path) -> Any:
-        model = fsdp2()(build(meta=False))
-        own = _own(directory, source)
-        try:
-            load_init_weights(model, own if own.exists() else directory / source, **options)
-        finally:
-            assert all(tensor.isnan().all() for tensor in _parameters(model).values())
-
-    return scene
-
-
-def _shrinks(read: Read, victim: int) -> Scene:
-    """A file ends early on one rank once reading has begun: all ranks say so."""
-
-    def scene(directory: Path) -> Any:
-        model = ddp(build(meta=False)) if read == "once" else fsdp2()(build(meta=False))
-        place = _own(directory, "shrinking")
-        original = moving._materialise
-
-        def cut(*args: Any) -> None:
-            original(*args)
-            if dist.get_rank() == victim:
-                for file in place.glob("*.safetensors"):
-                    with file.open("r+b") as opened:
-                        opened.truncate(4096)
-
-        moving._materialise = cut  # type: ignore[assignment]
-        try:
-            load_init_weights(model, place, read=read)
-        finally:
-            moving._materialise = original
-            dist.barrier()
-            if dist.get_rank() == victim:
-                shutil.rmtree(place)
-                shutil.copytree(directory / "hf-untied", place)
-
-    return scene
-
-
-def _garbage(directory: Path) -> Any:
-    """A buffer that nobody computes."""
-    model = build(meta=True)
-    model.layers[1].register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    load_init_weights(fsdp2()(model), directory / "hf-untied")
-
-
 def _by_dcp(source: str, under: str, **options: Any) -> Scene:
     """Stock ``dcp.load`` with our reader, of everything and of some keys."""
 
@@ -335,7 +259,7 @@ def _by_dcp(source: str, under: str, **options: Any) -> Scene:
         except CheckpointException as error:
             raise RuntimeError(repr(error.failures)) from None  # its own text names no reason
         set_model_state_dict(model, state)
-        _equal(_parameters(model), _parameters(fsdp2()(expected(directory))))
+        _equal(local_parameters(model), local_parameters(fsdp2()(expected(directory))))
         keys = ("norm.weight", "layers.1.attention.wk.weight")
         prefix = f"{under}." if under else ""
         some: dict[str, Any] = {
@@ -348,18 +272,6 @@ def _by_dcp(source: str, under: str, **options: Any) -> Scene:
     return scene
 
 
-HOSTILE: dict[str, Scene] = {
-    "missing": _fails("missing.pth"),
-    "misshapen": _fails("misshapen.pth"),
-    "unexpected": _fails("unexpected.pth"),
-    "other-family": _fails("other-family"),
-    "wrong-table": _fails("hf-untied", to="hf-llama"),
-    "no-such-family": _fails("hf-untied", to="llama-lingua"),
-    "absent": _fails("nothing/here/at/all"),
-    "truncated-on-one-rank": _fails("truncated"),
-    "different-on-one-rank": _fails("different"),
-    "garbage": _garbage,
-}
 SCENES: dict[int, dict[str, Scene]] = {
     ranks: {
         f"wrap/{name}/{'meta' if meta else 'live'}/{read}": _loads(
@@ -395,12 +307,7 @@ SCENES[2] |= {
     "dcp/truncated": _by_dcp("truncated-1-of-2", "", to="lingua"),
 }
 for ranks in SCENES:
-    SCENES[ranks] |= {f"hostile/{name}": scene for name, scene in HOSTILE.items()}
-    SCENES[ranks] |= {
-        "hostile/shrinks/all": _shrinks("all", ranks - 1),
-        "hostile/shrinks/once": _shrinks("once", ranks - 1),
-        "hostile/shrinks/rank0": _shrinks("rank0", 0),
-    }
+    SCENES[ranks] |= {f"hostile/{name}": scene for name, scene in hostile(ranks).items()}
 
 if __name__ == "__main__":
     take_part(SCENES)

@@ -197,3 +197,8 @@ def local_tensors(model: nn.Module) -> dict[str, Tensor]:
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
+
+
+def local_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Local tensors without the RoPE table, which loading computes again in any case."""
+    return {key: tensor for key, tensor in local_tensors(model).items() if "rope" not in key}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpconv.core import errors
-from dcpconv.loading import reading
+from dcpconv.loading import staging
 from dcpconv.loading.init_weights import load_init_weights
 from support.checkpoints import tiles
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
@@ -173,7 +173,7 @@ def test_a_cast_needs_no_more_than_its_tiles(
     assert torch.equal(model.get_parameter("w"), source.double())
     assert torch.equal(model.get_parameter("v"), source.double())
     assert len(sizes) >= 12
-    assert max(sizes) <= 2 * reading.BUFFER  # a float64 tile of float32 is twice as long
+    assert max(sizes) <= 2 * staging.BUFFER  # a float64 tile of float32 is twice as long
 
 
 class TestBuffers:

@@ -15,9 +15,9 @@ from torch import nn
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.families.keymaps import keymaps
+from dcpconv.plan.training.frozen import readings_of
+from dcpconv.plan.training.order import by_fqn, parameters_in_order
 from dcpconv.runs.carrying import OptimizerError, convert_run, read_training_state
-from dcpconv.runs.carrying.frozen import readings_of
-from dcpconv.runs.carrying.order import by_fqn, parameters_in_order
 from dcpconv.sources.recognition import Weights
 from support.checkpoints.stock import flat, nested_of_dcp
 from support.models.chatglm import ChatGLM, ChatGLMConfig

@@ -11,8 +11,8 @@ import torch
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.families.keymaps import keymaps
+from dcpconv.plan.training.order import by_decay, by_fqn, parameters_in_order
 from dcpconv.runs.carrying import OptimizerError
-from dcpconv.runs.carrying.order import by_decay, by_fqn, parameters_in_order
 from dcpconv.sources.recognition import Weights
 from support.models.hf_models import tiny
 from support.models.minimind import GenerationName, MiniMind, MiniMindConfig

@@ -18,8 +18,8 @@ from typing import Final
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.families.family import parameter_orders
 from dcpconv.families.keymaps import Keymap
-from dcpconv.runs.carrying.frozen import readings_of, unlike
-from dcpconv.runs.carrying.state import Group, Moments, OptimizerError
+from dcpconv.plan.training.frozen import readings_of, unlike
+from dcpconv.plan.training.state import Group, Moments, OptimizerError
 from dcpconv.sources.fitting import bare
 from dcpconv.sources.recognition import Weights
 

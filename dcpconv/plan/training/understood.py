@@ -8,7 +8,7 @@ from dataclasses import replace
 from dcpconv.core.catalog import Catalog
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.ties import differing
-from dcpconv.runs.carrying.state import Group, part_of
+from dcpconv.plan.training.state import Group, part_of
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand
 

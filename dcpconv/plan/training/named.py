@@ -11,9 +11,9 @@ from dcpconv.core.catalog import Catalog, KeyPath, TensorEntry
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.formats.torchfile.nesting import nest
-from dcpconv.runs.carrying import deepspeed
-from dcpconv.runs.carrying.state import Group, Kind, Moments, OptimizerError, TrainingState, part_of
-from dcpconv.runs.carrying.understood import understood, with_ties
+from dcpconv.plan.training import deepspeed
+from dcpconv.plan.training.state import Group, Kind, Moments, OptimizerError, TrainingState, part_of
+from dcpconv.plan.training.understood import understood, with_ties
 from dcpconv.sources.fitting import bare
 from dcpconv.sources.said import Said
 

@@ -11,19 +11,19 @@ from typing import Final
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.families.keymaps import keymaps
 from dcpconv.formats import safetensors, torchfile
-from dcpconv.runs.carrying import deepspeed
-from dcpconv.runs.carrying.adapters import adapter_orders, architecture_of
-from dcpconv.runs.carrying.files import (
+from dcpconv.plan.training import deepspeed
+from dcpconv.plan.training.adapters import adapter_orders, architecture_of
+from dcpconv.plan.training.files import (
     below,
     joined,
     nested,
     parts_of_optimizer,
     prefixed,
 )
-from dcpconv.runs.carrying.named import read_deepspeed, read_named
-from dcpconv.runs.carrying.order import by_fqn, minimind_orders, trainer_orders
-from dcpconv.runs.carrying.state import TrainingState
-from dcpconv.runs.carrying.understood import understood, with_ties
+from dcpconv.plan.training.named import read_deepspeed, read_named
+from dcpconv.plan.training.order import by_fqn, minimind_orders, trainer_orders
+from dcpconv.plan.training.state import TrainingState
+from dcpconv.plan.training.understood import understood, with_ties
 from dcpconv.sources.adapters.reading import open_adapter
 from dcpconv.sources.adapters.spotting import is_adapter
 from dcpconv.sources.said import Said

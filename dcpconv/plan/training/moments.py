@@ -9,7 +9,7 @@ from typing import Final
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.coverage import Coverage, Target
-from dcpconv.runs.carrying.state import Group, OptimizerError, TrainingState, read_scalar
+from dcpconv.plan.training.state import Group, OptimizerError, TrainingState, read_scalar
 
 
 def moment_targets(state: TrainingState, coverage: Coverage) -> Iterator[tuple[str, str, Target]]:
@@ -168,7 +168,7 @@ def _target(
         )
         return replace(target, dtype=entries[0].dtype, pieces=pieces), ""
     if all(entry.shape == () for entry in entries):
-        values = {read_scalar(state.root, entry) for entry in entries}
+        values = {read_scalar(state.root, entry) for entry in entries} if len(entries) > 1 else {}
         if len(values) > 1:
             return None, f"its parts have different values: {sorted(map(str, values))}"
         piece = replace(target.pieces[0], entry=entries[0], placed=None, wanted=None, limit={})

@@ -12,10 +12,10 @@ from typing import Final
 from dcpconv.core.errors import NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.formats.ranks import fsdp, fsdp_optimizer, torch_checkpointing
-from dcpconv.runs.carrying import deepspeed
-from dcpconv.runs.carrying.counted import read_minimind, read_trainer
-from dcpconv.runs.carrying.named import read_deepspeed, read_named
-from dcpconv.runs.carrying.state import Kind, TrainingState
+from dcpconv.plan.training import deepspeed
+from dcpconv.plan.training.counted import read_minimind, read_trainer
+from dcpconv.plan.training.named import read_deepspeed, read_named
+from dcpconv.plan.training.state import Kind, TrainingState
 from dcpconv.sources.said import Said
 from dcpconv.stores.json_files import read_json
 from dcpconv.stores.local import identities_of

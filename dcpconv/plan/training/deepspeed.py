@@ -16,7 +16,7 @@ from dcpconv.formats.ranks.universal import Universal
 from dcpconv.formats.ranks.zero_files import OptimFile
 from dcpconv.formats.ranks.zero_world import ZeroWorld
 from dcpconv.formats.torchfile.archive import StoredTensor
-from dcpconv.runs.carrying.state import Group, OptimizerError
+from dcpconv.plan.training.state import Group, OptimizerError
 from dcpconv.sources.fitting import bare
 
 _STEP: Final = "step"

@@ -1,0 +1,1 @@
+"""What a training checkpoint of any kind holds: weights, and optimizer state by name."""
