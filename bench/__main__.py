@@ -8,7 +8,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import comparing, loading, loop, pages, ranks, remote, scale, sharing, start_up
+from bench import (
+    comparing,
+    loading,
+    loop,
+    pages,
+    ranks,
+    remote,
+    scale,
+    sharing,
+    start_up,
+    two_ranks,
+)
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -19,7 +30,7 @@ def main() -> int:
     """Measures, prints, and with ``--write`` keeps the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=2.5, help="size of the model, in GB")
-    parser.add_argument("--pairs", type=int, default=3, help="runs of every case and of its floor")
+    parser.add_argument("--pairs", type=int, default=7, help="runs of every case and of its floor")
     parser.add_argument(
         "--work", type=Path, default=Path("out"), help="directory on the disk to measure"
     )
@@ -30,6 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--no-comparing", action="store_true", help="leave out fingerprint and diff"
     )
+    parser.add_argument("--no-ranks", action="store_true", help="leave out two ranks beside one")
     parser.add_argument("--no-scale", action="store_true", help="leave out the 671B shape")
     parser.add_argument(
         "--write", action="store_true", help="write docs/benchmarks.md and its plot"
@@ -54,6 +66,7 @@ def main() -> int:
         fetched = [] if options.no_remote else remote.rows(work, gb=min(options.gb, 1.0))
         compared = [] if options.no_comparing else comparing.rows(work, gb=options.gb)
         texts = {} if options.no_loading else _ranks(work, options)
+        shared = [] if options.no_ranks else _two_ranks(work, options)
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
     finally:
@@ -68,6 +81,8 @@ def main() -> int:
         _say(f"\nfingerprint and diff\n{comparing.table(compared)}")
     for title, text in texts.items():
         _say(f"\n{title}\n{text}")
+    if shared:
+        _say(f"\n2 ranks convert\n{two_ranks.table(shared)}")
     for line in growth:
         _say(str(line))
     _say(f"\nstart-up\n{start_up.table(started)}")
@@ -76,6 +91,7 @@ def main() -> int:
             sections,
             loaded,
             compared,
+            shared,
             growth,
             started,
             notes,
@@ -123,6 +139,14 @@ def _disk(work: Path, options: argparse.Namespace) -> list[Result]:
         else:
             path.unlink()
     return results
+
+
+def _two_ranks(work: Path, options: argparse.Namespace) -> list[two_ranks.Ranks]:
+    hf = write_llama(work / "for-ranks", gigabytes=options.gb)
+    try:
+        return two_ranks.rows(hf, work, pairs=options.pairs)
+    finally:
+        shutil.rmtree(hf)
 
 
 def _say(text: str) -> None:

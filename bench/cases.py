@@ -56,9 +56,9 @@ def _ours(arguments: str = "") -> str:
 _TORCH = "import os, sys\nimport torch, torch.distributed.checkpoint as dcp\n"
 
 CASES = (
-    Case("hf -> dcp", "hf", _ours('form="dcp"'), target=1.10),
+    Case("hf -> dcp", "hf", _ours('form="dcp"'), target=1.00),
     Case("hf -> dcp --to lingua", "hf", _ours('form="dcp", to="lingua"'), target=1.20),
-    Case("hf -> dcp --chunks 8", "hf", _ours('form="dcp", chunks=8'), target=1.15),
+    Case("hf -> dcp --chunks 8", "hf", _ours('form="dcp", chunks=8'), target=1.10),
     Case("hf -> torch", "hf", _ours('form="torch"'), target=1.15),
     Case("torch -> dcp", "torch", _ours('form="dcp"'), target=1.15),
     Case("dcp -> torch", "dcp", _ours('form="torch"'), target=1.15),

@@ -50,8 +50,9 @@ class Result:
         seconds: Median wall time.
         cpu: Median CPU seconds.
         peak: Largest ``VmHWM``, in MiB.
-        floor: Median wall time of ``cp`` and ``sync`` in the same run.
+        floor: Median wall time of ``cp`` and ``fsync`` in the same run.
         ratio: Median of the pairs' ratios.
+        spread: Smallest and largest of them.
         target: Ratio to reach, or ``None`` where the row is a peer.
         note: What else was seen, such as disk blocks used.
     """
@@ -62,6 +63,7 @@ class Result:
     peak: float
     floor: float
     ratio: float
+    spread: tuple[float, float]
     target: float | None = None
     note: str = ""
 
@@ -96,7 +98,7 @@ def run_python(code: str, *arguments: str | os.PathLike[str]) -> Cost:
 
 
 def copy_floor(source: Path, target: Path) -> Cost:
-    """``cp`` and ``sync`` of the same bytes."""
+    """``cp`` of the same bytes, and ``fsync`` of what it wrote: of those files and no others."""
     started = time.perf_counter()
     before = os.times()
     subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)  # noqa: S603, S607
@@ -128,28 +130,32 @@ def beside_floor(
             os.sync()
             costs_of.append(run(out))
             _remove(out)
+    ratios = [cost.seconds / floor.seconds for cost, floor in zip(costs, floors, strict=True)]
     return Result(
         name,
         statistics.median(cost.seconds for cost in costs),
         statistics.median(cost.cpu for cost in costs),
         max(cost.peak for cost in costs),
         statistics.median(cost.seconds for cost in floors),
-        statistics.median(
-            cost.seconds / floor.seconds for cost, floor in zip(costs, floors, strict=True)
-        ),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
         target,
     )
 
 
 def table(results: Sequence[Result]) -> str:
-    """Aligned rows; the ratio is to the floor of the same run."""
+    """Aligned rows; the ratio is to the floor of the same run, and so are its extremes."""
     lines = [
-        f"{'case':<38} {'s':>7} {'floor':>7} {'ratio':>6} {'target':>6} {'cpu s':>6} {'MiB':>6}"
+        (
+            f"{'case':<38} {'s':>7} {'floor':>7} {'ratio':>6} {'min':>5} {'max':>5} {'target':>6}"
+            f" {'cpu s':>6} {'MiB':>6}"
+        )
     ]
     for row in results:
         target = f"{row.target:.2f}" if row.target is not None else "-"
         lines.append(
-            f"{row.name:<38} {row.seconds:>7.2f} {row.floor:>7.2f} {row.ratio:>6.2f} {target:>6}"
+            f"{row.name:<38} {row.seconds:>7.2f} {row.floor:>7.2f} {row.ratio:>6.2f}"
+            f" {row.spread[0]:>5.2f} {row.spread[1]:>5.2f} {target:>6}"
             f" {row.cpu:>6.2f} {row.peak:>6.0f}  {row.note}".rstrip()
         )
     return "\n".join(lines)

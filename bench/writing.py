@@ -8,7 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench import comparing, loading, start_up
+from bench import comparing, loading, start_up, two_ranks
 from bench.cases import PEERS
 from bench.comparing import Compared
 from bench.loading import Loaded
@@ -24,6 +24,7 @@ def write_page(
     sections: Mapping[str, Sequence[Result]],
     loaded: Sequence[Loaded],
     compared: Sequence[Compared],
+    shared: Sequence[two_ranks.Ranks],
     growth: Sequence[Growth],
     started: Sequence[Start],
     notes: Sequence[str],
@@ -42,9 +43,9 @@ def write_page(
             f"Measured {today} with `make bench` on {os.cpu_count()} cores ({platform.machine()},"
             f" Linux {kernel}), Python {platform.python_version()}.  The model is"
             f" Llama-3.2-1B shaped, {gb} GB in bf16.  Every row is a whole process, interpreter"
-            " start and final sync included; `floor` is `cp` and `sync` of the same bytes, run in"
-            f" turns with the case; medians over {pairs} pairs.  The machine is shared and noisy:"
-            " read the ratios, not the seconds."
+            " start and final sync included; `floor` is `cp` of the same bytes and `fsync` of the"
+            f" copy, run in turns with the case; medians over {pairs} pairs, and the extremes of"
+            " the ratio.  The machine is shared and noisy: read the ratios, not the seconds."
         ),
         "",
         "![wall time against the floor](benchmarks.svg)",
@@ -79,6 +80,8 @@ def write_page(
         ]
     for title, text in texts.items():
         lines += [f"## {title}", "", "```", text, "```", ""]
+    if shared:
+        lines += ["## Two ranks beside one", "", "```", two_ranks.table(shared), "```", ""]
     if growth:
         lines += ["## 100 to 100,000 tensors", "", "```", *map(str, growth), "```", ""]
     lines += ["## Start-up", "", "```", start_up.table(started), "```", ""]
@@ -128,7 +131,7 @@ def _plot(sections: Mapping[str, Sequence[Result]]) -> None:
             axes.plot([row.target] * 2, [at - 0.4, at + 0.4], color="#d62828", linewidth=1.5)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("wall time / (cp + sync) of the same bytes; red: target; grey: others")
+    axes.set_xlabel("wall time / (cp + fsync) of the same bytes; red: target; grey: others")
     axes.tick_params(axis="y", labelsize=8)
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})

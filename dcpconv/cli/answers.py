@@ -109,5 +109,5 @@ def _stop(text: str, code: int) -> NoReturn:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    del number, frame
-    raise KeyboardInterrupt
+    del frame
+    raise KeyboardInterrupt(number)  # a scheduler that ends a job may start it again

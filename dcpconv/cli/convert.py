@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dcpconv.cli.words import count, parse_size, size
 if TYPE_CHECKING:
     from dcpconv.conversion.convert import Progress
     from dcpconv.conversion.report import ConversionReport
+    from dcpconv.conversion.worlds.seats import Seat
 
 _LISTED = 4
 """Names printed before the rest is only counted; --json has them all."""
@@ -159,6 +161,18 @@ def convert(
             "--cache", help="Download a hub id into the hub's own cache, and read it from there."
         ),
     ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Which of several processes this is that write DST together, from 0; torchrun"
+            " says it by itself.",
+            metavar="I",
+        ),
+    ] = None,
+    of: Annotated[
+        int | None,
+        typer.Option(help="How many processes write DST together.", metavar="N"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done, and write nothing.")
     ] = False,
@@ -178,7 +192,10 @@ def convert(
 
     if form not in {None, "hf", "torch", "dcp"}:
         raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])
-    with _progress(quiet=quiet or dry_run or as_json) as progress:
+    seat = _seat(rank, of)
+    is_heard = seat is None or seat.rank == 0  # rank 0 speaks for all
+    quiet = quiet or not is_heard
+    with _naming(seat), _progress(quiet=quiet or dry_run or as_json) as progress:
         report = run(
             source,
             target,
@@ -206,8 +223,11 @@ def convert(
             cache=cache,
             dry_run=dry_run,
             progress=progress,
+            rank=seat.rank if seat else 0,
+            of=seat.size if seat else 1,
+            run=seat.run if seat else "",
         )
-    if as_json:
+    if as_json and is_heard:
         say_json(report.to_json())
         return
     if not quiet:
@@ -253,12 +273,56 @@ def lines(report: ConversionReport) -> Iterator[str]:
     if report.fingerprint:
         read = size(report.fingerprint_nbytes)
         yield f"digest    {report.fingerprint}  {read} of the result read for it"
+    yield from _ranks(report)
     moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
     yield f"moved     {moved or 'nothing'}"
     time = f"time      {report.seconds:.2f} s"
     if report.target.nbytes >= _SPEED_FROM and report.seconds:
         time += f", {size(report.target.nbytes / report.seconds)}/s"
     yield time
+
+
+def _seat(rank: int | None, of: int | None) -> Seat | None:
+    """Which of how many processes this is, if it is one of several."""
+    if rank is None and of is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from dcpconv.conversion.worlds.seats import find_seat
+
+    seat = find_seat(rank, of, os.environ)
+    return seat if seat.size > 1 else None
+
+
+@contextmanager
+def _naming(seat: Seat | None) -> Iterator[None]:
+    """Says in an error which of several processes it is of."""
+    from dcpconv.core.errors import DcpconvError
+
+    try:
+        yield
+    except DcpconvError as error:
+        if seat is None:
+            raise
+        from dcpconv.conversion.worlds.faults import named
+        from dcpconv.conversion.worlds.seats import host
+
+        raise named(error, rank=seat.rank, host=host()) from error
+
+
+def _ranks(report: ConversionReport) -> Iterator[str]:
+    """What each rank wrote, and which one the others waited for."""
+    if not report.shares:
+        return
+    yield from _listed(
+        "rank",
+        [
+            f"{share.rank}  {size(share.nbytes)} in {share.seconds:.2f} s on {share.host}"
+            for share in report.shares
+        ],
+    )
+    slowest = max(report.shares, key=lambda share: share.seconds)
+    yield f"slowest   rank {slowest.rank} on {slowest.host}, {slowest.seconds:.2f} s"
+    if report.resumed:
+        yield f"resumed   {size(report.resumed)} that an earlier run had written"
 
 
 def _listed(label: str, items: Any) -> Iterator[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,9 +16,9 @@ from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
-from dcpconv.engine.execute import Moved, execute
-from dcpconv.engine.publish import check_space, staging
-from dcpconv.engine.space import spared
+from dcpconv.engine.execute import MOVED, Moved, execute
+from dcpconv.engine.publish import staging
+from dcpconv.engine.space import check_space, spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from dcpconv.engine.placing import Ground
     from dcpconv.engine.uploading import Uploads
     from dcpconv.sources.adapters.naming import Weighed
-
-_MOVED = ("reflinked", "copied", "buffered", "relabelled", "cast", "merged", "holes")
 
 Engine = Literal["stream", "torch"]
 
@@ -72,6 +70,9 @@ def convert(
     cache: bool = False,
     dry_run: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    rank: int = 0,
+    of: int = 1,
+    run: str = "",
 ) -> ConversionReport:
     """Converts a checkpoint; memory does not grow with it, and the result is whole or absent.
 
@@ -113,9 +114,14 @@ def convert(
         overwrite: Replace an existing target, in one step once the result is complete.
         cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
-        progress: Called with the bytes done, from worker threads.
+        progress: Called with the bytes done, from worker threads; on rank 0 those of all ranks.
+        rank: Which of several processes this is that write one result together; each calls this
+            with the same arguments, and all see the directory of the target.
+        of: How many they are; they return, or raise, together.
+        run: What tells this start of them from another, where something does.
 
     Raises:
+        RankError: The processes do not agree, or one of them is gone.
         CoverageError: Keys are missing, unknown or misshapen; all are listed.
         NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
         FormatError: A file is truncated, malformed or unsafe.
@@ -139,7 +145,6 @@ def convert(
         overwrite=overwrite,
     )
     here = _downloaded(os.fspath(source)) if cache else path_of(source)
-    request = Request(here, said, only, wanted, trust, _adapters(adapter))
     is_by_torch = _is_by_torch(engine, trust=trust)
     if is_by_torch and (is_remote(here) or isinstance(wanted.path, RemotePath)):
         raise DcpconvError(
@@ -159,6 +164,18 @@ def convert(
             "torch's engine takes no fingerprint",
             hint="`dcpconv fingerprint DST` takes one of the result",
         )
+    if of != 1 or rank:
+        from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415 - most are alone
+
+        seat = Seat(rank, of, run)
+        seat.require_streaming(by_torch=is_by_torch)
+        if isinstance(wanted.path, RemotePath):
+            raise DcpconvError(
+                "several processes write one result on a disk that all of them see only",
+                [("target", wanted.path)],
+                hint="convert to a URL with one process: leave --rank and --of out",
+            )
+    request = Request(here, said, only, wanted, trust, _adapters(adapter))
     if not dry_run:
         ground = request.check_target()
         if ground is not None:
@@ -183,16 +200,36 @@ def convert(
         decided = alone or decide(everything, request)
         if dry_run:
             return decided.report
-        moved = _write(decided, ground, jobs=jobs, overwrite=overwrite, progress=progress)
+        report = decided.report
+        with _overflow_refused():
+            if of == 1:
+                moved = _write(decided, ground, jobs=jobs, overwrite=overwrite, progress=progress)
+            else:
+                from dcpconv.conversion.worlds import working  # noqa: PLC0415 - most are alone
+
+                written = working.write_shared(
+                    decided,
+                    seat,
+                    jobs=jobs,
+                    overwrite=overwrite,
+                    progress=lambda done, total: progress and progress(Progress(done, total)),
+                )
+                moved = written.moved
+                report = replace(
+                    report,
+                    shares=written.shares,
+                    resumed=written.resumed,
+                    notes=(*report.notes, *written.notes),
+                )
         printed: dict[str, Any] = {}
-        if fingerprint:
+        if fingerprint and not rank:
             from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
 
             printed = printed_result(decided.job, jobs=jobs)
         return replace(
-            decided.report,
+            report,
             **printed,
-            moved={name: nbytes for name in _MOVED if (nbytes := getattr(moved, name))},
+            moved={name: nbytes for name in MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
             is_dry_run=False,
@@ -282,24 +319,17 @@ def _write(
             progress(Progress(done, total))
 
     def carry_out(target: Path, uploads: Uploads | None = None) -> Moved:
-        try:
-            return execute(
-                outline,
-                source=job.catalog.path,
-                target=target,
-                identities=job.catalog.identities,
-                jobs=jobs,
-                progress=advance,
-                labels=labels(decided.planned, outline),
-                allow_overflow="overflow" in job.aim.source.said.allow,
-                uploads=uploads,
-            )
-        except LossyCastError as error:
-            raise LossyCastError(
-                "values are too large for the target type; nothing was written",
-                error.facts,
-                hint="choose bf16 or fp32; --allow overflow writes infinities instead",
-            ) from error
+        return execute(
+            outline,
+            source=job.catalog.path,
+            target=target,
+            identities=job.catalog.identities,
+            jobs=jobs,
+            progress=advance,
+            labels=labels(decided.planned, outline),
+            allow_overflow="overflow" in job.aim.source.said.allow,
+            uploads=uploads,
+        )
 
     def commit() -> list[tuple[str, bytes]]:
         return [*((file.name, file.read()) for file in side.files), *outline.commit]
@@ -332,3 +362,15 @@ def _write(
         moved = carry_out(stage.path)
         stage.publish(commit())
     return moved
+
+
+@contextmanager
+def _overflow_refused() -> Iterator[None]:
+    try:
+        yield
+    except LossyCastError as error:
+        raise LossyCastError(
+            "values are too large for the target type; nothing was written",
+            error.facts,
+            hint="choose bf16 or fp32; --allow overflow writes infinities instead",
+        ) from error

@@ -21,8 +21,8 @@ from dcpconv.conversion.convert import convert
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.outline import Outline
 from dcpconv.engine.execute import execute
-from dcpconv.engine.publish import check_space, staging
-from dcpconv.engine.space import block_size
+from dcpconv.engine.publish import staging
+from dcpconv.engine.space import block_size, check_space
 from dcpconv.formats import dcp, torchfile
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.plan.coverage import cover_as_stored

@@ -42,6 +42,23 @@ class Relabelled:
 
 
 @dataclass(frozen=True, slots=True)
+class RankShare:
+    """What one of several processes wrote.
+
+    Attributes:
+        rank: Which of them.
+        host: Where it ran.
+        nbytes: Payload bytes.
+        seconds: Wall time from its first byte to its last synced one.
+    """
+
+    rank: int
+    host: str
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class ConversionReport:
     """What a conversion did, or, after a dry run, would do.
 
@@ -65,6 +82,8 @@ class ConversionReport:
         merged: Tensors that adapters changed.
         fingerprint: Of the result, where it was asked for.
         fingerprint_nbytes: Bytes of the result that were read for it.
+        shares: What each rank wrote, where several processes wrote the result.
+        resumed: Payload bytes of it that an earlier run of them had written.
     """
 
     source: Side
@@ -86,6 +105,8 @@ class ConversionReport:
     merged: int = 0
     fingerprint: str = ""
     fingerprint_nbytes: int = 0
+    shares: tuple[RankShare, ...] = ()
+    resumed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""

@@ -37,7 +37,8 @@ from dcpconv.core.catalog import Catalog, Form, KeyPath, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.engine.copying import write_error
-from dcpconv.engine.publish import check_space, staging
+from dcpconv.engine.publish import staging
+from dcpconv.engine.space import check_space
 from dcpconv.formats import dcp, ranks, safetensors, torchfile
 from dcpconv.formats.dcp.metadata import read_metadata
 from dcpconv.formats.dcp.names import METADATA_FILE

@@ -274,8 +274,8 @@ def _cut(steps: Steps, lengths: Mapping[str, int], start: int, stop: int) -> Ite
     last = min(length, (stop - span) // step + 1)
     whole = range(first, max(first, last))
     touched = range(max(0, (start - span) // step + 1), min(length, -(-stop // step)))
-    before = [v for v in touched if v < whole.start]
-    after = [v for v in touched if v >= whole.stop and v >= whole.start]
+    before = range(touched.start, min(touched.stop, whole.start))
+    after = range(max(touched.start, whole.stop), touched.stop)
     for value in before:
         for box in _cut(inner, lengths, start - value * step, stop - value * step):
             yield {axis: (value, value + 1), **box}

@@ -35,6 +35,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _STRIDE = 16 << 20
 """Bytes per system call: long enough to cost nothing, short enough to stop soon after Ctrl-C."""
 
+_FOLIO = 64 << 10
+"""Bytes that the kernel copies at a time, and keeps in one piece where they start at a multiple of
+that in the target: a tenth less work for it."""
+
+_WORTH_RESERVING = 1 << 20
+"""Bytes of a run from which reserving blocks is worth a system call."""
+
 _CACHED = 1 << 20
 """Bytes per read and write: they stay in a core's cache between the two."""
 
@@ -133,13 +140,26 @@ class Ladder:
         if error.errno in _REFUSALS:
             self.refused.add((rung, source, target))
 
+    def _reserve(self, fd: int, target: int, nbytes: int, device: int) -> None:
+        """Find disk blocks once for a whole run and not for every page: a seventh less work."""
+        if nbytes < _WORTH_RESERVING or not self._may("reserve", device, device):
+            return
+        try:
+            self.system.reserve(fd, target, nbytes)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            self.refused.add(("reserve", device, device))
+
     def _kernel_copy(
         self, source: SourceFile, fd: int, offset: int, target: int, nbytes: int, device: int
     ) -> int:
         """Bytes copied; fewer than ``nbytes`` where the last rung has to go on."""
         done = 0
+        if source.device == device:
+            self._reserve(fd, target, nbytes, device)
         while done < nbytes and self._may("copy", source.device, device):
-            length = min(_STRIDE, nbytes - done)
+            length = min(_STRIDE - (target + done) % _FOLIO, nbytes - done)
             try:
                 count = self.system.copy(source.fd, fd, offset + done, target + done, length)
             except AttributeError:  # this system has no such call
@@ -163,11 +183,13 @@ def _buffered_copy(
     buffer: memoryview,
     system: System,
 ) -> None:
-    step = min(len(buffer), _CACHED)
-    for start in range(0, nbytes, step):
-        view = buffer[: min(step, nbytes - start)]
-        source.read(offset + start, [view], len(view))
-        write(fd, view, target + start, system=system)
+    step, done = min(len(buffer), _CACHED), 0
+    while done < nbytes:
+        length = step - (target + done) % _FOLIO if step > _FOLIO else step
+        view = buffer[: min(length, nbytes - done)]
+        source.read(offset + done, [view], len(view))
+        write(fd, view, target + done, system=system)
+        done += len(view)
 
 
 def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SYSTEM) -> None:
@@ -177,6 +199,42 @@ def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SY
         count = system.pwrite(fd, view, offset)
         offset += count
         view = view[count:]
+
+
+@dataclass(frozen=True, slots=True)
+class OutDirectory:
+    """The directory of a result.
+
+    Attributes:
+        path: An existing directory.
+        fd: The same, open, where its files are there already, as long as they will be: whatever
+            takes the name of the directory later is not written to.
+    """
+
+    path: Path
+    fd: int | None = None
+
+    def make(self, name: str, nbytes: int) -> int:
+        """Create a file that must not exist."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                os.ftruncate(fd, nbytes)
+            except OSError:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise write_error(error, path) from error
+        return fd
+
+    def open(self, name: str) -> int:
+        """Open a file that another process has made."""
+        try:
+            return os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=self.fd)
+        except OSError as error:
+            raise write_error(error, self.path / name) from error
 
 
 def write_error(error: OSError, path: Path) -> DcpconvError:
@@ -196,20 +254,14 @@ class Output:
 
     __slots__ = ("fd", "name", "path", "pending")
 
-    def __init__(self, directory: Path, file: OutFile) -> None:
+    def __init__(self, target: OutDirectory, file: OutFile) -> None:
         self.name = file.name
-        self.path = directory / file.name
+        self.path = target.path / file.name
         self.pending = 1
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                os.ftruncate(self.fd, file.nbytes)
-            except OSError:
-                os.close(self.fd)
-                raise
-        except OSError as error:
-            raise write_error(error, self.path) from error
+        if target.fd is None:
+            self.fd = target.make(file.name, file.nbytes)
+        else:
+            self.fd = target.open(file.name)
 
     def announce(self, unit: Unit) -> None:
         """A file is written in any order."""
@@ -220,12 +272,12 @@ class Output:
     def write(self, data: memoryview | bytes, offset: int, *, system: System) -> None:
         write(self.fd, data, offset, system=system)
 
-    def write_back(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit, system: System) -> None:
         """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
-        results that memory could hold.  What is still dirty stays cached."""
-        if unit.nbytes >= _WORTH_STARTING and hasattr(os, "posix_fadvise"):
+        results that memory could hold."""
+        if unit.nbytes >= _WORTH_STARTING:
             with suppress(OSError):
-                os.posix_fadvise(self.fd, unit.offset, unit.nbytes, os.POSIX_FADV_DONTNEED)
+                system.start_writing(self.fd, unit.offset, unit.nbytes)
 
     def finish(self) -> None:
         try:

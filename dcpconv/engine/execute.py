@@ -7,8 +7,8 @@ the caller owns, such as the shard of a live tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,26 @@ from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import LossyCastError
 from dcpconv.core.outline import Fill, Outline
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.copying import Ladder, Tally
-from dcpconv.engine.threads import Crew, Desk, Pool
+from dcpconv.engine.copying import Ladder, OutDirectory, Tally
+from dcpconv.engine.threads import Crew, Desk, Pool, Stint
 from dcpconv.stores.local import SYSTEM, Sources, System
 
 if TYPE_CHECKING:
     from dcpconv.engine.uploading import Uploads
 
-__all__ = ["CastLoss", "Moved", "Sources", "execute", "fill"]
+__all__ = [
+    "MOVED",
+    "CastLoss",
+    "Moved",
+    "Sources",
+    "execute",
+    "fill",
+    "refuse_overflow",
+    "together",
+]
+
+MOVED = tuple(count.name for count in fields(Tally))
+"""Names of the ways that bytes move."""
 
 TILE = 4 << 20
 """Bytes put together in a buffer at a time, budget permitting."""
@@ -88,6 +100,8 @@ def execute(
     labels: Mapping[tuple[str, int], str] | None = None,
     uploads: Uploads | None = None,
     system: System = SYSTEM,
+    stints: Iterable[Stint] | None = None,
+    made: int | None = None,
 ) -> Moved:
     """Create every file of ``outline`` below ``target``, synced to disk.
 
@@ -97,6 +111,8 @@ def execute(
         outline: What to write.
         source: Directory that ``Part.file`` is relative to.
         target: Existing empty directory.
+        stints: The part of it to write, where several processes write one result.
+        made: The target, open, where its files are there already.
         identities: What the source files were when they were planned with (``Catalog.identities``);
             looked at when one is opened, and once more when all is written.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
@@ -125,8 +141,8 @@ def execute(
     pool = Pool(budget)
     with Sources(source, identities=identities, system=system) as sources:
         crew = Crew(
-            files=outline.files,
-            target=target,
+            stints=((file, None) for file in outline.files) if stints is None else stints,
+            target=OutDirectory(target, made),
             sources=sources,
             ladder=Ladder(block, system),
             desks=[Desk(pool, size) for _ in range(threads)],
@@ -138,31 +154,40 @@ def execute(
             uploads.settle()
         sources.require_unchanged()
     total = Tally()
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    losses: list[CastLoss] = []
     for desk in crew.desks:
         total.add(desk.tally)
-        for place, (over, under) in desk.losses.items():
-            known = found.get(place, (0, 0))
-            found[place] = (known[0] + over, known[1] + under)
+        losses += [CastLoss(*place, *lost) for place, lost in desk.losses.items()]
+    moved = Moved(**asdict(total), losses=tuple(losses), peak_buffer=pool.peak)
+    moved = together([moved], outline)
+    if not allow_overflow:
+        refuse_overflow(moved.losses, labels or {})
+    return moved
+
+
+def together(some: Iterable[Moved], outline: Outline) -> Moved:
+    """What several threads or processes moved of one result.
+
+    Args:
+        some: What each of them moved.
+        outline: The whole result, in whose order the losses are listed.
+    """
+    total = Tally()
+    peak = 0
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for one in some:
+        total.add(Tally(*(getattr(one, name) for name in MOVED)))
+        peak = max(peak, one.peak_buffer)
+        for loss in one.losses:
+            over, under = found.get((loss.file, loss.offset), (0, 0))
+            found[loss.file, loss.offset] = over + loss.overflowed, under + loss.underflowed
     losses = tuple(
         CastLoss(file.name, offset, *found[file.name, offset])
-        for file in outline.files
+        for file in (outline.files if found else ())
         for offset, _ in file.payloads
         if (file.name, offset) in found
     )
-    if not allow_overflow:
-        refuse_overflow(losses, labels or {})
-    return Moved(
-        reflinked=total.reflinked,
-        copied=total.copied,
-        buffered=total.buffered,
-        relabelled=total.relabelled,
-        cast=total.cast,
-        merged=total.merged,
-        holes=total.holes,
-        losses=losses,
-        peak_buffer=pool.peak,
-    )
+    return Moved(**asdict(total), losses=losses, peak_buffer=peak)
 
 
 def fill(fill: Fill, *, source: Path | Sources, into: memoryview) -> None:
@@ -205,15 +230,15 @@ def _label(loss: CastLoss, labels: Mapping[tuple[str, int], str]) -> str:
     return labels.get((loss.file, loss.offset), f"{loss.file} at byte {loss.offset}")
 
 
-def refuse_overflow(losses: tuple[CastLoss, ...], labels: Mapping[tuple[str, int], str]) -> None:
-    """Raises where casts made finite values infinite.
+def refuse_overflow(losses: Iterable[CastLoss], labels: Mapping[tuple[str, int], str]) -> None:
+    """Refuse a result in which casts turned finite values infinite.
 
     Args:
         losses: What casts lost.
-        labels: Key of the payload at ``(OutFile.name, offset)``.
+        labels: As in ``execute``.
 
     Raises:
-        LossyCastError: Lists all of them.
+        LossyCastError: Some did; all are listed.
     """
     overflowed = [loss for loss in losses if loss.overflowed]
     if overflowed:

@@ -5,6 +5,7 @@ Everything is written beside the target in ``.NAME.dcpconv-staging``::
     owner       locked for as long as a conversion lives; holds its process id
     result/     what will become the target
     previous/   the old target, between the two renames of a file system that cannot exchange
+    shares/     where the processes meet that write one result together
 
 The lock belongs to a file that never becomes part of a result, so that a second converter that
 opened it just before the first one published cannot take the published target for a stale one.
@@ -17,7 +18,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,15 @@ from dcpconv.stores.schemes import refuse_scheme
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Source: linux/fs.h
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-_OWNER, _RESULT, _PREVIOUS = "owner", "result", "previous"
+_OWNER, _PREVIOUS = "owner", "previous"
+RESULT, SHARES = "result", "shares"
 
 
 class TargetError(DcpconvError, OSError):
     """The target cannot be written where it is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Staging:
     """Where a result lives before it is published.
 
@@ -46,12 +48,15 @@ class Staging:
         target: Where it will be, symbolic links resolved.
         is_file: Whether the target is one file instead of a directory.
         overwrite: Whether an existing target may be replaced.
+        keeping: Whether the staging directory stays when the block ends without ``publish()``, for
+            another conversion to go on with.
     """
 
     path: Path
     target: Path
     is_file: bool
     overwrite: bool
+    keeping: bool = False
 
     def publish(self, commit: Sequence[tuple[str, bytes]] = ()) -> None:
         """Write the commit files, sync everything, and rename the result into place.
@@ -96,9 +101,20 @@ class Staging:
                 raise
 
 
+def staging_directory(target: Path) -> Path:
+    """Where a result is made: beside the target, symbolic links resolved."""
+    target = Path(os.path.realpath(target))
+    return target.parent / f".{target.name}.dcpconv-staging"
+
+
 @contextmanager
 def staging(
-    target: Path, *, overwrite: bool, is_file: bool, source: Path | None = None
+    target: Path,
+    *,
+    overwrite: bool,
+    is_file: bool,
+    source: Path | None = None,
+    goes_on: Callable[[Path], bool] = lambda _: False,
 ) -> Iterator[Staging]:
     """Lend a staging directory beside ``target``; it is gone when the block ends.
 
@@ -112,6 +128,8 @@ def staging(
         is_file: Whether the target will be one file instead of a directory.
         source: What is being read, of which nothing is replaced; a new file or directory inside it
             changes nothing of it.
+        goes_on: Whether a crashed conversion left something in the staging directory that this one
+            goes on with; it is kept then.
 
     Raises:
         TargetExistsError: The target exists, or another conversion is writing it.
@@ -121,22 +139,26 @@ def staging(
     refuse_scheme(target)
     target = Path(os.path.realpath(target))
     check_target(target, overwrite=overwrite, is_file=is_file, source=source)
-    root = target.parent / f".{target.name}.dcpconv-staging"
+    root = staging_directory(target)
     made = [path for path in target.parents if not path.exists()]
     try:
         with _no_room(target):
             _make_directories(target.parent)
             lock = _claim(root, target)
+        staged: Staging | None = None
         try:
-            _recover(root, target)
+            result = root / RESULT
+            if not (result.is_dir() and goes_on(root)):
+                _recover(root, target)
             # Another conversion may have finished between the first look and the lock.
             check_target(target, overwrite=overwrite, is_file=is_file, source=source)
-            result = root / _RESULT
             with _no_room(target):
-                result.mkdir()
-            yield Staging(result, target, is_file=is_file, overwrite=overwrite)
+                result.mkdir(exist_ok=True)
+            staged = Staging(result, target, is_file=is_file, overwrite=overwrite)
+            yield staged
         finally:
-            _recover(root, target)
+            if staged is None or not staged.keeping:
+                _recover(root, target)
             with suppress(OSError):
                 (root / _OWNER).unlink()
                 root.rmdir()
@@ -204,34 +226,6 @@ def check_target(
             "the target exists",
             [("target", target)],
             hint="pass --overwrite to replace it once the new one is complete",
-        )
-
-
-def check_space(target: Path, nbytes: int, *, reflinkable: int = 0) -> None:
-    """Refuse a result that the disk cannot hold.
-
-    Args:
-        target: Where it will be; need not exist.
-        nbytes: Length of all its files.
-        reflinkable: How much of that will share blocks with the source.
-
-    Raises:
-        NoSpaceError: Less is free than needed.
-    """
-    target = Path(os.path.realpath(target))
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    stat = os.statvfs(existing)
-    free = stat.f_bavail * stat.f_frsize
-    needed = max(0, nbytes - reflinkable)
-    if needed > free:
-        raise NoSpaceError(
-            "the disk cannot hold the result",
-            [
-                ("target", target),
-                ("needed", f"{needed / (1 << 30):.2f} GiB"),
-                ("free", f"{free / (1 << 30):.2f} GiB"),
-            ],
-            hint="free some space or choose another disk",
         )
 
 
@@ -347,7 +341,8 @@ def _recover(root: Path, target: Path) -> None:
     if previous.exists() and not target.exists():
         previous.rename(target)
         _sync(target.parent)
-    for name in (_RESULT, _PREVIOUS):
+    shutil.rmtree(root / SHARES, ignore_errors=True)  # a process that was lost may still be at it
+    for name in (RESULT, _PREVIOUS):
         if (root / name).is_dir():
             shutil.rmtree(root / name)
 

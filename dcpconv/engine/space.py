@@ -1,10 +1,12 @@
-"""How much of a result will take no room: blocks shared with the source, and holes."""
+"""Whether a disk can hold a result, and how much of it will take no room: blocks shared with the
+source, and holes."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from dcpconv.core.errors import NoSpaceError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import shares_blocks
 from dcpconv.stores.local import SYSTEM, System
@@ -86,3 +88,31 @@ def writes_anywhere(directory: Path, *, system: System = SYSTEM) -> bool:
             probe.unlink()
     except OSError:
         return False
+
+
+def check_space(target: Path, nbytes: int, *, reflinkable: int = 0) -> None:
+    """Refuse a result that the disk cannot hold.
+
+    Args:
+        target: Where it will be; need not exist.
+        nbytes: Length of all its files.
+        reflinkable: How much of that will share blocks with the source.
+
+    Raises:
+        NoSpaceError: Less is free than needed.
+    """
+    target = Path(os.path.realpath(target))
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    stat = os.statvfs(existing)
+    free = stat.f_bavail * stat.f_frsize
+    needed = max(0, nbytes - reflinkable)
+    if needed > free:
+        raise NoSpaceError(
+            "the disk cannot hold the result",
+            [
+                ("target", target),
+                ("needed", f"{needed / (1 << 30):.2f} GiB"),
+                ("free", f"{free / (1 << 30):.2f} GiB"),
+            ],
+            hint="free some space or choose another disk",
+        )

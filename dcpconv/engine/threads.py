@@ -6,16 +6,15 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
-from dcpconv.engine.copying import Ladder, Output, Tally, write_error
+from dcpconv.engine.copying import Ladder, OutDirectory, Output, Tally, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
 from dcpconv.stores.local import Sources
 
@@ -156,12 +155,16 @@ def at_desks(desks: Sequence[Desk], work: Callable[[Desk], None], *, stop: threa
             worker.join()
 
 
+Stint = tuple[OutFile, tuple[int, int] | None]
+"""A file to write, and ``(start, stop)`` of its bytes where it is not all of them."""
+
+
 class Crew:
     """Threads that share one iterator of units, so that what exists at a time is a unit each.
 
     Args:
-        files: What to write.
-        target: Existing directory to create them in.
+        stints: What to write.
+        target: Where the files are, or will be.
         sources: Where to read.
         ladder: How to copy long runs.
         desks: One per thread, all of the same size.
@@ -172,8 +175,8 @@ class Crew:
     def __init__(
         self,
         *,
-        files: tuple[OutFile, ...],
-        target: Path,
+        stints: Iterable[Stint],
+        target: OutDirectory,
         sources: Sources,
         ladder: Ladder,
         desks: list[Desk],
@@ -191,7 +194,7 @@ class Crew:
             uploads.halt = self._stop
         self._errors: list[BaseException] = []
         self._open: set[Output | Upload] = set()
-        self._work = self._list(files, target)
+        self._work = self._list(stints, target)
         self._ahead: Ahead[_Work] | None = None
         if sources.is_remote:
             from dcpconv.engine.wanting import of_unit  # noqa: PLC0415 - files here need none
@@ -213,15 +216,14 @@ class Crew:
         if self._errors:
             raise self._errors[0]
 
-    def _list(self, files: tuple[OutFile, ...], target: Path) -> Iterator[_Work]:
+    def _list(self, stints: Iterable[Stint], target: OutDirectory) -> Iterator[_Work]:
         """Every unit with its file, and ``None`` once all units of a file are listed."""
-        for file in files:
+        block, tile = self._ladder.block, self.desks[0].size
+        is_far = self._sources.is_remote or self._uploads is not None
+        for file, within in stints:
             output = self._uploads.open(file) if self._uploads else Output(target, file)
             self._open.add(output)
-            is_far = self._sources.is_remote or self._uploads is not None
-            for unit in units(
-                file, block=self._ladder.block, tile=self.desks[0].size, is_far=is_far
-            ):
+            for unit in units(file, block=block, tile=tile, within=within, is_far=is_far):
                 yield output, unit
             yield output, None
 
@@ -254,7 +256,7 @@ class Crew:
             done = 0
             if unit:
                 done = self._do(unit, output, desk)
-                output.write_back(unit)
+                output.write_back(unit, self._ladder.system)
             self._release(output)
         except OSError as error:
             if isinstance(error, DcpconvError):

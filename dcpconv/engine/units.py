@@ -81,11 +81,20 @@ FAR_UNIT = 8 << 20
 """The same for what a network brings or takes, which is held in memory until it is done."""
 
 
-def units(file: OutFile, *, block: int, tile: int, is_far: bool = False) -> Iterator[Unit]:
+def units(
+    file: OutFile,
+    *,
+    block: int,
+    tile: int,
+    within: tuple[int, int] | None = None,
+    is_far: bool = False,
+) -> Iterator[Unit]:
     """Every unit of a file, by offset.
 
     Args:
         file: What to write.
+        within: ``(start, stop)``, in bytes of the file: nothing else is written.  Neither may lie
+            inside an element of a payload.
         block: File system block, in bytes.  What of a long run lies on whole blocks of both files
             becomes a ``Run`` of its own; the ends join their neighbours.
         tile: Bytes of a ``Stretch`` and of a ``Tile`` at most, in either type.
@@ -97,7 +106,8 @@ def units(file: OutFile, *, block: int, tile: int, is_far: bool = False) -> Iter
     long, unit = min(LONG_RUN, tile), FAR_UNIT if is_far else UNIT
     room = min(CACHED, tile)
     held: list[Write] = []
-    for piece in _pieces(file, block=block, tile=tile, long=long, unit=unit):
+    start, stop = within or (0, file.nbytes)
+    for piece in _pieces(file, start, stop, block=block, tile=tile, long=long, unit=unit):
         alone = _is_alone(piece, long)
         if held:
             begin, last = held[0].offset, held[-1]
@@ -124,7 +134,9 @@ def _stretch(pieces: list[Write]) -> Stretch:
     return Stretch(begin, last.offset + last.nbytes - begin, tuple(pieces))
 
 
-def _pieces(file: OutFile, *, block: int, tile: int, long: int, unit: int) -> Iterator[Write]:
+def _pieces(
+    file: OutFile, start: int, stop: int, *, block: int, tile: int, long: int, unit: int
+) -> Iterator[Write]:
     end = 0
     items: list[tuple[int, bytes | Fill]] = [*file.literals, *file.payloads]
     for offset, what in sorted(items, key=lambda item: item[0]):
@@ -137,29 +149,42 @@ def _pieces(file: OutFile, *, block: int, tile: int, long: int, unit: int) -> It
                 f"or exceed {file.nbytes}"
             )
         end = offset + nbytes
+        low, high = max(start - offset, 0), min(stop - offset, nbytes)
+        if low >= high:
+            continue
         data = what if isinstance(what, bytes) else what.data
         if data is not None:
-            yield Given(offset, data)
+            yield Given(offset + low, data[low:high])
         elif isinstance(what, Fill):
-            yield from _payload(offset, what, block=block, tile=tile, long=long, unit=unit)
+            yield from _payload(
+                offset, what, low, high, block=block, tile=tile, long=long, unit=unit
+            )
 
 
 def _payload(
-    offset: int, fill: Fill, *, block: int, tile: int, long: int, unit: int
+    offset: int, fill: Fill, low: int, high: int, *, block: int, tile: int, long: int, unit: int
 ) -> Iterator[Write]:
+    """Bytes ``low`` to ``high`` of a payload."""
     box = Box(fill)
     itemsize = fill.target_dtype.itemsize
-    position = 0
+    position, end = low // itemsize, high // itemsize
+    if position * itemsize != low or end * itemsize != high:
+        raise ValueError(f"{low} or {high} lies inside an element of {itemsize} bytes")
     for part in () if fill.is_computed else box.long_runs(long):
-        yield from _tiles(offset, box, position, part.target, tile=tile)
-        position = part.target + part.numel
-        at, nbytes = offset + part.target * itemsize, part.numel * itemsize
-        yield from _runs(at, part.file, part.offset, nbytes, block=block, long=long, unit=unit)
-    if position == 0 and not fill.is_computed and len(fill.parts) == 1 and not box.is_relabelled:
-        (part,) = fill.parts
-        yield Run(offset, fill.nbytes, part.file, part.offset)
+        begin, stop = max(part.target, position), min(part.target + part.numel, end)
+        if begin >= stop:
+            continue
+        yield from _tiles(offset, box, position, begin, tile=tile)
+        position = stop
+        source = part.offset + (begin - part.target) * itemsize
+        nbytes = (stop - begin) * itemsize
+        at = offset + begin * itemsize
+        yield from _runs(at, part.file, source, nbytes, block=block, long=long, unit=unit)
+    is_one_run = not fill.is_computed and len(fill.parts) == 1 and not box.is_relabelled
+    if position * itemsize == low and is_one_run:
+        yield Run(offset + low, high - low, fill.parts[0].file, fill.parts[0].offset + low)
     else:
-        yield from _tiles(offset, box, position, fill.numel, tile=tile)
+        yield from _tiles(offset, box, position, end, tile=tile)
 
 
 def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterator[Tile]:

@@ -15,7 +15,7 @@ from typing import Final
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.units import Unit
-from dcpconv.stores.local import SourceFile
+from dcpconv.stores.local import SourceFile, System
 from dcpconv.stores.remote import RemotePath
 
 PART: Final = 16 << 20
@@ -200,7 +200,7 @@ class Upload:
             self._arrived(number, length)
             offset, target, nbytes = offset + length, target + length, nbytes - length
 
-    def write_back(self, unit: Unit) -> None:
+    def write_back(self, unit: Unit, system: System) -> None:
         """Parts are sent by themselves."""
 
     def finish(self) -> None:

@@ -22,6 +22,7 @@ from support.checkpoints.engine_cases import (
     contiguous,
     elements,
     random_fill,
+    random_outline,
     slow_file,
     slow_fill,
     store,
@@ -108,42 +109,6 @@ def test_fill_answers_the_whole_box(tmp_path: Path, seed: int) -> None:
     fill(box, source=store(tmp_path, files), into=memoryview(into))
 
     assert into == slow_fill(box, files)
-
-
-def random_outline(rng: random.Random) -> tuple[Outline, dict[str, bytes]]:
-    """Files of literals, gaps, relabelled boxes and runs from one byte to a quarter MiB."""
-    outputs: list[OutFile] = []
-    stored = {"long.bin": rng.randbytes(400 * KIB)}
-    for number in range(rng.randint(1, 3)):
-        at = 0
-        literals, payloads = [], []
-        for index in range(rng.randint(0, 12)):
-            at += rng.choice([0, 0, 3, 64, 5000, 70 * KIB])
-            kind = rng.choice(["literal", "box", "short", "long", "congruent"])
-            if kind == "literal":
-                data = rng.randbytes(rng.choice([0, 1, 900, 40 * KIB]))
-                literals.append((at, data))
-                at += len(data)
-                continue
-            dtype = INTEGERS[rng.choice([1, 2, 4, 8])]
-            box, files = random_fill(rng, dtype=dtype, widest=rng.choice([6, 2000]))
-            if kind == "box":
-                renamed = {file: f"{number}-{index}-{file}" for file in files}
-                stored |= {renamed[file]: data for file, data in files.items()}
-                parts = tuple(replace(part, file=renamed[part.file]) for part in box.parts)
-                box = replace(box, parts=parts)
-            else:
-                nbytes = rng.randint(1, 3000) if kind == "short" else rng.randint(20, 250) * KIB + 5
-                numel = nbytes // dtype.itemsize + 1
-                offset = rng.randint(0, 100 * KIB)
-                if kind == "congruent":
-                    offset += (at - offset) % 4096
-                box = replace(box, numel=numel, parts=(contiguous("long.bin", offset, numel),))
-            payloads.append((at, box))
-            at += box.nbytes
-        nbytes = at + rng.choice([0, 1, 9000])
-        outputs.append(OutFile(f"sub/{number}.out", nbytes, tuple(literals), tuple(payloads)))
-    return Outline(tuple(outputs)), stored
 
 
 @pytest.mark.parametrize("system", RUNGS)

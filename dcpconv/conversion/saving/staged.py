@@ -20,8 +20,8 @@ from dcpconv.core.errors import FormatError, LossyCastError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import write, write_error
 from dcpconv.engine.execute import CastLoss, refuse_overflow
-from dcpconv.engine.publish import Staging, check_space, staging
-from dcpconv.engine.space import writes_anywhere
+from dcpconv.engine.publish import Staging, staging
+from dcpconv.engine.space import check_space, writes_anywhere
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.sources.understanding import understand
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dcpconv.core.dtypes import BY_NAME, DType
-from dcpconv.core.outline import Fill, Loop, OutFile, Part
+from dcpconv.core.outline import Fill, Loop, OutFile, Outline, Part
+
+KIB = 1 << 10
 
 INTEGERS = {
     size: BY_NAME[name]
@@ -77,6 +80,42 @@ def random_fill(
         numel *= size
     files = {file: rng.randbytes(nbytes + rng.randint(0, 9)) for file, nbytes in lengths.items()}
     return Fill(dtype, dtype, numel, tuple(parts)), files
+
+
+def random_outline(rng: random.Random) -> tuple[Outline, dict[str, bytes]]:
+    """Files of literals, gaps, relabelled boxes and runs from one byte to a quarter MiB."""
+    outputs: list[OutFile] = []
+    stored = {"long.bin": rng.randbytes(400 * KIB)}
+    for number in range(rng.randint(1, 3)):
+        at = 0
+        literals, payloads = [], []
+        for index in range(rng.randint(0, 12)):
+            at += rng.choice([0, 0, 3, 64, 5000, 70 * KIB])
+            kind = rng.choice(["literal", "box", "short", "long", "congruent"])
+            if kind == "literal":
+                data = rng.randbytes(rng.choice([0, 1, 900, 40 * KIB]))
+                literals.append((at, data))
+                at += len(data)
+                continue
+            dtype = INTEGERS[rng.choice([1, 2, 4, 8])]
+            box, files = random_fill(rng, dtype=dtype, widest=rng.choice([6, 2000]))
+            if kind == "box":
+                renamed = {file: f"{number}-{index}-{file}" for file in files}
+                stored |= {renamed[file]: data for file, data in files.items()}
+                parts = tuple(replace(part, file=renamed[part.file]) for part in box.parts)
+                box = replace(box, parts=parts)
+            else:
+                nbytes = rng.randint(1, 3000) if kind == "short" else rng.randint(20, 250) * KIB + 5
+                numel = nbytes // dtype.itemsize + 1
+                offset = rng.randint(0, 100 * KIB)
+                if kind == "congruent":
+                    offset += (at - offset) % 4096
+                box = replace(box, numel=numel, parts=(contiguous("long.bin", offset, numel),))
+            payloads.append((at, box))
+            at += box.nbytes
+        nbytes = at + rng.choice([0, 1, 9000])
+        outputs.append(OutFile(f"sub/{number}.out", nbytes, tuple(literals), tuple(payloads)))
+    return Outline(tuple(outputs)), stored
 
 
 def elements(part: Part, itemsize: int) -> dict[int, int]:

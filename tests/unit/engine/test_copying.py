@@ -231,3 +231,31 @@ def test_a_failed_write_says_what_to_do(number: int, kind: type[DcpconvError], h
     assert type(error) is kind
     assert "out/a.safetensors" in str(error)
     assert hint in str(error)
+
+
+def test_a_disk_that_cannot_reserve_is_asked_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+    no_clone, no_reserve = raising(errno.EOPNOTSUPP, []), raising(errno.EOPNOTSUPP, calls)
+    ladder = Ladder(BLOCK, replace(SYSTEM, clone=no_clone, reserve=no_reserve))
+    tally = copy(tmp_path, ladder, times=3, nbytes=1 << 20)
+    assert tally.copied == 3 << 20
+    assert calls == [errno.EOPNOTSUPP]
+
+
+def test_a_disk_that_has_nothing_to_reserve_is_full(tmp_path: Path) -> None:
+    no_clone, full = raising(errno.EOPNOTSUPP, []), raising(errno.ENOSPC, [])
+    ladder = Ladder(BLOCK, replace(SYSTEM, clone=no_clone, reserve=full))
+    with pytest.raises(OSError, match="No space left"):
+        copy(tmp_path, ladder, nbytes=1 << 20)
+
+
+def test_what_is_reserved_lies_where_the_run_goes(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def reserve(fd: int, offset: int, nbytes: int) -> None:
+        SYSTEM.reserve(fd, offset, nbytes)
+        asked.append((offset, nbytes))
+
+    system = replace(SYSTEM, clone=raising(errno.EOPNOTSUPP, []), reserve=reserve)
+    copy(tmp_path, Ladder(BLOCK, system), nbytes=(1 << 20) + 1)
+    assert asked == [(0, (1 << 20) + 1)]

@@ -15,7 +15,8 @@ import pytest
 
 from dcpconv.core.errors import NoSpaceError, TargetExistsError
 from dcpconv.engine import publish
-from dcpconv.engine.publish import TargetError, check_space, check_target, exchange, staging
+from dcpconv.engine.publish import TargetError, check_target, exchange, staging
+from dcpconv.engine.space import check_space
 from support.machine.mounts import tmpfs
 
 OLD, NEW = {"weights": b"old", "sub/x": b"old too"}, {"weights": b"new", ".metadata": b"commit"}

@@ -1,0 +1,108 @@
+"""Ranks of one conversion: as threads of this process, or as processes that share a directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcpconv import convert
+from dcpconv.conversion.report import ConversionReport
+
+SMALL: Mapping[str, float] = {
+    "dcpconv.engine.cutting.SMALLEST": 4096,
+    "dcpconv.engine.cutting.STEP": 16384,
+    "dcpconv.conversion.worlds.watching.BEAT": 0.05,
+    "dcpconv.conversion.worlds.watching.FAREWELL": 2.0,
+    "dcpconv.conversion.worlds.watching.LOST_AFTER": 30.0,
+    "dcpconv.conversion.worlds.watching.PATIENCE": 120.0,
+}
+"""Shares and waits for results of a few hundred kilobytes."""
+
+RANK = """
+import sys
+{patches}
+sys.argv = ["dcpconv", *sys.argv[1:]]
+from dcpconv.cli.app import app
+app()
+"""
+"""The command line, with other constants."""
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small results into many pieces, and wait for nobody long."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(name, value)
+
+
+def in_threads(
+    source: Path, target: Path, ranks: int, **options: Any
+) -> list[ConversionReport | BaseException]:
+    """What every rank returns or raises; ``each`` gives options of single ranks."""
+    each: Mapping[int, dict[str, Any]] = options.pop("each", {})
+    found: dict[int, ConversionReport | BaseException] = {}
+
+    def run(rank: int) -> None:
+        own = {"source": source, "rank": rank, "of": ranks, **options, **each.get(rank, {})}
+        try:
+            found[rank] = convert(target=target, **own)
+        except BaseException as error:  # noqa: BLE001 - returned to the test
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(ranks)]
+
+
+def script(patches: Mapping[str, object] = SMALL, *, before: str = "") -> str:
+    """A program that is the command line with other constants.
+
+    Args:
+        patches: Values by dotted name.
+        before: Statements to run first.
+    """
+    lines = []
+    for name, value in patches.items():
+        module, _, attribute = name.rpartition(".")
+        lines.append(f"import {module}\n{module}.{attribute} = {value!r}")
+    return RANK.format(patches="\n".join([*lines, before]))
+
+
+def environment() -> dict[str, str]:
+    """As in a shell, with this package."""
+    return {
+        **{name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+
+
+def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """One rank as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file of a result with its bytes."""
+    if path.is_file():
+        return {"": path.read_bytes()}
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
