@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import product
 
 from dcpconv.core.catalog import TensorEntry
-from dcpconv.core.errors import LayoutError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target
+from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import Weights
 
 _ENOUGH = 0.5
@@ -165,23 +164,3 @@ def _extra(
         else:
             unknown.append(Fault(key, "the target has no such key", slots))
     return tuple(unknown), tuple(tied), tuple(ignored)
-
-
-def expected(
-    table: Keymap, spec: ModelSpec
-) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
-    """Key, shape and slots of every tensor that a model has in a naming, from its numbers alone.
-
-    The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
-    names of a tied tensor are not among them.
-    """
-    sizes = spec.axes()
-    for row in table.rows:
-        try:
-            shape = row.layout.shape(sizes)
-        except LayoutError:
-            shape = None
-        for values in product(*(range(sizes.get(name, 0)) for name in row.pattern.names)):
-            indices = dict(zip(row.pattern.names, values, strict=True))
-            if spec.has(row.when, indices.get("L", 0)):
-                yield row.pattern.key(indices), shape, row.slots

@@ -15,6 +15,8 @@ Form = Literal["hf", "torch", "dcp", "ranks"]
 
 KeyPath = tuple[str | int, ...]
 """Where a value sits in nested containers: ``("model", "norm.weight")``; an int is a list index."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every tensor of a model, by key."""
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes and ``mtime_ns`` of a file: any rewrite of it changes one of them."""
 

@@ -236,7 +236,10 @@ def _look_at_source(
 ) -> tuple[list[Offer], Supplied]:
     path = locate(request.source)
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
-    supply = prepare(path, request.options, wanted=wanted, live=live_model(model))
+    parameters = {place.fqns[0]: place.shape for place in found if place.is_parameter}
+    supply = prepare(
+        path, request.options, wanted=wanted, live=live_model(model), parameters=parameters
+    )
     offer = offer_of(supply, os.fspath(request.source))
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog
+from dcpconv.core.catalog import Catalog, Shapes
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import NotExpressibleError
-from dcpconv.plan.account import Shapes, aim, aim_at, factors_of
+from dcpconv.plan.account import aim, aim_at, factors_of
 from dcpconv.plan.adapting import merged_into
 from dcpconv.plan.block_scales import with_products
 from dcpconv.plan.coverage import Coverage, Target
@@ -108,6 +108,7 @@ def prepare(
     *,
     wanted: Shapes | None = None,
     live: LiveModel | None = None,
+    parameters: Shapes | None = None,
     whole: bool = False,
 ) -> Supply:
     """Opens a source and accounts for its keys.
@@ -117,6 +118,7 @@ def prepare(
         options: How to understand it.
         wanted: The tensors of a model; decides the naming where ``options.to`` does not.
         live: Where the model is one of transformers, what it says of its names.
+        parameters: Of the live model, each by one name, in its order.
         whole: Keep every key as it is stored, with its containers and what stands beside weights.
 
     Raises:
@@ -125,7 +127,7 @@ def prepare(
         NotExpressibleError: The naming cannot hold this model; all reasons are listed.
         FormatError: A file is truncated, malformed or unsafe.
     """
-    understood = understand(source, options.said())
+    understood = understand(source, options.said(), shapes=parameters or wanted)
     if (
         live is not None
         and wanted is not None

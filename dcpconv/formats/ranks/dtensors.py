@@ -118,39 +118,6 @@ def whole(tensor: StoredTensor) -> RankBox:
     return RankBox(nothing, tensor.shape, nothing)
 
 
-def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, RankBox]]:
-    """The boxes of a run of elements in C order, each with its first element in the run.
-
-    At most ``2 * len(shape) - 1`` of them: what the run holds of its first row, whole rows, and
-    what it holds of its last.
-
-    >>> [(at, part.offsets, part.sizes) for at, part in interval((4, 3), 2, 10)]
-    [(0, (0, 2), (1, 1)), (1, (1, 0), (2, 3)), (7, (3, 0), (1, 1))]
-    """
-    if not shape:
-        if start < stop:
-            yield 0, RankBox((), (), ())
-        return
-    inner = math.prod(shape[1:])
-    position = start
-    while position < stop:
-        row, column = divmod(position, inner)
-        if column or stop - position < inner:
-            end = min(stop, (row + 1) * inner)
-            for at, part in interval(shape[1:], column, end - row * inner):
-                box = RankBox((row, *part.offsets), (1, *part.sizes), (0, *part.inside))
-                yield position - start + at, box
-        else:
-            rows = (stop - position) // inner
-            end = position + rows * inner
-            sizes = (rows, *shape[1:])
-            yield (
-                position - start,
-                RankBox((row, *(0 for _ in shape[1:])), sizes, (0,) * len(shape)),
-            )
-        position = end
-
-
 def _share(runs: Runs, parts: int, index: int) -> Runs:
     """The run of ``torch.chunk`` that ``index`` gets, out of elements that may have gaps."""
     total = sum(length for _, length in runs)

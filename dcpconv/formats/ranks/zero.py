@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.ranks.intervals import Segment, chunks_of
 from dcpconv.formats.ranks.zero_files import ModelFile, OptimFile, ParameterShapes
-from dcpconv.formats.ranks.zero_intervals import Segment, chunks_of
 from dcpconv.formats.ranks.zero_world import ZeroWorld, read_world
 from dcpconv.formats.torchfile.archive import StoredTensor
 
