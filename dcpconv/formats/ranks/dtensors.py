@@ -101,6 +101,8 @@ def parts(runs: Sequence[Runs]) -> Iterator[RankBox]:
 
 def chunk(part: RankBox, local: StoredTensor, file: str) -> Chunk:
     """A box of a local tensor, as the bytes it lies in."""
+    if part.sizes == local.shape and local.is_contiguous:
+        return Chunk(part.offsets, part.sizes, Extent(file, local.offset, local.nbytes))
     strides = local.strides
     first = sum(map(math.prod, zip(part.inside, strides, strict=True)))
     last = sum((size - 1) * stride for size, stride in zip(part.sizes, strides, strict=True))

@@ -23,8 +23,8 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.ranks.flat import FindParameters, is_flat, join_flat
 from dcpconv.formats.ranks.joining import Joined, RankFile, join, mesh_ranks, writers
+from dcpconv.formats.ranks.siblings import Siblings
 from dcpconv.formats.torchfile import is_torch_file
-from dcpconv.formats.torchfile.contents import read_leaves
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 CONFIG: Final = "fsdp_config.json"
@@ -139,13 +139,14 @@ def read_set(
     """
     files: list[RankFile] = []
     wrong: list[str] = []
+    siblings = Siblings()
     if found.world is not None and (lost := found.lost(found.world)):
         _report_lost(directory, lost, problems)
         wrong += lost
     for rank in sorted(found.names):
         name = found.names[rank]
         try:
-            contents = read_leaves(directory / name)
+            contents = siblings.read(directory / name)
         except DcpconvError as error:
             if problems is None:
                 raise

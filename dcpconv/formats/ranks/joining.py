@@ -12,7 +12,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Chunk, Identity, KeyPath, TensorEntry
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.boxes import Region, inspect_boxes
 from dcpconv.formats.ranks.dtensors import (
     RankBox,
     Runs,
@@ -191,7 +191,7 @@ def _sharded(
     if faults:
         return None, [(label, f"{key}: {value}") for label, value in faults]
     dtypes: dict[DType, str] = {}
-    chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
+    chunks: dict[Region, Chunk] = {}
     for file, part, tensor in found_parts:
         dtypes.setdefault(tensor.dtype, file.name)
         is_empty = 0 in part.sizes and 0 not in shape
@@ -201,9 +201,15 @@ def _sharded(
         return None, [("key", f"{key} is {_by_file(dtypes)}")]
     if not dtypes:
         return None, [("key", f"{key} has no bytes in any file")]
-    wrong = inspect_boxes(shape, list(chunks))
+    wrong = _inspected(shape, tuple(chunks))
     entry = TensorEntry(key, next(iter(dtypes)), shape, tuple(chunks.values()))
     return entry, [("key", f"{key}: {text}") for text in wrong]
+
+
+@functools.lru_cache(maxsize=64)
+def _inspected(shape: tuple[int, ...], boxes: tuple[Region, ...]) -> tuple[str, ...]:
+    """The layers of a model lie alike."""
+    return inspect_boxes(shape, boxes)
 
 
 _Part = tuple[RankFile, RankBox, StoredTensor]
