@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import comparing, loading, loop, scale, start_up
+from bench import comparing, loading, loop, ranks, scale, start_up
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
 from bench.measure import Result, beside_floor, table
@@ -29,7 +29,9 @@ def main() -> int:
     parser.add_argument(
         "--no-comparing", action="store_true", help="leave out fingerprint and diff"
     )
-    parser.add_argument("--no-scale", action="store_true", help="leave out the 671B shape")
+    parser.add_argument(
+        "--no-scale", action="store_true", help="leave out the 671B shape and a thousand ranks"
+    )
     parser.add_argument(
         "--write", action="store_true", help="write docs/benchmarks.md and its plot"
     )
@@ -53,6 +55,7 @@ def main() -> int:
         compared = [] if options.no_comparing else comparing.rows(work, gb=options.gb)
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
+        ranked = [] if options.no_scale else ranks.rows(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for title, results in sections.items():
@@ -61,7 +64,7 @@ def main() -> int:
         _say(f"\n2 ranks load\n{loading.table(loaded)}")
     if compared:
         _say(f"\nfingerprint and diff\n{comparing.table(compared)}")
-    for line in growth:
+    for line in (*growth, *ranked):
         _say(str(line))
     _say(f"\nstart-up\n{start_up.table(started)}")
     if options.write:
