@@ -81,7 +81,7 @@ def test_stock_load_reads_local_state_dicts(saved: Path, scene: str) -> None:
 
     expected = full(saved / scene)
     state = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
-    load(state, storage_reader=CheckpointReader(saved / scene), no_dist=True)
+    load(state, storage_reader=CheckpointReader(saved / scene))
     assert_same_bits(state, expected)
 
 
