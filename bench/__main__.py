@@ -13,6 +13,7 @@ from bench import (
     loading,
     loop,
     pages,
+    rank_files,
     ranks,
     remote,
     scale,
@@ -42,7 +43,9 @@ def main() -> int:
         "--no-comparing", action="store_true", help="leave out fingerprint and diff"
     )
     parser.add_argument("--no-ranks", action="store_true", help="leave out two ranks beside one")
-    parser.add_argument("--no-scale", action="store_true", help="leave out the 671B shape")
+    parser.add_argument(
+        "--no-scale", action="store_true", help="leave out the 671B shape and a thousand ranks"
+    )
     parser.add_argument(
         "--write", action="store_true", help="write docs/benchmarks.md and its plot"
     )
@@ -69,6 +72,7 @@ def main() -> int:
         shared = [] if options.no_ranks else _two_ranks(work, options)
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
+        ranked = [] if options.no_scale else rank_files.rows(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     for title, results in sections.items():
@@ -83,7 +87,7 @@ def main() -> int:
         _say(f"\n{title}\n{text}")
     if shared:
         _say(f"\n2 ranks convert\n{two_ranks.table(shared)}")
-    for line in growth:
+    for line in (*growth, *ranked):
         _say(str(line))
     _say(f"\nstart-up\n{start_up.table(started)}")
     if options.write:

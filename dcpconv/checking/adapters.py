@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dcpconv.checking.against import expected
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.plan.adapting import merge_of
@@ -17,6 +16,7 @@ from dcpconv.sources.adapters.reading import open_adapter, read_adapter
 from dcpconv.sources.adapters.spotting import MINIMIND, WEIGHTS, is_adapter
 from dcpconv.sources.fitting import bare
 from dcpconv.sources.opening import End, Openable
+from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import Source, understand_described

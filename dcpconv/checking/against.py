@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import product
 
 from dcpconv.core.catalog import TensorEntry
-from dcpconv.core.errors import LayoutError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, Row
+from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target
-from dcpconv.plan.sizes import Sizes
+from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import Weights
 
 _ENOUGH = 0.5
@@ -166,26 +164,3 @@ def _extra(
         else:
             unknown.append(Fault(key, "the target has no such key", slots))
     return tuple(unknown), tuple(tied), tuple(ignored)
-
-
-def expected(
-    table: Keymap, spec: ModelSpec
-) -> Iterator[tuple[str, tuple[int, ...] | None, tuple[str, ...]]]:
-    """Key, shape and slots of every tensor that a model has in a naming, from its numbers alone.
-
-    The shape is ``None`` where a layout names an axis whose size the config does not say.  Second
-    names of a tied tensor are not among them.
-    """
-    sizes = Sizes(spec, [table])
-    for row in table.rows:
-        for values in product(*(range(sizes.usual.get(name, 0)) for name in row.pattern.names)):
-            indices = dict(zip(row.pattern.names, values, strict=True))
-            if sizes.has(row.when, indices) and not sizes.lacks(row):
-                yield row.pattern.key(indices), _shape(sizes, row, indices), row.slots
-
-
-def _shape(sizes: Sizes, row: Row, indices: Mapping[str, int]) -> tuple[int, ...] | None:
-    try:
-        return sizes.shape(row, indices)
-    except LayoutError:
-        return None

@@ -22,6 +22,7 @@ from dcpconv.engine.space import check_space, spared
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
+from dcpconv.sources.opening import parameters_of
 from dcpconv.sources.said import Said
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.schemes import is_remote, path_of, target_of
@@ -264,12 +265,16 @@ def _alone(request: Request) -> Decided | None:
 def _opened(request: Request, *, by_torch: bool, dry_run: bool) -> AbstractContextManager[Catalog]:
     """The source; under torch's engine what torch makes of it, for as long as it is needed."""
     if by_torch and dry_run:
-        return nullcontext(_open_without_torch(request.source))
+        return nullcontext(_open_without_torch(request))
     if by_torch:
         from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
         return torch_engine.rewritten(request.source, request.wanted.path, trust=request.trust)
-    return nullcontext(open_checkpoint(request.source))
+    return nullcontext(_open(request))
+
+
+def _open(request: Request) -> Catalog:
+    return open_checkpoint(request.source, parameters=parameters_of(request.source, request.said))
 
 
 def _is_by_torch(engine: str, *, trust: bool) -> bool:
@@ -283,9 +288,9 @@ def _is_by_torch(engine: str, *, trust: bool) -> bool:
     return engine == "torch"
 
 
-def _open_without_torch(source: Path) -> Catalog:
+def _open_without_torch(request: Request) -> Catalog:
     try:
-        return open_checkpoint(source)
+        return _open(request)
     except FormatError as error:
         hint = "leave --dry-run out: only torch reads this, and it can tell by converting alone"
         raise FormatError(error.headline, error.facts, hint=hint) from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 from dcpconv.core.dtypes import DType
 
@@ -15,6 +15,8 @@ Form = Literal["hf", "torch", "dcp", "ranks"]
 
 KeyPath = tuple[str | int, ...]
 """Where a value sits in nested containers: ``("model", "norm.weight")``; an int is a list index."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shape of every tensor of a model, by key."""
 Identity = tuple[int, int, int, int]
 """Device, inode, bytes and ``mtime_ns`` of a file: any rewrite of it changes one of them."""
 
@@ -49,6 +51,44 @@ class Chunk:
     sizes: tuple[int, ...]
     extent: Extent
     strides: tuple[int, ...] | None = None
+
+
+class MadeChunks(Sequence[Chunk]):
+    """Chunks that are made whenever they are asked for: a tensor that a thousand ranks share has
+    thousands, and a model hundreds of such tensors.
+
+    Args:
+        make: Makes all of them, in the same order every time.
+    """
+
+    __slots__ = ("_count", "_make")
+
+    def __init__(self, make: Callable[[], Iterator[Chunk]]) -> None:
+        self._make = make
+        self._count: int | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._make()
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self)
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Chunk: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Chunk, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Chunk | tuple[Chunk, ...]:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +175,7 @@ class TensorEntry:
     key: str
     dtype: DType
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
     updates: tuple[Update, ...] = ()
     factors: Factors | None = None
 

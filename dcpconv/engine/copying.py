@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError
-from dcpconv.stores.local import SYSTEM, SourceFile, System
+from dcpconv.stores.local import SourceFile
+from dcpconv.stores.system import SYSTEM, System
 
 if TYPE_CHECKING:
     from dcpconv.core.outline import OutFile

@@ -18,7 +18,8 @@ from dcpconv.core.outline import Fill, Outline
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.copying import Ladder, OutDirectory, Tally
 from dcpconv.engine.threads import Crew, Desk, Pool, Stint
-from dcpconv.stores.local import SYSTEM, Sources, System
+from dcpconv.stores.local import Sources
+from dcpconv.stores.system import SYSTEM, System
 
 if TYPE_CHECKING:
     from dcpconv.engine.uploading import Uploads

@@ -9,8 +9,8 @@ from pathlib import Path
 from dcpconv.core.errors import NoSpaceError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import shares_blocks
-from dcpconv.stores.local import SYSTEM, System
 from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.system import SYSTEM, System
 
 
 def spared(outline: Outline, *, source: Path, stage: Path, system: System = SYSTEM) -> int:

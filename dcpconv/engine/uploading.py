@@ -15,8 +15,9 @@ from typing import Final
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.units import Unit
-from dcpconv.stores.local import SourceFile, System
+from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.system import System
 
 PART: Final = 16 << 20
 """Bytes of a part, unless the object needs longer ones."""

@@ -27,7 +27,7 @@ def inspect_boxes(shape: tuple[int, ...], boxes: Sequence[Region]) -> tuple[str,
     >>> inspect_boxes((8,), [((0,), (5,)), ((4,), (4,))])
     ('[0:5] and [4:8] both hold [4:5] of [8]',)
     """
-    if boxes == [((0,) * len(shape), shape)]:
+    if len(boxes) == 1 and boxes[0] == ((0,) * len(shape), shape):
         return ()
     of = f"of {list(shape)}"
     outside = [

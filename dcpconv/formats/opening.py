@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError, NotACheckpointError
@@ -12,11 +13,19 @@ from dcpconv.formats import safetensors
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.stores.schemes import path_of
 
+if TYPE_CHECKING:
+    from dcpconv.formats.ranks.flat import FindParameters
+
 # Each form is imported when a path turns out to be of it: importing all of them takes longer than
 # reading the headers of one.
 
 
-def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> Catalog:
+def open_checkpoint(
+    path: str | Path,
+    *,
+    problems: list[str] | None = None,
+    parameters: FindParameters | None = None,
+) -> Catalog:
     """Reads what a checkpoint holds, without reading its tensors.
 
     Args:
@@ -24,6 +33,8 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
             directory, or the directory of a run that left one file per rank.
         problems: Collects what is wrong with the files instead of raising, so that a check can
             list everything at once.
+        parameters: Looks for names and shapes of parameters, where files lack them: FSDP1's local
+            state dicts do.
 
     Raises:
         NotACheckpointError: The path is absent, or holds no checkpoint; says what it looks like.
@@ -35,7 +46,7 @@ def open_checkpoint(path: str | Path, *, problems: list[str] | None = None) -> C
     if not path.exists():
         raise NotACheckpointError("there is no such file or directory", [("path", path)])
     try:
-        return _open(path, problems)
+        return _open(path, problems, parameters)
     except FormatError as error:
         if error.kind != "untrusted":
             raise
@@ -57,7 +68,7 @@ def _trusting(path: Path) -> str:
     return f"if you trust whoever wrote this file: {command}"
 
 
-def _open(path: Path, problems: list[str] | None) -> Catalog:
+def _open(path: Path, problems: list[str] | None, parameters: FindParameters | None) -> Catalog:
     if (path / METADATA_FILE).is_file():
         from dcpconv.formats import dcp  # noqa: PLC0415
 
@@ -70,7 +81,7 @@ def _open(path: Path, problems: list[str] | None) -> Catalog:
         return _with_masters_noted(safetensors.read_catalog(path, problems=problems), path)
     from dcpconv.formats import ranks, torchfile  # noqa: PLC0415
 
-    if (found := ranks.read_catalog(path, problems)) is not None:
+    if (found := ranks.read_catalog(path, problems, parameters)) is not None:
         return found
     if path.is_dir() and (path / "consolidated.00.pth").is_file():
         from dcpconv.formats.torchfile import meta_ranks as metashards  # noqa: PLC0415

@@ -65,7 +65,7 @@ def agree(
         found, restored = _look_at_model(model, request)
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
-    seen = _look_at_source(request, world)
+    seen = _look_at_source(request, world, found)
     if isinstance(seen, Exception):
         failure = failure or seen
     elif failure is None:
@@ -119,9 +119,10 @@ def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place,
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 
-def _look_at_source(request: LoadRequest, world: World) -> Seen | Exception:
+def _look_at_source(request: LoadRequest, world: World, found: Sequence[Place]) -> Seen | Exception:
     def understood(path: Path) -> Opened:
-        return Opened(understand(path, request.options.said()))
+        parameters = {place.fqns[0]: place.shape for place in found if place.is_parameter}
+        return Opened(understand(path, request.options.said(), shapes=parameters or None))
 
     opener = request.opener or understood
     return look(request.source, opener, world, only_first=request.read == "rank0")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog
+from dcpconv.core.catalog import Catalog, Shapes
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import NotExpressibleError
-from dcpconv.plan.account import Shapes, aim, aim_at, factors_of
+from dcpconv.plan.account import aim, aim_at, factors_of
 from dcpconv.plan.adapting import merged_into
 from dcpconv.plan.block_scales import with_products
 from dcpconv.plan.coverage import Coverage, Target
@@ -126,7 +126,11 @@ def prepare(
         FormatError: A file is truncated, malformed or unsafe.
     """
     return supply_of(
-        understand(source, options.said()), options, wanted=wanted, live=live, whole=whole
+        understand(source, options.said(), shapes=wanted),
+        options,
+        wanted=wanted,
+        live=live,
+        whole=whole,
     )
 
 

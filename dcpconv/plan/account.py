@@ -6,11 +6,10 @@ leaves out, or what it cannot express.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Form, TensorEntry
+from dcpconv.core.catalog import Catalog, Form, Shapes, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import AmbiguousFamilyError, FormatError
 from dcpconv.core.spec import ModelSpec
@@ -26,9 +25,6 @@ from dcpconv.plan.ties import differing
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of every tensor of a model, by key."""
 
 
 @dataclass(frozen=True, slots=True)

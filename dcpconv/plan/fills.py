@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, product
 
 from dcpconv.core.catalog import Extent, KeyPath, TensorEntry, c_strides
@@ -47,6 +49,8 @@ def fill_of(
             parts.extend(_parts(piece, target.shape, offsets, sizes))
         if len(parts) > 1:
             parts.sort(key=lambda part: part.target)
+            is_plain = not any(p.entry.factors or p.entry.updates for p in target.pieces)
+            parts = [*_joined(parts, target.pieces[0].entry.dtype)] if is_plain else parts
         covered = sum(part.numel for part in parts)
         if covered != numel:
             raise FormatError(
@@ -62,6 +66,35 @@ def fill_of(
     changes = tuple(chain.from_iterable(_changes(piece.entry) for piece in target.pieces))
     source = target.pieces[0].entry.dtype if scales or changes else target.dtype
     return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales, changes=changes)
+
+
+def _joined(parts: Iterable[Part], dtype: DType) -> Iterator[Part]:
+    """The same with parts in one that follow each other on both sides: what a rank held of a flat
+    tensor is the rest of a row, some rows, and the beginning of another."""
+    held: Part | None = None
+    for part in parts:
+        is_plain = part.is_contiguous and dtype is not FP4
+        if (
+            held is not None
+            and is_plain
+            and held.is_contiguous
+            and held.file == part.file
+            and held.target + held.numel == part.target
+            and held.offset + held.numel * dtype.itemsize == part.offset
+        ):
+            held = Part(held.file, held.offset, held.target, _run(held.numel + part.numel))
+            continue
+        if held is not None:
+            yield held
+        held = replace(part, loops=_run(part.numel)) if is_plain else part
+    if held is not None:
+        yield held
+
+
+@lru_cache(maxsize=1024)
+def _run(numel: int) -> tuple[Loop, ...]:
+    """One run of so many elements; ranks hold as many as others, so that few are in memory."""
+    return ((numel, 1, 1),) if numel > 1 else ()
 
 
 def whole(shape: tuple[int, ...]) -> tuple[Region, ...]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dcpconv.core.catalog import TensorEntry
+from dcpconv.core.catalog import Shapes, TensorEntry
 from dcpconv.core.errors import LayoutError
 from dcpconv.families.keymaps import is_known
 from dcpconv.plan.composed import Composed
 from dcpconv.plan.coverage import Coverage, Fault, Target, as_stored
-from dcpconv.plan.operations import Shapes, UntranslatableError, carry_out, target_keys
+from dcpconv.plan.operations import UntranslatableError, carry_out, target_keys
 from dcpconv.sources.live_models import ConversionGroup, LiveModel
 from dcpconv.sources.recognition import Weights
 

@@ -13,12 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dcpconv.core.catalog import Shapes
 from dcpconv.core.errors import LayoutError
 from dcpconv.plan.composed import Composed
 from dcpconv.sources.live_models import ConversionGroup
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of every tensor of a model, by key."""
 
 Parts = dict[str, list[Composed]]
 """Tensors on their way, by the pattern that stands for their key."""

@@ -28,7 +28,7 @@ from dcpconv.runs.layouts import (
     layout_by_contents,
     layout_of,
 )
-from dcpconv.runs.listing import list_step, read_regular, typed_path
+from dcpconv.runs.listing import list_step, text_of, typed_path
 from dcpconv.runs.rank_files import TRACKERS, tracked
 from dcpconv.stores.remote import RemotePath
 
@@ -215,7 +215,7 @@ def _scan(directory: Path, *, is_link: bool) -> tuple[list[Named], dict[str, boo
                     elif entry.name in INNER and entry.is_dir():
                         inner[entry.name] = entry.is_symlink()
                     elif entry.name in TRACKERS and entry.is_file():
-                        trackers[entry.name] = read_regular(as_path(place_of(entry)))
+                        trackers[entry.name] = text_of(as_path(place_of(entry)))
     except FileNotFoundError:
         return [], {}
     except NotADirectoryError as error:

@@ -157,7 +157,10 @@ def _hf_trainer(listing: Listing) -> _Found:
     sharded = [name for name in listing.directories if name.startswith("optimizer_")]
     for name in sharded:
         problems += dcp_problems(listing, f"{name}/")[0]
-    has_optimizer = "optimizer.pt" in files or "optimizer.bin" in files or bool(sharded)
+    ranked = any(map(rank_files.OPTIMIZER_OF_RANK.fullmatch, files))
+    if ranked:
+        problems += _lost_ranks(listing, rank_files.OPTIMIZER_OF_RANK)
+    has_optimizer = "optimizer.pt" in files or "optimizer.bin" in files or bool(sharded) or ranked
     if has_optimizer or deepspeed:
         holds.add("optimizer")
     if deepspeed:
@@ -211,8 +214,21 @@ def _weights(listing: Listing, problems: list[str]) -> tuple[Form | None, str]:
     if tags := rank_files.tags(listing):
         is_read = all(rank_files.is_read(listing, f"{tag}/") for tag in tags)
         return ("ranks" if is_read else None), ""
+    if any(map(rank_files.MODEL_OF_RANK.fullmatch, files)):
+        problems += _lost_ranks(listing, rank_files.MODEL_OF_RANK)
+        return "ranks", ""
     problems.append("no weights: neither a model file nor an adapter nor an FSDP directory")
     return None, ""
+
+
+def _lost_ranks(listing: Listing, pattern: re.Pattern[str]) -> list[str]:
+    """Files of accelerate that ranks have not written."""
+    some = next(name for name in listing.files if pattern.fullmatch(name))
+    others = (_RNG, _RANDOM, rank_files.MODEL_OF_RANK, rank_files.OPTIMIZER_OF_RANK)
+    found = (other.fullmatch(name) for name in listing.files for other in others)
+    saved = max((int(match[1]) + 1 for match in found if match), default=0)
+    _, lost = missing_ranks(listing, pattern, at_least=saved)
+    return [f"{some[: some.rindex('_rank')]}_rank{rank}.bin is missing" for rank in lost]
 
 
 def _missing_shard_files(listing: Listing, index: str) -> list[str]:

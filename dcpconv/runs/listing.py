@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from dcpconv.core.errors import FormatError
 from dcpconv.formats.torchfile.zip_records import ReadAt
 from dcpconv.runs.entries import Entry, Place, place_of, scanned
+from dcpconv.stores.local import read_regular
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.schemes import path_of, scheme_of
 
@@ -144,7 +146,7 @@ def _is_seen(found: Listing, entry: Entry, linked: list[tuple[int, int]]) -> boo
     return False
 
 
-def read_regular(path: Path) -> bytes:
+def text_of(path: Path) -> bytes:
     """A whole file; empty where it is no regular file, larger than a text or not to be read."""
     if isinstance(path, RemotePath):
         try:
@@ -152,18 +154,9 @@ def read_regular(path: Path) -> bytes:
         except (OSError, ValueError):
             return b""
     try:
-        descriptor = os.open(path, _READ)
-    except (OSError, ValueError):
+        return read_regular(path, most=LARGEST_TEXT)
+    except (OSError, ValueError, FormatError):
         return b""
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_TEXT:
-            return b""
-        return os.pread(descriptor, status.st_size, 0)
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
 
 
 def is_whole_json(listing: Listing, name: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dcpconv.runs.finding import FoundStep
 from dcpconv.runs.layouts import TRAINER_STATE
-from dcpconv.runs.listing import read_regular, typed_path
+from dcpconv.runs.listing import text_of, typed_path
 
 _LOGS = ("metrics.jsonl", "metrics.eval.jsonl")
 _STEP_NAMES = ("global_step", "step")
@@ -58,7 +58,7 @@ def _number_of(values: Mapping[str, object]) -> object:
 
 def _text(path: Path) -> str:
     try:
-        return read_regular(path).decode("utf-8")
+        return text_of(path).decode("utf-8")
     except UnicodeDecodeError:
         return ""
 

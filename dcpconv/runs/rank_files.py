@@ -36,6 +36,12 @@ _LAYER = re.compile(r"layer_[0-9]+-model_[0-9]+-model_states\.pt")
 _VERL = re.compile(
     r"((?:.*/)?)(model|optim|extra_state)_world_size_([0-9]{1,9})_rank_([0-9]{1,9})\.pt"
 )
+MODEL_OF_RANK: Final = re.compile(r"pytorch_model_fsdp(?:_[0-9]{1,9})?_rank([0-9]{1,9})\.bin")
+OPTIMIZER_OF_RANK: Final = re.compile(r"optimizer(?:_[0-9]{1,9})?_rank([0-9]{1,9})\.bin")
+"""What accelerate writes for FSDP's local state dicts, and where DCP is turned off.
+
+Source: accelerate 1.15 ``utils/fsdp_utils.py``."""
+
 _TRACKERS: Final[Mapping[str, tuple[str, ...]]] = {
     "deepspeed": (LATEST,),
     "verl": ("latest_checkpointed_iteration.txt", "latest_ckpt_global_step.txt"),
@@ -191,6 +197,8 @@ def is_optimizer_file(name: str) -> bool:
     match = _VERL.fullmatch(name)
     if match:
         return match[2] == "optim"
+    if OPTIMIZER_OF_RANK.fullmatch(name):
+        return True
     return _OPTIMIZER.fullmatch(base) is not None or _EXPERTS.fullmatch(base) is not None
 
 

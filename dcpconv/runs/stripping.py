@@ -150,7 +150,8 @@ def _why_left(
         return "linked"
     if step.layout not in _FILES:
         return _WHY_LEFT[step.layout]
-    if step.form in {None, "ranks"} and step.layout != "verl":
+    is_apart = step.layout == "verl" or any(map(rank_files.OPTIMIZER_OF_RANK.fullmatch, names))
+    if step.form in {None, "ranks"} and not is_apart and not step.is_stripped:
         return "its weights are in the optimizer's files"
     if not names:
         return "stripped" if step.is_stripped else "no optimizer of its own"

@@ -25,6 +25,8 @@ from dcpconv.runs.finding import FoundStep, find_checkpoints
 from dcpconv.runs.glance import emptied, glance, is_emptied
 from dcpconv.runs.layouts import TRAINER_STATE
 from dcpconv.runs.listing import LARGEST_TEXT, METADATA, Listing, list_step
+from dcpconv.sources.opening import parameters_of
+from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
 
 
@@ -130,7 +132,7 @@ def _open(path: Path, found: list[str]) -> Catalog | None:
         found.append(f"{METADATA} is larger than {LARGEST_TEXT:,} bytes")
         return None
     try:
-        return open_checkpoint(path, problems=found)
+        return open_checkpoint(path, problems=found, parameters=parameters_of(path, Said()))
     except Exception as error:  # noqa: BLE001  files of strangers
         found.append(in_one_line(error))
         return None

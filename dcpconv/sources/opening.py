@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcpconv.core.catalog import Catalog
+from dcpconv.core.catalog import Catalog, Shapes
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
+from dcpconv.sources.said import Said
 from dcpconv.stores.schemes import path_of
 
 if TYPE_CHECKING:
+    from dcpconv.formats.ranks.flat import FindParameters, Parameters
     from dcpconv.sources.live_models import LiveModel
 
 Openable = str | os.PathLike[str] | Any
@@ -57,12 +59,20 @@ class Opened:
     model: LiveModel | None = None
 
 
-def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
+def open_source(
+    what: Openable,
+    *,
+    problems: list[str] | None = None,
+    said: Said | None = None,
+    shapes: Shapes | None = None,
+) -> Opened:
     """Reads headers, or whatever else says which keys there are; no tensor.
 
     Args:
         what: A checkpoint of any form, a hub id, a key list, a live model or state_dict.
         problems: Collects what is wrong with the files instead of raising.
+        said: What the user says of it: a file may lack what only that tells.
+        shapes: Of the parameters of a live model, in their order, for the same reason.
 
     Raises:
         NotACheckpointError: There is nothing of the kind.
@@ -84,8 +94,22 @@ def open_source(what: Openable, *, problems: list[str] | None = None) -> Opened:
     if is_keylist(path):
         catalog, family = read_keylist(path)
         return Opened(catalog, End(str(path), "keys", len(catalog.tensors)), family or "")
-    catalog = open_checkpoint(path, problems=problems)
+    find = parameters_of(path, said or Said(), shapes)
+    catalog = open_checkpoint(path, problems=problems, parameters=find)
     return Opened(catalog, _end(str(path), catalog), place=catalog.source)
+
+
+def parameters_of(path: Path, said: Said, live: Shapes | None = None) -> FindParameters:
+    """Looks for names and shapes that the files in ``path`` lack, once they turn out to."""
+
+    def find() -> Parameters | None:
+        from dcpconv.sources.parameter_shapes import (  # noqa: PLC0415 - few files lack them
+            find_parameters,
+        )
+
+        return find_parameters(path, said, live=live)
+
+    return find
 
 
 def only_config(file: Path) -> Opened:

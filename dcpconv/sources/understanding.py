@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcpconv.core.catalog import Catalog
+from dcpconv.core.catalog import Catalog, Shapes
 from dcpconv.core.errors import NotACheckpointError, SpecError
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families import configs
@@ -92,6 +92,7 @@ def understand(
     tables: Iterable[Keymap] | None = None,
     catalog: Catalog | None = None,
     collects: bool = False,
+    shapes: Shapes | None = None,
 ) -> Source:
     """Opens a source, finds its parameter file, recognises its naming and measures the model.
 
@@ -103,6 +104,7 @@ def understand(
         tables: The tables to choose among; by default those that come with the package.
         catalog: What is opened already, under the name ``what``.
         collects: Whether faults of its files are collected in ``problems`` instead of raised.
+        shapes: Of the parameters of a live model, in their order: what its files may lack.
 
     Raises:
         NotACheckpointError: There is nothing of the kind.
@@ -113,7 +115,9 @@ def understand(
     """
     problems: list[str] = []
     if catalog is None:
-        opened = open_source(what, problems=problems if collects else None)
+        opened = open_source(
+            what, problems=problems if collects else None, said=said, shapes=shapes
+        )
     else:
         opened = Opened(catalog, _named(what, catalog), place=catalog.source)
     source = _recognised(opened, said or Said(), only, root, tables)
@@ -171,19 +175,12 @@ def _config(file: Path, said: Said) -> Source:
     if parameters is None or parameters.spec is None:
         configs.read_spec(file)  # raises, and says what is wrong with it
     source = _recognised(only_config(file), replace(said, assets=None), None, None, None)
-    table = _table_of_config(source.spec, said)
+    from dcpconv.sources.parameter_shapes import (  # noqa: PLC0415 - files have keys of their own
+        table_of_config,
+    )
+
+    table = table_of_config(source.spec, said)
     return replace(source, weights=replace(source.weights, keymap=table))
-
-
-def _table_of_config(spec: ModelSpec | None, said: Said) -> Keymap | None:
-    """The naming of the family whose parameter file this is."""
-    if spec is None:
-        return None
-    if said.from_ is not None:
-        return said.source_table(spec)
-    tables = [t for t in keymaps().values() if spec.architecture in t.architectures]
-    own = [table for table in tables if table.config == spec.origin]
-    return next(iter((*own, *(table for table in tables if table.family == "hf"))), None)
 
 
 def _recognised(

@@ -16,7 +16,8 @@ from dcpconv.core.outline import Fill, OutFile, Outline, Part
 from dcpconv.engine.boxes import Box, restrict
 from dcpconv.engine.copying import shares_blocks
 from dcpconv.engine.execute import Moved, execute, fill
-from dcpconv.stores.local import SYSTEM, Sources, System
+from dcpconv.stores.local import Sources
+from dcpconv.stores.system import SYSTEM, System
 from support.checkpoints.engine_cases import (
     INTEGERS,
     contiguous,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from dcpconv.checking.against import expected
 from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import resolve_family
+from dcpconv.sources.parameter_shapes import expected
 from support.checkpoints.families import hf_tensors
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpconv.checking.against import expected
 from dcpconv.core.declared import Measured
 from dcpconv.families.configs import config_name
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.plan.matching import cover
+from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import recognise
 from support.checkpoints.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
 

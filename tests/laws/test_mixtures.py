@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from dcpconv import check, convert
-from dcpconv.checking.against import expected
 from dcpconv.families.configs import read_spec
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.keymaps import resolve_family
+from dcpconv.sources.parameter_shapes import expected
 from support.checkpoints.families import (
     RIGHT,
     assert_same,

@@ -101,6 +101,8 @@ def parts(runs: Sequence[Runs]) -> Iterator[RankBox]:
 
 def chunk(part: RankBox, local: StoredTensor, file: str) -> Chunk:
     """A box of a local tensor, as the bytes it lies in."""
+    if part.sizes == local.shape and local.is_contiguous:
+        return Chunk(part.offsets, part.sizes, Extent(file, local.offset, local.nbytes))
     strides = local.strides
     first = sum(map(math.prod, zip(part.inside, strides, strict=True)))
     last = sum((size - 1) * stride for size, stride in zip(part.sizes, strides, strict=True))
@@ -116,39 +118,6 @@ def whole(tensor: StoredTensor) -> RankBox:
     """All of a tensor that a rank held alone."""
     nothing = (0,) * len(tensor.shape)
     return RankBox(nothing, tensor.shape, nothing)
-
-
-def interval(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, RankBox]]:
-    """The boxes of a run of elements in C order, each with its first element in the run.
-
-    At most ``2 * len(shape) - 1`` of them: what the run holds of its first row, whole rows, and
-    what it holds of its last.
-
-    >>> [(at, part.offsets, part.sizes) for at, part in interval((4, 3), 2, 10)]
-    [(0, (0, 2), (1, 1)), (1, (1, 0), (2, 3)), (7, (3, 0), (1, 1))]
-    """
-    if not shape:
-        if start < stop:
-            yield 0, RankBox((), (), ())
-        return
-    inner = math.prod(shape[1:])
-    position = start
-    while position < stop:
-        row, column = divmod(position, inner)
-        if column or stop - position < inner:
-            end = min(stop, (row + 1) * inner)
-            for at, part in interval(shape[1:], column, end - row * inner):
-                box = RankBox((row, *part.offsets), (1, *part.sizes), (0, *part.inside))
-                yield position - start + at, box
-        else:
-            rows = (stop - position) // inner
-            end = position + rows * inner
-            sizes = (rows, *shape[1:])
-            yield (
-                position - start,
-                RankBox((row, *(0 for _ in shape[1:])), sizes, (0,) * len(shape)),
-            )
-        position = end
 
 
 def _share(runs: Runs, parts: int, index: int) -> Runs:

@@ -21,9 +21,10 @@ from typing import Final
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError, FormatError
+from dcpconv.formats.ranks.flat import FindParameters, is_flat, join_flat
 from dcpconv.formats.ranks.joining import Joined, RankFile, join, mesh_ranks, writers
+from dcpconv.formats.ranks.siblings import Siblings
 from dcpconv.formats.torchfile import is_torch_file
-from dcpconv.formats.torchfile.contents import read_leaves
 from dcpconv.formats.torchfile.stored import StoredTensor
 
 CONFIG: Final = "fsdp_config.json"
@@ -33,9 +34,6 @@ _NAME = re.compile(
     r"(?P<stem>.+?)(?:_world_size_(?P<world>\d{1,7}))?_rank_?(?P<rank>\d{1,7})\.(?:pt|pth|bin)"
 )
 _NO_WEIGHTS = re.compile(r"(?:optim|extra|rng|random|sched|train|data|loader|ema_optim)")
-_FLAT: Final = ("_flat_param", "flat_param")
-"""Last component of the parameter that FSDP1 makes of all parameters of a module."""
-
 _COMPARED: Final = 1 << 16
 """Bytes of a tensor that are compared between two ranks that both hold all of it."""
 
@@ -90,12 +88,15 @@ def is_rank_directory(path: Path) -> bool:
     return any(is_torch_file(path / next(iter(found.names.values()))) for found in find_sets(path))
 
 
-def read_catalog(path: Path, problems: list[str] | None = None) -> Catalog:
+def read_catalog(
+    path: Path, problems: list[str] | None = None, parameters: FindParameters | None = None
+) -> Catalog:
     """Everything in the rank files of a directory, each tensor as one.
 
     Args:
         path: The directory.
         problems: Collects files that are lost or damaged instead of raising.
+        parameters: Looks for names and shapes of parameters that lie flat in the files.
 
     Raises:
         FormatError: Files are lost, damaged, of another world, or do not fit together.
@@ -103,8 +104,7 @@ def read_catalog(path: Path, problems: list[str] | None = None) -> Catalog:
     found = _only_set(path)
     with _no_collection():
         files, lost = read_set(path, found, problems)
-        _refuse_flat(path, files)
-        joined = join(files)
+        joined = join_flat(path, files, parameters) if is_flat(files) else join(files)
     joined.faults += _copies(path, files, joined)
     if problems is None or not lost:
         joined.require(path)
@@ -139,13 +139,14 @@ def read_set(
     """
     files: list[RankFile] = []
     wrong: list[str] = []
+    siblings = Siblings()
     if found.world is not None and (lost := found.lost(found.world)):
         _report_lost(directory, lost, problems)
         wrong += lost
     for rank in sorted(found.names):
         name = found.names[rank]
         try:
-            contents = read_leaves(directory / name)
+            contents = siblings.read(directory / name)
         except DcpconvError as error:
             if problems is None:
                 raise
@@ -236,16 +237,6 @@ def _stated_world(directory: Path) -> int | None:
         return None
     stated = fields.get("world_size") if isinstance(fields, dict) else None
     return stated if type(stated) is int else None
-
-
-def _refuse_flat(directory: Path, files: Sequence[RankFile]) -> None:
-    flat = [key for file in files[:1] for key in file.leaves if key.rpartition(".")[2] in _FLAT]
-    if flat:
-        raise FormatError(
-            "FSDP1's local state dict keeps modules as flat vectors, without shapes of parameters",
-            [("directory", directory), *(("key", key) for key in flat[:4])],
-            hint="in the trainer, load it and save it with StateDictType.SHARDED_STATE_DICT",
-        )
 
 
 def _copies(directory: Path, files: Sequence[RankFile], joined: Joined) -> list[tuple[str, object]]:

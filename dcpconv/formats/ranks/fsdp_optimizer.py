@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, KeyPath, TensorEntry
+from dcpconv.core.catalog import Catalog, KeyPath, TensorEntry
 from dcpconv.core.errors import FormatError, NotACheckpointError
 from dcpconv.core.numbering import some_of
-from dcpconv.formats.ranks.dtensors import interval
 from dcpconv.formats.ranks.fsdp import find_sets, read_catalog, read_set
-from dcpconv.formats.ranks.joining import HeldPiece, RankFile, entry_of
+from dcpconv.formats.ranks.joining import HeldPiece, RankFile, entry_of, entry_of_slices
 from dcpconv.formats.torchfile.pieces import MeshTensor, ShardedParts
 from dcpconv.formats.torchfile.stored import StoredTensor
 
@@ -263,27 +262,4 @@ def _moment(
     plain = [(file, leaf) for file, leaf in held if isinstance(leaf, StoredTensor)]
     if len(plain) < len(held) or all(tensor.shape in {(), shape} for _, tensor in plain):
         return entry_of(key, held)
-    return _of_slices(key, plain, shape)
-
-
-def _of_slices(
-    key: str, held: Sequence[tuple[RankFile, StoredTensor]], shape: tuple[int, ...]
-) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
-    """A tensor of which every rank holds the next run of elements, in C order."""
-    numel, start = math.prod(shape), 0
-    chunks: list[Chunk] = []
-    for file, tensor in held:
-        if len(tensor.shape) != 1 or not tensor.is_contiguous:
-            return None, [("key", f"{key}: {list(tensor.shape)} in {file.name}")]
-        stop = start + tensor.shape[0]
-        itemsize = tensor.dtype.itemsize
-        for at, part in interval(shape, start, min(stop, numel)):
-            nbytes = math.prod(part.sizes) * itemsize
-            extent = Extent(file.name, tensor.offset + at * itemsize, nbytes)
-            chunks.append(Chunk(part.offsets, part.sizes, extent))
-        start = stop
-        if start >= numel:  # what follows are the same slices on replicas
-            break
-    if start != numel:
-        return None, [("key", f"{key}: expected {numel} elements, found {start}")]
-    return TensorEntry(key, held[0][1].dtype, shape, tuple(chunks)), []
+    return entry_of_slices(key, plain, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,7 +12,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Chunk, Identity, KeyPath, TensorEntry
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.boxes import inspect_boxes
+from dcpconv.formats.boxes import Region, inspect_boxes
 from dcpconv.formats.ranks.dtensors import (
     RankBox,
     Runs,
@@ -21,6 +22,7 @@ from dcpconv.formats.ranks.dtensors import (
     parts,
     whole,
 )
+from dcpconv.formats.ranks.intervals import Segment, chunks_of
 from dcpconv.formats.torchfile.pieces import (
     Mesh,
     MeshPlacement,
@@ -137,6 +139,35 @@ def entry_of(
     return _sharded(key, [(file, leaf) for file, leaf in held if isinstance(leaf, RankPiece)])
 
 
+def entry_of_slices(
+    key: str, held: Sequence[tuple[RankFile, StoredTensor]], shape: tuple[int, ...]
+) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
+    """A tensor of which every rank held the next run of elements, in C order, and what is wrong."""
+    numel, start = math.prod(shape), 0
+    segments: list[Segment] = []
+    dtypes: dict[DType, str] = {}
+    for file, tensor in held:
+        if start >= numel and segments:  # what follows are the same runs on replicas
+            break
+        if len(tensor.shape) != 1 or not tensor.is_contiguous:
+            return None, [("key", f"{key}: {list(tensor.shape)} in {file.name}")]
+        dtypes.setdefault(tensor.dtype, file.name)
+        if tensor.shape[0]:
+            segments.append(Segment(start, tensor.shape[0], file.name, tensor.offset))
+        start += tensor.shape[0]
+    if start != numel:
+        return None, [("key", f"{key}: expected {numel} elements, found {start}")]
+    if len(dtypes) > 1:
+        return None, [("key", f"{key} is {_by_file(dtypes)}")]
+    dtype = held[0][1].dtype
+    chunks = chunks_of(shape, segments, at=0, itemsize=dtype.itemsize)
+    return TensorEntry(key, dtype, shape, tuple(chunks)), []
+
+
+def _by_file(dtypes: Mapping[DType, str]) -> str:
+    return ", ".join(f"{dtype} in {name}" for dtype, name in dtypes.items())
+
+
 def _replicated(
     key: str, held: Sequence[tuple[RankFile, StoredTensor]]
 ) -> tuple[TensorEntry | None, list[tuple[str, object]]]:
@@ -160,20 +191,25 @@ def _sharded(
     if faults:
         return None, [(label, f"{key}: {value}") for label, value in faults]
     dtypes: dict[DType, str] = {}
-    chunks: dict[tuple[tuple[int, ...], tuple[int, ...]], Chunk] = {}
+    chunks: dict[Region, Chunk] = {}
     for file, part, tensor in found_parts:
         dtypes.setdefault(tensor.dtype, file.name)
         is_empty = 0 in part.sizes and 0 not in shape
         if not is_empty and (part.offsets, part.sizes) not in chunks:
             chunks[part.offsets, part.sizes] = chunk(part, tensor, file.name)
     if len(dtypes) > 1:
-        kinds = ", ".join(f"{dtype} in {name}" for dtype, name in dtypes.items())
-        return None, [("key", f"{key} is {kinds}")]
+        return None, [("key", f"{key} is {_by_file(dtypes)}")]
     if not dtypes:
         return None, [("key", f"{key} has no bytes in any file")]
-    wrong = inspect_boxes(shape, list(chunks))
+    wrong = _inspected(shape, tuple(chunks))
     entry = TensorEntry(key, next(iter(dtypes)), shape, tuple(chunks.values()))
     return entry, [("key", f"{key}: {text}") for text in wrong]
+
+
+@functools.lru_cache(maxsize=64)
+def _inspected(shape: tuple[int, ...], boxes: tuple[Region, ...]) -> tuple[str, ...]:
+    """The layers of a model lie alike."""
+    return inspect_boxes(shape, boxes)
 
 
 _Part = tuple[RankFile, RankBox, StoredTensor]

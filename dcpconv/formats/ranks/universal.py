@@ -18,6 +18,7 @@ from typing import Final
 
 from dcpconv.core.catalog import Catalog, Identity, TensorEntry
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.ranks.intervals import Segment, chunks_of
 from dcpconv.formats.ranks.zero import whole_entry, with_model
 from dcpconv.formats.ranks.zero_files import (
     MODEL_FILE,
@@ -27,7 +28,6 @@ from dcpconv.formats.ranks.zero_files import (
     read_value,
     step_of,
 )
-from dcpconv.formats.ranks.zero_intervals import Segment, chunks_of
 from dcpconv.formats.torchfile.archive import StoredTensor
 
 _WEIGHTS: Final = "fp32.pt"

@@ -14,18 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
+from dcpconv.core.catalog import Catalog, Chunk, Extent, MadeChunks, TensorEntry
 from dcpconv.core.errors import FormatError
+from dcpconv.formats.ranks.intervals import Segment, chunks_of
 from dcpconv.formats.ranks.zero_files import ModelFile, OptimFile, ParameterShapes
-from dcpconv.formats.ranks.zero_intervals import Segment, chunks_of
 from dcpconv.formats.ranks.zero_world import ZeroWorld, read_world
 from dcpconv.formats.torchfile.archive import StoredTensor
 
 Flat = Callable[[OptimFile, int], StoredTensor | None]
 """The vector of a group in a rank's file; ``None`` where it has none."""
+
+Make = Callable[[], Iterator[Chunk]]
+"""Makes the chunks of a tensor."""
 
 
 def read_catalog(directory: Path, source: Path) -> Catalog:
@@ -118,8 +122,8 @@ def flat_entries(world: ZeroWorld, flat: Flat) -> dict[str, TensorEntry]:
         ]
         dtype = next(vector.dtype for vector in vectors[0] if vector is not None)
         place = _cut_each if world.stage == 3 else _cut_group
-        for key, chunks in place(world, numbers, shapes, lengths, segments, dtype.itemsize):
-            found[key] = TensorEntry(key, dtype, shapes[key], tuple(chunks))
+        for key, make in place(world, numbers, shapes, lengths, segments, dtype.itemsize):
+            found[key] = TensorEntry(key, dtype, shapes[key], MadeChunks(make))
     return found
 
 
@@ -157,7 +161,7 @@ def _cut_group(
     lengths: Sequence[int],
     segments: Sequence[Sequence[Segment]],
     itemsize: int,
-) -> Iterator[tuple[str, Iterator[Chunk]]]:
+) -> Iterator[tuple[str, Make]]:
     """Stages 1 and 2: one vector of all parameters, cut evenly among the ranks."""
     (number,) = numbers
     first, ranks = world.optims[0], len(world.optims)
@@ -197,7 +201,7 @@ def _cut_group(
     ]
     starts = accumulate(numels, initial=0)
     for (key, shape), at in zip(shapes.items(), starts, strict=False):
-        yield key, chunks_of(shape, vector, at=at, itemsize=itemsize)
+        yield key, partial(chunks_of, shape, vector, at=at, itemsize=itemsize)
 
 
 def _cut_each(
@@ -207,7 +211,7 @@ def _cut_each(
     lengths: Sequence[int],
     segments: Sequence[Sequence[Segment]],
     itemsize: int,
-) -> Iterator[tuple[str, Iterator[Chunk]]]:
+) -> Iterator[tuple[str, Make]]:
     """Stage 3: every parameter is cut by itself; a rank has its cuts in one vector."""
     ranks = len(world.optims)
     parts = [-(-math.prod(shape) // ranks) for shape in shapes.values()]
@@ -217,7 +221,7 @@ def _cut_each(
         raise _uneven(world, numbers[0], wrong)
     starts = accumulate(parts, initial=0)
     for (key, shape), at, part in zip(shapes.items(), starts, parts, strict=False):
-        yield key, _cuts(shape, segments, at, part, itemsize)
+        yield key, partial(_cuts, shape, segments, at, part, itemsize)
 
 
 def _cuts(
@@ -288,8 +292,8 @@ def _frozen(directory: Path, models: Sequence[ModelFile]) -> dict[str, TensorEnt
                 segments.append(_segments(model.file, [cut]))
                 dtype = cut.dtype
         if not wrong:
-            cuts = _cuts(shape, segments, 0, part, dtype.itemsize)
-            found[key] = TensorEntry(key, dtype, shape, tuple(cuts))
+            make = partial(_cuts, shape, segments, 0, part, dtype.itemsize)
+            found[key] = TensorEntry(key, dtype, shape, MadeChunks(make))
     if wrong:
         raise FormatError(
             "shares of frozen parameters do not add up", [("directory", directory), *wrong]

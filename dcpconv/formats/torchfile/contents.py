@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -66,15 +67,25 @@ def read_leaves(path: Path) -> Contents:
         NotACheckpointError: There is no such file.
         FormatError: The file is damaged, unsafe, or holds no mapping.
     """
-    value, identity = read_value(path)
+    with opened(path) as (archive, identity):
+        return leaves_in(archive, identity)
+
+
+def leaves_in(archive: Archive, identity: Identity) -> Contents:
+    """What ``read_leaves`` reads, of an archive that is open.
+
+    Raises:
+        FormatError: The archive is damaged, unsafe, or holds no mapping.
+    """
+    value, where = _read_value(archive), archive.where
     if not isinstance(value, dict):
         what = "one tensor" if isinstance(value, StoredTensor) else f"a {type(value).__name__}"
         raise FormatError(
             "file holds no mapping of names to tensors",
-            [("file", path), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
+            [("file", where), ("expected", "a dict, such as model.state_dict()"), ("found", what)],
             hint="save a state_dict instead",
         )
-    return flattened(value, identity, str(path))
+    return flattened(value, identity, where)
 
 
 def read_value(path: Path) -> tuple[object, Identity]:
@@ -83,6 +94,18 @@ def read_value(path: Path) -> tuple[object, Identity]:
     Raises:
         NotACheckpointError: There is no such file.
         FormatError: The file is damaged or unsafe.
+    """
+    with opened(path) as (archive, identity):
+        return _read_value(archive), identity
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Archive, Identity]]:
+    """The archive that a file of ``torch.save`` is, and what the file is.
+
+    Raises:
+        NotACheckpointError: There is no such file.
+        FormatError: The file is damaged, or of another kind.
     """
     where = str(path)
     try:
@@ -104,7 +127,7 @@ def read_value(path: Path) -> tuple[object, Identity]:
                 "file was not written by torch.save",
                 [("file", path), ("expected", repr(ZIP_MAGIC)), ("found", repr(read(0, 16)))],
             )
-        return _read_value(_open_archive(read, nbytes, where, file.expect)), identity
+        yield _open_archive(read, nbytes, where, file.expect), identity
 
 
 def _open_archive(

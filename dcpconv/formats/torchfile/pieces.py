@@ -27,7 +27,7 @@ class Mesh:
     ranks: tuple[int, ...]
     own: int | None = None
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Ranks along every axis."""
         return tuple(math.prod(size for size, _ in axis) for axis in self.axes)
@@ -38,6 +38,11 @@ class Mesh:
         >>> Mesh((((2, 2),), ((2, 1),)), (0, 1, 2, 3)).coordinate(2)
         (1, 0)
         """
+        if rank not in self._coordinates:
+            self._coordinates[rank] = self._find(rank)
+        return self._coordinates[rank]
+
+    def _find(self, rank: int) -> tuple[int, ...] | None:
         if rank not in self._places:
             return None
         place = self._places[rank]
@@ -48,6 +53,18 @@ class Mesh:
                 index = index * size + place // stride % size
             coordinate.append(index)
         return tuple(coordinate)
+
+    def seen_by(self, own: int | None) -> Mesh:
+        """The same ranks, as another of them wrote it."""
+        mesh = Mesh(self.axes, self.ranks, own)
+        # A thousand files would make a thousand tables of a thousand ranks.
+        shared = {name: getattr(self, name) for name in ("shape", "_places", "_coordinates")}
+        mesh.__dict__.update(shared)
+        return mesh
+
+    @cached_property
+    def _coordinates(self) -> dict[int, tuple[int, ...] | None]:
+        return {}
 
     @cached_property
     def _places(self) -> Mapping[int, int]:

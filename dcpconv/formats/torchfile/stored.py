@@ -46,6 +46,20 @@ class StoredTensor:
             expected *= size
         return True
 
+    def moved(self, nbytes: int) -> StoredTensor:
+        """The same tensor, so many bytes further on."""
+        return StoredTensor(
+            self.storage_key,
+            self.dtype,
+            self.offset_elements,
+            self.shape,
+            self.strides,
+            self.offset + nbytes,
+            self.nbytes,
+            self.requires_grad,
+            self.is_parameter,
+        )
+
     def __setstate__(self, state: object) -> NoReturn:
         # Without this a BUILD opcode could move a tensor after its bounds were checked.
         raise FormatError("a pickle may not change a tensor that it has made")

@@ -16,9 +16,10 @@ from typing import Final
 from dcpconv.families.family import parameter_orders
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.families.parameter_files import read_parameter_file
-from dcpconv.plan.training.order import by_decay, ranked, trainable
+from dcpconv.plan.training.order import by_decay, trainable
 from dcpconv.plan.training.state import Group, OptimizerError, TrainingState
 from dcpconv.sources.adapters.spotting import is_adapter_key
+from dcpconv.sources.parameter_shapes import ranked
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
 

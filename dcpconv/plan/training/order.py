@@ -21,6 +21,7 @@ from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.training.frozen import readings_of, unlike
 from dcpconv.plan.training.state import Group, Moments, OptimizerError
 from dcpconv.sources.fitting import bare
+from dcpconv.sources.parameter_shapes import ranked, words
 from dcpconv.sources.recognition import Weights
 
 _UNDECAYED: Final = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -46,30 +47,9 @@ def parameters_in_order(keymap: Keymap, keys: Iterable[str]) -> list[str]:
         known = set(order.split())
         raise OptimizerError(
             f"the order of the parameters of {keymap.name} is not known for some keys",
-            [("key", key) for key in keys if not known.issuperset(_words(key))],
+            [("key", key) for key in keys if not known.issuperset(words(key))],
         )
     return found
-
-
-def ranked(order: str, keys: Sequence[str], *, strip: str = "") -> list[str] | None:
-    """Keys sorted by the rank of every component, or ``None`` where some component has none.
-
-    Args:
-        order: Components of a module's children as they are registered.
-        keys: What to sort.
-        strip: Stands before some keys, and counts for nothing.
-    """
-    rank = {part: place for place, part in enumerate(order.split())}
-    bare = {key: key.removeprefix(strip) for key in keys}
-    if any(word not in rank for key in bare.values() for word in _words(key)):
-        return None
-    return sorted(
-        keys, key=lambda key: [int(p) if p.isdigit() else rank[p] for p in bare[key].split(".")]
-    )
-
-
-def _words(key: str) -> list[str]:
-    return [part for part in key.split(".") if not part.isdigit()]
 
 
 def trainable(weights: Weights) -> list[str]:

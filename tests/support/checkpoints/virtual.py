@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dcpconv.checking.against import expected
 from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, Loop
@@ -17,6 +16,7 @@ from dcpconv.core.spec import Experts, LatentAttention, ModelSpec
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.coverage import Coverage
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.parameter_shapes import expected
 
 _INT32 = BY_NAME["int32"]
 

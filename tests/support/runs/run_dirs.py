@@ -89,6 +89,16 @@ def hf_fsdp(run: Path, step: int) -> Path:
     return write(run / f"checkpoint-{step}", model | optim | rng | state)
 
 
+def hf_fsdp_ranks(run: Path, step: int) -> Path:
+    """What Trainer leaves where accelerate writes a file per rank."""
+    files: Files = {"scheduler.pt": saved(), "trainer_state.json": trainer_state(step)}
+    for rank in range(2):
+        files[f"pytorch_model_fsdp_rank{rank}.bin"] = saved()
+        files[f"optimizer_0_rank{rank}.bin"] = saved()
+        files[f"rng_state_{rank}.pth"] = saved()
+    return write(run / f"checkpoint-{step}", files)
+
+
 def lingua(run: Path, step: int) -> Path:
     states: Files = {f"train_state_{rank:05d}.json": '{"step": 1}' for rank in range(2)}
     params = json.dumps({"distributed": {"dp_shard": 2, "dp_replicate": 1, "tp_size": 1}})
@@ -122,6 +132,7 @@ Maker = Callable[..., Path]
 MAKERS: Mapping[str, Maker] = {
     "hf-trainer": hf_trainer,
     "hf-fsdp": hf_fsdp,
+    "hf-fsdp of ranks": hf_fsdp_ranks,
     "lingua": lingua,
     "torchtitan": torchtitan,
     "accelerate": accelerate,

@@ -13,7 +13,8 @@ import pytest
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, Part
 from dcpconv.engine.boxes import Box, restrict
-from dcpconv.stores.local import SYSTEM, Sources
+from dcpconv.stores.local import Sources
+from dcpconv.stores.system import SYSTEM
 from support.checkpoints.engine_cases import INTEGERS, contiguous, slow_fill, store
 
 BF16 = BY_NAME["bfloat16"]

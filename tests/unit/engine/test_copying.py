@@ -14,7 +14,8 @@ import pytest
 
 from dcpconv.core.errors import DcpconvError, FormatError, NoSpaceError
 from dcpconv.engine.copying import Ladder, Tally, write, write_error
-from dcpconv.stores.local import SYSTEM, Sources, System
+from dcpconv.stores.local import Sources
+from dcpconv.stores.system import SYSTEM, System
 
 BLOCK = 4096
 

@@ -22,7 +22,8 @@ from dcpconv.core.errors import FormatError, LossyCastError, NoSpaceError
 from dcpconv.core.outline import BlockScale, Fill, OutFile, Outline, Part
 from dcpconv.engine.execute import CastLoss, execute, fill
 from dcpconv.engine.threads import Pool
-from dcpconv.stores.local import SYSTEM, Sources
+from dcpconv.stores.local import Sources
+from dcpconv.stores.system import SYSTEM
 from support.checkpoints.engine_cases import contiguous, slow_file, store
 from support.machine.mounts import tmpfs
 

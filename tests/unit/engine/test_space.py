@@ -11,7 +11,7 @@ import pytest
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, OutFile, Outline, Part
 from dcpconv.engine.space import spared
-from dcpconv.stores.local import System
+from dcpconv.stores.system import System
 
 U8 = BY_NAME["uint8"]
 

@@ -10,64 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from typer.testing import CliRunner
 
-from dcpconv.cli.app import app
-from dcpconv.core.errors import DcpconvError, FormatError, NotACheckpointError
 from dcpconv.formats import dcp
 from dcpconv.runs import find_checkpoints
-from dcpconv.runs.carrying import convert_run, read_training_state
+from dcpconv.runs.carrying import convert_run
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
-from support.models.hf_models import save_hf, tiny
-from support.models.minimind import GenerationName
+from support.models.hf_models import save_hf
+from support.runs.carried import SIZES, hf_trainer, minimind, telling_optimizer
 from support.runs.training import MiniMindRun
-
-SIZES = {"n_heads": "6", "n_kv_heads": "2"}
-
-
-def telling_optimizer(model: nn.Module, groups: object = None) -> torch.optim.AdamW:
-    """AdamW whose moments tell their parameter: equal to it, and one more than it."""
-    optimizer = torch.optim.AdamW(groups or model.parameters(), lr=0.25)  # type: ignore[arg-type]
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(7.0),
-                "exp_avg": parameter.detach().clone(),
-                "exp_avg_sq": parameter.detach() + 1,
-            }
-    return optimizer
-
-
-def minimind(path: Path, generation: GenerationName, **more: Any) -> MiniMindRun:
-    run = MiniMindRun.begin(generation)
-    run.optimizer = telling_optimizer(run.model)
-    run.step = 7
-    run.save(path, half=False, **more)
-    return run
-
-
-def hf_trainer(path: Path, model_type: str, **fields: Any) -> Any:
-    """What Trainer leaves, but for its own pickles."""
-    from transformers import Trainer
-
-    model = tiny(model_type, **fields)
-    save_hf(model, path)
-    decay = set(Trainer.get_decay_parameter_names(None, model))
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if n in decay], "weight_decay": 0.5},
-        {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
-    ]
-    optimizer = telling_optimizer(model, groups)
-    torch.save(optimizer.state_dict(), path / "optimizer.pt")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    torch.save(scheduler.state_dict(), path / "scheduler.pt")
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": 7, "epoch": 1.5}))
-    return model
 
 
 def assert_moments_follow(state: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
@@ -348,61 +301,3 @@ def test_two_groups_become_one_and_what_that_loses_is_listed(tmp_path: Path) -> 
         run.model.state_dict(),
     )
     assert (found["epoch"], found["step"]) == (1, 2)
-
-
-def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
-    minimind(tmp_path / "a_resume.pth", "gen3")
-
-    report = convert_run(tmp_path / "a_resume.pth", tmp_path / "out", to="dcp", dry_run=True)
-
-    assert report.is_dry_run
-    assert [path.name for path in tmp_path.iterdir()] == ["a_resume.pth"]
-    json.dumps(report.to_json())
-
-
-class Boom:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (Path.touch, (self.path,))
-
-
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    mark = tmp_path / "executed"
-    minimind(tmp_path / "a_resume.pth", "gen3", scheduler=Boom(mark))
-
-    with pytest.raises(FormatError, match="not on the allow-list"):
-        read_training_state(tmp_path / "a_resume.pth")
-    assert not mark.exists()
-
-
-def test_what_is_no_training_checkpoint_is_told(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3)}, tmp_path / "weights.pth")
-    save({"model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path / "dcp")
-    hf_trainer(tmp_path / "checkpoint-7", "llama")
-    (tmp_path / "checkpoint-7" / "optimizer.pt").unlink()
-
-    for name in ("weights.pth", "dcp", "checkpoint-7", "."):
-        with pytest.raises(NotACheckpointError):
-            read_training_state(tmp_path / name)
-    with pytest.raises(DcpconvError, match="no trainer 'keras'"):
-        convert_run(tmp_path / "weights.pth", tmp_path / "out", to="keras")  # type: ignore[arg-type]
-
-
-def test_the_command_says_what_it_did(tmp_path: Path) -> None:
-    minimind(tmp_path / "a_resume.pth", "gen3", step=40, world_size=2)
-    words = ["runs", "carry", str(tmp_path / "a_resume.pth"), str(tmp_path / "out"), "--to", "dcp"]
-
-    result = CliRunner().invoke(app, [*words, "--world-size", "4"])
-
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert lines[0].split()[:3] == ["source", "minimind", "minimind3"]
-    assert lines[1].split()[:3] == ["target", "dcp", "minimind3"]
-    assert lines[2:4] == [
-        "weights   30 tensors, 0 relabelled",
-        "optimizer step, exp_avg, exp_avg_sq of 29 parameters",
-    ]
-    assert "note: step 40 of 2 ranks became step 20 of 4 ranks" in result.stderr
-    assert CliRunner().invoke(app, words).exit_code == 2  # the target exists

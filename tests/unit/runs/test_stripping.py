@@ -33,6 +33,10 @@ GONE = [
         hf_fsdp,
         {"scheduler.pt"} | {f"optimizer_0/{n}" for n in run_dirs.dcp_files()},
     ),
+    (
+        run_dirs.hf_fsdp_ranks,
+        {"scheduler.pt"} | {f"optimizer_0_rank{rank}.bin" for rank in range(2)},
+    ),
     (run_dirs.accelerate, {"optimizer.bin", "scheduler.bin"}),
     (
         hf_zero,

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcpconv.checking.against import expected as expected_of
 from dcpconv.core.errors import KeymapError
 from dcpconv.families.keymaps import keymaps, read_keymap
 from dcpconv.families.parameter_files import read_parameter_file
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.drafting import checked_keymap, draft, foreign_slots
 from dcpconv.sources.explaining import Explanations
+from dcpconv.sources.parameter_shapes import expected as expected_of
 from support.checkpoints.virtual import checkpoint, slots_of, spec_of
 from support.models.hf_models import save_hf
 from support.models.nested_models import small

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dcpconv.checking.against import expected
 from dcpconv.core.spec import Experts, LatentAttention, ModelSpec
 from dcpconv.families.configs.ffn import ffn_width
 from dcpconv.families.keymaps import keymaps
+from dcpconv.sources.parameter_shapes import expected
 
 
 def spec(d: int, layers: int, heads: int, groups: int, ffn: int, **more: Any) -> ModelSpec:

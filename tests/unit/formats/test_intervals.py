@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from dcpconv.formats.ranks.zero_intervals import Segment, boxes_of, chunks_of
+from dcpconv.formats.ranks.intervals import Segment, boxes_of, chunks_of
 
 SHAPES = [
     pytest.param((), id="0-d"),
