@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dcpconv import check, convert
 from dcpconv.cli.app import app
 from dcpconv.core.errors import AmbiguousFamilyError
-from dcpconv.families.keymaps.index import TABLES
+from dcpconv.families.keymaps.building import TABLES
 from support.models.hf_models import save_hf, tiny
 
 
