@@ -18,11 +18,9 @@ from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.block_scales import FACTORS, with_products
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
-from dcpconv.plan.kept import covered_by_own
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import refused_features, require_expressible, without
-from dcpconv.plan.ties import differing
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
@@ -128,7 +126,11 @@ class Aim:
         if self.table is None:
             return coverage, ()
         pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
-        if not coverage or not (unequal := differing(self.weights, pairs)):
+        if not coverage or not pairs:
+            return coverage, ()
+        from dcpconv.plan.ties import differing  # noqa: PLC0415 - few store a tensor twice
+
+        if not (unequal := differing(self.weights, pairs)):
             return coverage, ()
         key, owner = unequal[0]
         if self.spec is None or self.weights.require_keymap().rows_like(key) == []:
@@ -152,8 +154,10 @@ class Aim:
         )
         if product is not None:
             coverage = with_products(coverage, self.source, product)
-        if self.renames:
+        if self.renames or not (coverage.unknown or coverage.missing or coverage.misshapen):
             return coverage
+        from dcpconv.plan.kept import covered_by_own  # noqa: PLC0415 - few lack or add anything
+
         parameters, is_dequantized = self.source.parameters, self.source.said.dequantize
         is_packed = parameters is not None and bool(parameters.quantized_by)
         return covered_by_own(
