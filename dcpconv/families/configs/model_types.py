@@ -275,7 +275,7 @@ class _ModelTypes(Mapping[str, ModelType]):
         return known[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*_HERE, *MODULES))
+        return iter((*MODULES, *_HERE))  # of two with one class name the last counts
 
     def __len__(self) -> int:
         return len(_HERE) + len(MODULES)
