@@ -250,8 +250,9 @@ _ELSEWHERE: Mapping[str, str] = {
     "hybrids": ("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3_text qwen3_next"),
     "towers": ("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 kimi_k25 mistral3 internvl llava"),
     "mixtures": (
-        "qwen2_moe olmoe flex_olmo granitemoe dots1 glm4_moe solar_open exaone_moe hy_v3 "
-        "minimax_m2 deepseek_v2 glm4_moe_lite"
+        "deepseek_v32 glm_moe_dsa afmoe llama4_text hunyuan_v1_moe phimoe qwen2_moe olmoe "
+        "flex_olmo granitemoe mellum dots1 glm4_moe solar_open exaone_moe hy_v3 minimax_m2 "
+        "deepseek_v2 glm4_moe_lite"
     ),
     "classics": ("phi starcoder2 stablelm gpt_neox gpt2 falcon bloom"),
 }
