@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from dcpconv.core.errors import LayoutError
-from dcpconv.core.spec import ModelSpec
+from dcpconv.core.spec import Declared, ModelSpec
 
 Fields = Mapping[str, object]
 """A parameter file, as ``json.load`` gives it."""
@@ -44,35 +43,6 @@ AXIS = re.compile(r"[A-Za-z][A-Za-z0-9]*")
 
 KIND = re.compile(r"[a-z][a-z_]*")
 """How a kind of layer may be called."""
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """The declarations of one table.
-
-    Attributes:
-        axes: Axis -> rule for its size.
-        of_kind: Kind of layer -> axis -> rule, where layers of the kind have another size.
-        kinds: Kind -> rules, of which the first counts whose fields are there.
-    """
-
-    axes: Mapping[str, str] = field(default_factory=dict)
-    of_kind: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.axes or self.kinds)
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """Fields of the parameter file that the rules look at, the outermost of each path."""
-        sizes = [*self.axes.values(), *(r for axes in self.of_kind.values() for r in axes.values())]
-        names = {name for rule in sizes for name in re.findall(_FIELD, rule)}
-        for rule in (rule for rules in self.kinds.values() for rule in rules):
-            for part, found in _parsed(rule)[1].items():
-                if part not in {"kind", "words"}:
-                    names.update(re.findall(_FIELD, found or ""))
-        return frozenset(name.partition(".")[0] for name in names)
 
 
 class Measured:
@@ -160,6 +130,20 @@ class Measured:
                 if listed is not None:
                     return frozenset(listed)
         return None
+
+
+def fields_of(declared: Declared) -> frozenset[str]:
+    """Fields of the parameter file that the rules look at, the outermost of each path."""
+    sizes = [
+        *declared.axes.values(),
+        *(r for axes in declared.of_kind.values() for r in axes.values()),
+    ]
+    names = {name for rule in sizes for name in re.findall(_FIELD, rule)}
+    for rule in (rule for rules in declared.kinds.values() for rule in rules):
+        for part, found in _parsed(rule)[1].items():
+            if part not in {"kind", "words"}:
+                names.update(re.findall(_FIELD, found or ""))
+    return frozenset(name.partition(".")[0] for name in names)
 
 
 def size_of(rule: str, fields: Fields, layer: int | None = None) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Annotated
 
 from dcpconv.core.blocks import Count, Experts, LatentAttention, Positive, RopeScaling, Size
@@ -12,6 +14,7 @@ from dcpconv.core.record import Json, Record, field
 __all__ = [
     "FEATURES",
     "Count",
+    "Declared",
     "Experts",
     "LatentAttention",
     "ModelSpec",
@@ -54,6 +57,24 @@ FEATURES = frozenset(
     }
 )
 """Every name that ``ModelSpec.features`` may give."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """The declarations of one table.
+
+    Attributes:
+        axes: Axis -> rule for its size.
+        of_kind: Kind of layer -> axis -> rule, where layers of the kind have another size.
+        kinds: Kind -> rules, of which the first counts whose fields are there.
+    """
+
+    axes: Mapping[str, str] = dataclass_field(default_factory=dict)
+    of_kind: Mapping[str, Mapping[str, str]] = dataclass_field(default_factory=dict)
+    kinds: Mapping[str, tuple[str, ...]] = dataclass_field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.axes or self.kinds)
 
 
 class ModelSpec(Record):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from dcpconv.core.declared import Measured
 from dcpconv.core.layout import Placement
-from dcpconv.core.spec import ModelSpec
+from dcpconv.core.spec import Declared, ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
+
+if TYPE_CHECKING:
+    from dcpconv.core.declared import Measured
 
 Differing = tuple[tuple[str, int], ...]
 """Sizes that some layers have otherwise than most."""
@@ -26,9 +29,9 @@ class Sizes:
     """
 
     def __init__(self, spec: ModelSpec | None, tables: Iterable[Keymap]) -> None:
-        declared = [table.declared for table in tables]
-        self.measured = None if spec is None else Measured(spec, declared)
-        self.usual: dict[str, int] = {} if self.measured is None else self.measured.axes()
+        declared = [table.declared for table in tables if table.declared]
+        self.measured = None if spec is None else _measured(spec, declared)
+        self.usual: dict[str, int] = {} if self.measured is None else dict(self.measured.axes())
         self._own = {axis for one in declared for axis in one.axes}
         self._known = frozenset(self.usual)
         self._shapes: dict[tuple[Row, Differing], tuple[int, ...]] = {}
@@ -36,7 +39,11 @@ class Sizes:
 
     def says(self, row: Row) -> bool:
         """Whether the config decides if a row exists; else the source's keys do."""
-        return self.measured is not None and self.measured.knows(row.when) and not self.lacks(row)
+        measured = self.measured
+        is_said = isinstance(measured, ModelSpec) or (
+            measured is not None and measured.knows(row.when)
+        )
+        return is_said and not self.lacks(row)
 
     def lacks(self, row: Row) -> bool:
         """Whether no field of the config gives the size of an axis that a table declares."""
@@ -76,10 +83,22 @@ class Sizes:
         return found
 
     def _differing(self, indices: Mapping[str, int]) -> Differing:
-        return () if self.measured is None else self.measured.differing(indices.get("L"))
+        measured = self.measured
+        if measured is None or isinstance(measured, ModelSpec):
+            return ()
+        return measured.differing(indices.get("L"))
 
     def _in(self, differing: Differing) -> Mapping[str, int]:
         return {**self.usual, **dict(differing)} if differing else self.usual
+
+
+def _measured(spec: ModelSpec, declared: Sequence[Declared]) -> ModelSpec | Measured:
+    """The model itself, where no table says more of its layers."""
+    if not declared:
+        return spec
+    from dcpconv.core.declared import Measured  # noqa: PLC0415 - few tables declare anything
+
+    return Measured(spec, declared)
 
 
 def in_common(source: Keymap, target: Keymap) -> dict[str, str]:

@@ -17,11 +17,9 @@ from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap
 from dcpconv.plan.block_scales import FACTORS, with_products
 from dcpconv.plan.coverage import Coverage, Fault, Target, cover_as_stored
-from dcpconv.plan.kept import covered_by_own
 from dcpconv.plan.left_out import without_idle
 from dcpconv.plan.matching import cover
 from dcpconv.plan.refusals import refused_features, require_expressible, without
-from dcpconv.plan.ties import differing
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
@@ -138,9 +136,12 @@ class Aim:
     def unequal_ties(self, coverage: Coverage) -> list[tuple[str, str]]:
         """Those of the tied ``(key, owner)`` that are stored twice and hold different values; both
         tensors are read."""
-        return differing(
-            self.weights, [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
-        )
+        pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
+        if not pairs:
+            return []
+        from dcpconv.plan.ties import differing  # noqa: PLC0415 - few store a tensor twice
+
+        return differing(self.weights, pairs)
 
     def _cover(self, spec: ModelSpec | None, product: DType | None) -> Coverage:
         if self.table is None:
@@ -154,8 +155,10 @@ class Aim:
         )
         if product is not None:
             coverage = with_products(coverage, self.source, product)
-        if self.renames:
+        if self.renames or not (coverage.unknown or coverage.missing or coverage.misshapen):
             return coverage
+        from dcpconv.plan.kept import covered_by_own  # noqa: PLC0415 - few lack or add anything
+
         parameters, is_dequantized = self.source.parameters, self.source.said.dequantize
         is_packed = parameters is not None and bool(parameters.quantized_by)
         return covered_by_own(

@@ -32,13 +32,11 @@ def covered_by_own(
     """The account of a source in its own naming, with what its table does not know kept.
 
     Args:
-        coverage: As the table has it.
+        coverage: As the table has it, with something unknown, missing or misshapen.
         weights: The source.
         parameters: Its parameter file, which names the class.
         is_packed: Whether weights stay packed, in shapes that no table knows.
     """
-    if not (coverage.unknown or coverage.missing or coverage.misshapen):
-        return coverage
     made = {target.key: target for target in coverage.targets}
     kept: dict[str, Target] = {}
     for fault in coverage.unknown:

@@ -20,9 +20,14 @@ def refused_features(target: Keymap, spec: ModelSpec, source: Keymap | None) -> 
     the result keeps a parameter file of the same class.  A table that follows from a field axes or
     kinds of layers knows what it means.
     """
-    known = {*target.declared.fields, *(source.declared.fields if source else ())}
     refusals = configs.refusals(target.parameter_family, spec)
     refused = [Fault(item.name, item.reason) for item in refusals]
+    known: frozenset[str] = frozenset()
+    tables = [table for table in (target, source) if table is not None and table.declared]
+    if tables and spec.unaccounted:
+        from dcpconv.core.declared import fields_of  # noqa: PLC0415 - few tables declare anything
+
+        known = known.union(*(fields_of(table.declared) for table in tables))
     if spec.origin != target.config:
         for text in spec.unaccounted:
             name, _, value = text.partition(": ")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
 
-from dcpconv.core.declared import Declared, Measured, size_of
-from dcpconv.core.spec import ModelSpec
+from dcpconv.core.declared import Measured, size_of
+from dcpconv.core.spec import Declared, ModelSpec
 from dcpconv.families.keymaps import keymaps
 from dcpconv.families.keymaps.words import AXES
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcpconv.core.declared import Measured
+from dcpconv.core.declared import Measured, fields_of
 from dcpconv.families.configs import config_name
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.plan.matching import cover
@@ -38,7 +38,7 @@ def fits(table: Keymap, kind: str) -> bool:
     if not table.declared.axes.keys() <= axes.keys():
         return False
     return (
-        _KINDS & table.declared.fields == _KINDS & spec.stated.keys()
+        _KINDS & fields_of(table.declared) == _KINDS & spec.stated.keys()
         and has_latent == (spec.latent is not None)
         and (has_experts or spec.experts is None)
         and (spec.experts is not None or set(table.always) <= slots_of(table, spec))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dcpconv.core.errors import SpecError
 from dcpconv.core.record import slots_of
-from dcpconv.core.spec import LatentAttention, ModelSpec, RopeScaling
-from dcpconv.families.configs.classics import CLASSICS
-from dcpconv.families.configs.experts import read_experts
+from dcpconv.core.spec import Experts, LatentAttention, ModelSpec, RopeScaling
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import TEXT, HfConfig, nested_text
-from dcpconv.families.configs.hf_heads import classes_of, head_of
-from dcpconv.families.configs.hybrids import HYBRIDS
-from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
-from dcpconv.families.configs.mixtures import MIXTURES
-from dcpconv.families.configs.model_type import ModelType
-from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
+from dcpconv.families.configs.model_type import ModelType, classes_of, head_of
+from dcpconv.families.configs.model_types import MODEL_TYPES, MODULES, SAME_KEYS
 from dcpconv.families.configs.parameters import checked
 
 _TRAINED_LENGTH = "original_max_position_embeddings"
@@ -32,16 +26,16 @@ _ROPE_OWN = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
 _TEMPERATURE = "llama_4_scaling_beta"
 """Grows with the position; 0 for none.  Source: ``modeling_ministral3.py``, same version."""
 
-_OWN_READERS: tuple[tuple[str, Collection[str]], ...] = (
-    ("llama_shaped_reading", LLAMA_SHAPED),
-    ("gpt_oss", ("gpt_oss",)),
-    ("muse_glimmer", ("muse_glimmer",)),
-    ("mixture_reading", MIXTURES),
-    ("classics_reading", CLASSICS),
-    ("hybrid_reading", HYBRIDS),
-)
-"""Module that reads what only some classes say, and those classes; it has ``own_names``,
-``own_values`` and ``layer_words``."""
+_READERS: Mapping[str, str] = {
+    "llama_shaped": "llama_shaped_reading",
+    "mixtures": "mixture_reading",
+    "classics": "classics_reading",
+    "hybrids": "hybrid_reading",
+    "gpt_oss": "gpt_oss",
+    "muse_glimmer": "muse_glimmer",
+}
+"""Class, or the module that knows it -> the one that reads what only they say; it has
+``own_names``, ``own_values`` and ``layer_words``."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
@@ -98,7 +92,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": config.logits_scaling,
-        "experts": read_experts(config, outer if outer and outer.routing else known, file),
+        "experts": _experts(config, outer if outer and outer.routing else known, file),
         "latent": _latent(config, file),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
@@ -124,6 +118,14 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     return checked(ModelSpec, values | dict(known.implied if known else {}), file)
 
 
+def _experts(config: HfConfig, known: ModelType | None, file: Path) -> Experts | None:
+    if not config.num_experts:
+        return None
+    from dcpconv.families.configs.experts import read_experts  # noqa: PLC0415 - most have none
+
+    return read_experts(config, known, file)
+
+
 def _language(fields: Mapping[str, object]) -> object:
     """The class whose language model a file describes: its own, or the one beside a tower."""
     model_type, inner = fields.get("model_type"), fields.get(TEXT)
@@ -136,7 +138,7 @@ def _language(fields: Mapping[str, object]) -> object:
 
 def _own_reader(model_type: str) -> Any:
     """The module that reads what only this class says, or ``None``."""
-    module = next((name for name, types in _OWN_READERS if model_type in types), None)
+    module = _READERS.get(MODULES.get(model_type, model_type))
     return None if module is None else import_module(f"dcpconv.families.configs.{module}")
 
 

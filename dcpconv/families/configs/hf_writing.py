@@ -11,8 +11,8 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs import classics_writing, gpt_oss, mixture_writing
 from dcpconv.families.configs.experts import shared_width, strided, unfit
 from dcpconv.families.configs.hf_fields import TEXT
-from dcpconv.families.configs.hf_heads import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
+from dcpconv.families.configs.model_type import HEADS, SCORING, class_name, label_fields
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 
-from dcpconv.families.configs.classics import CLASSICS
-from dcpconv.families.configs.hybrids import HYBRIDS
-from dcpconv.families.configs.llama_shaped import LLAMA_SHAPED
-from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.families.configs.model_type import (
     ANY,
     BIASES,
@@ -22,7 +19,6 @@ from dcpconv.families.configs.model_type import (
     Routing,
 )
 from dcpconv.families.configs.muse_glimmer import MUSE_GLIMMER
-from dcpconv.families.configs.towers import TOWERS
 
 _MISTRAL: dict[str, object] = LLAMA | {
     "num_key_value_heads": 8,
@@ -40,12 +36,7 @@ _QWEN: dict[str, object] = {
 
 _GPT_OSS_PARTS = frozenset({"sinks", "clamped_glu", "expert_bias"})
 
-MODEL_TYPES: Mapping[str, ModelType] = {
-    **LLAMA_SHAPED,
-    **HYBRIDS,
-    **TOWERS,
-    **MIXTURES,
-    **CLASSICS,
+_HERE: Mapping[str, ModelType] = {
     "llama": ModelType("LlamaForCausalLM", LLAMA, expresses=ANY | BIASES | {"mlp_bias"}),
     "mistral": ModelType("MistralForCausalLM", _MISTRAL, expresses=ANY | {"sliding_window"}),
     "mixtral": ModelType(
@@ -250,6 +241,48 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     "muse_glimmer": MUSE_GLIMMER,
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""
+
+_ELSEWHERE: Mapping[str, str] = {
+    "llama_shaped": (
+        "smollm3 ernie4_5 helium internlm3 seed_oss cwm ministral3 arcee exaone4 glm4 granite "
+        "cohere gemma"
+    ),
+    "hybrids": ("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3_text qwen3_next"),
+    "towers": ("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 kimi_k25 mistral3 internvl llava"),
+    "mixtures": (
+        "deepseek_v32 glm_moe_dsa afmoe llama4_text hunyuan_v1_moe phimoe qwen2_moe olmoe "
+        "flex_olmo granitemoe mellum dots1 glm4_moe solar_open exaone_moe hy_v3 minimax_m2 "
+        "deepseek_v2 glm4_moe_lite"
+    ),
+    "classics": ("phi starcoder2 stablelm gpt_neox gpt2 falcon bloom"),
+}
+"""Module -> its classes; a module is imported when one of them is asked for."""
+
+MODULES: Mapping[str, str] = {
+    name: module for module, names in _ELSEWHERE.items() for name in names.split()
+}
+"""Class -> the module that knows it, of those that are not known here."""
+
+
+class _ModelTypes(Mapping[str, ModelType]):
+    """All classes, of which few are needed at a time."""
+
+    def __getitem__(self, name: str) -> ModelType:
+        if name in _HERE:
+            return _HERE[name]
+        module = MODULES[name]
+        found = import_module(f"dcpconv.families.configs.{module}")
+        known: Mapping[str, ModelType] = getattr(found, module.upper())
+        return known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*MODULES, *_HERE))  # of two with one class name the last counts
+
+    def __len__(self) -> int:
+        return len(_HERE) + len(MODULES)
+
+
+MODEL_TYPES: Mapping[str, ModelType] = _ModelTypes()
 
 SAME_KEYS: Mapping[str, str] = {"mistral": "llama"}
 """Classes whose tensors are named as another class names them, so that one table serves both."""

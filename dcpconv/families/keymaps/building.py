@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dcpconv.core.declared import Declared
 from dcpconv.core.errors import KeymapError
 from dcpconv.core.layout import Layout
+from dcpconv.core.spec import Declared
 from dcpconv.families.keymaps.table import Kept, Keymap, Pattern, Row, Tie
 
 if sys.version_info >= (3, 11):

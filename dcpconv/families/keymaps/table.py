@@ -9,8 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
-from dcpconv.core.declared import Declared
 from dcpconv.core.layout import Layout
+from dcpconv.core.spec import Declared
 
 _INDEX = re.compile(r"\{([A-Z])\}")
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")

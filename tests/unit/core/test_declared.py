@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from dcpconv.core.declared import Declared, Measured, check_kind, check_size, size_of
+from dcpconv.core.declared import Measured, check_kind, check_size, fields_of, size_of
 from dcpconv.core.errors import LayoutError
+from dcpconv.core.spec import Declared
 from support.checkpoints.virtual import spec_of
 
 FIELDS = {
@@ -137,4 +138,4 @@ def test_layers_of_a_kind_have_sizes_of_their_own() -> None:
     assert model.axes()["N"] == 4
     assert dict(model.differing(0)) == {"e": 12, "p": 6, "g": 3, "r": 2}
     assert model.differing(1) == model.differing(None) == ()
-    assert declared.fields == {"state", "wide", "groups", "types"}
+    assert fields_of(declared) == {"state", "wide", "groups", "types"}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 
+from dcpconv.families.configs.model_types import MODULES
 from dcpconv.families.family import FAMILIES, family_of, family_of_fields, parameter_orders
 from dcpconv.families.keymaps import keymaps
 
@@ -41,3 +44,10 @@ def test_fields_tell_the_family(fields: dict[str, object], name: str) -> None:
     assert found is not None
     assert found.names[0] == name
     assert family_of_fields({"vocab": 3}) is None
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES.values())))
+def test_a_module_of_classes_knows_those_that_are_said_to_be_there(module: str) -> None:
+    found = import_module(f"dcpconv.families.configs.{module}")
+    said = [name for name, where in MODULES.items() if where == module]
+    assert said == list(getattr(found, module.upper()))
