@@ -64,7 +64,7 @@ def lot_of(key: str) -> str:
     """The lot that a key belongs to.
 
     >>> lot_of("layers.12.experts.3.w1.weight")
-    'layers.#.experts.#.w1.weight'
+    'layers.#.experts.#.w#.weight'
     """
     return _NUMBER.sub("#", key)
 

@@ -81,7 +81,20 @@ def test_the_family_is_among_those_that_the_keys_speak_for(told: dict[str, Any])
     assert told["family"] in named | set(same.removeprefix("the same bytes as ").split(", "))
 
 
+BY_THE_PACKAGE = {
+    "torchtitan-gpt_oss": "test_torchtitan_gpt_oss.py",
+    "torchtitan-kimi_k2_7": "test_torchtitan_towers.py",
+    "torchtitan-muse_glimmer": "test_torchtitan_towers.py",
+    "torchtitan-qwen3_5": "test_torchtitan_qwen3_5.py",
+}
+"""Namings whose keys are compared with the modules of the package itself, in ``tests/laws``."""
+
+
 def test_every_generation_and_release_is_listed() -> None:
     families = {told["family"] for told in LISTS.values()}
     ours = {name for name in keymaps() if name.startswith(("minimind", "torchtitan"))}
-    assert ours | {"chatglm3"} == families
+    assert ours | {"chatglm3"} == families | BY_THE_PACKAGE.keys()
+    assert not families & BY_THE_PACKAGE.keys()
+    laws = Path(__file__).parents[1] / "laws"
+    for name, file in BY_THE_PACKAGE.items():
+        assert f'"{name}"' in (laws / file).read_text()

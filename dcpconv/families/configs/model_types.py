@@ -18,13 +18,40 @@ from dcpconv.families.configs.model_type import (
     ModelType,
     Routing,
 )
-from dcpconv.families.configs.muse_glimmer import MUSE_GLIMMER
 
 _MISTRAL: dict[str, object] = LLAMA | {
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
 }
+_MUSE = frozenset({"norm", "post_norms", "attention_gate", "bare_norms"})
+
+_MUSE_GLIMMER = ModelType(
+    "MuseGlimmerForConditionalGeneration",
+    {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 10_000.0,
+        "sliding_window": 2048,
+        "final_logit_softcapping": 20.0,
+        "output_multiplier": 0.19611613513818404,
+        "bos_token_id": 200_000,
+        "eos_token_id": 200_001,
+    },
+    {"norm": "rmsnorm_plus_one", "post_norms": True, "attention_gate": True, "bare_norms": True},
+    expresses=_MUSE
+    | BIASES
+    | WINDOWS
+    | {"activation", "final_softcap", "logits_scaling", "no_rope_layers", "rope_scaling"},
+    requires=_MUSE | {"final_softcap"},
+    is_copied=True,
+)
+"""Source: ``configuration_muse_glimmer.py``, ``modeling_muse_glimmer.py`` of transformers 5.23.0.
+The norm behind the last layer scales by its weight alone."""
+
 _QWEN: dict[str, object] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
@@ -238,7 +265,7 @@ _HERE: Mapping[str, ModelType] = {
         expresses=ANY | EXPERTS | {"latent_attention", "latent_bias", "o_bias"},
         requires=EXPERTS | {"latent_attention"},
     ),
-    "muse_glimmer": MUSE_GLIMMER,
+    "muse_glimmer": _MUSE_GLIMMER,
 }
 """Source: ``configuration_*.py`` of transformers 5.23.0; a test asks the classes themselves."""
 

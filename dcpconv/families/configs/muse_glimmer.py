@@ -7,41 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcpconv.core.errors import SpecError
-from dcpconv.families.configs.model_type import BIASES, WINDOWS, ModelType
 
 if TYPE_CHECKING:
     from dcpconv.families.configs.hf_fields import HfConfig
 
 _PERIOD = 4
 """One layer of so many sees everything and does not turn, counted from the last."""
-
-_PARTS = frozenset({"norm", "post_norms", "attention_gate", "bare_norms"})
-
-MUSE_GLIMMER = ModelType(
-    "MuseGlimmerForConditionalGeneration",
-    {
-        "tie_word_embeddings": False,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131_072,
-        "rope_theta": 10_000.0,
-        "sliding_window": 2048,
-        "final_logit_softcapping": 20.0,
-        "output_multiplier": 0.19611613513818404,
-        "bos_token_id": 200_000,
-        "eos_token_id": 200_001,
-    },
-    {"norm": "rmsnorm_plus_one", "post_norms": True, "attention_gate": True, "bare_norms": True},
-    expresses=_PARTS
-    | BIASES
-    | WINDOWS
-    | {"activation", "final_softcap", "logits_scaling", "no_rope_layers", "rope_scaling"},
-    requires=_PARTS | {"final_softcap"},
-    is_copied=True,
-)
-"""Source: ``configuration_muse_glimmer.py``, ``modeling_muse_glimmer.py`` of transformers 5.23.0.
-The norm behind the last layer scales by its weight alone."""
 
 _NAMES = frozenset(
     {

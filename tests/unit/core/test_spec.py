@@ -32,6 +32,7 @@ def test_a_plain_spec_has_the_axes_of_a_llama_and_no_features() -> None:
         "p": 5,
         "f": 28,
         "r": 3,
+        "t": 64,
     }
     assert SPEC.features() == {}
 
