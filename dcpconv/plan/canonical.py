@@ -58,6 +58,11 @@ _BY_LAYOUT: Mapping[str, str] = {
     "(h n) c": "layer.latent.k_b",
     "(h v) c": "layer.latent.v_b",
     "d (h v)": "layer.latent.o",
+    "(lk lr lv) d": "layer.linear.v layer.linear.z",
+    "vd vi vy vx": "vision.frame",
+    "vd vi vt vy vx": "vision.patch",
+    "(vh vr vp) vd": "vision.head_q vision.head_k",
+    "(vh vr vp)": "vision.head_q_bias vision.head_k_bias",
 }
 
 LAYOUTS: Mapping[str, str] = MappingProxyType(
@@ -201,7 +206,7 @@ def layout_of(slot: str, row: Row, term: int) -> tuple[tuple[str, ...], Layout]:
     if known is None:
         return row.pattern.names, Layout(" ".join(map(_text, row.layout.nodes, [term] * 9)))
     layout = Layout(known)
-    indices = tuple(axis for axis in ("L", "E") if axis in row.axes(term) - {*layout.axes()})
+    indices = tuple(axis for axis in ("L", "E", "B") if axis in row.axes(term) - {*layout.axes()})
     return indices, layout
 
 

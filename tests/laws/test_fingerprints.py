@@ -281,7 +281,9 @@ def test_the_source_may_not_change_while_it_is_read(tmp_path: Path) -> None:
     def rewrite(nbytes: int) -> None:
         if not seen:
             file = source / "model.safetensors"
-            file.write_bytes(file.read_bytes())
+            copy = tmp_path / "copy"
+            copy.write_bytes(file.read_bytes())
+            copy.replace(file)
         seen.append(nbytes)
 
     with pytest.raises(DcpconvError, match="changed while it was being read"):
