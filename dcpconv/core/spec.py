@@ -332,7 +332,7 @@ class ModelSpec(Record):
             ("qkv_bias", self.qkv_bias, "on q, k and v"),
             ("o_bias", self.o_bias, "on the attention output"),
             ("mlp_bias", self.mlp_bias, "on gate, up and down"),
-            ("head_bias", self.head_bias, "on the logits"),
+            ("head_bias", self.head_bias and self.head == "lm", "on the logits"),
             ("qk_norm", self.qk_norm, "on q and k"),
             ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
             ("qk_norm_heads", self.qk_norm_heads, "on q and k, each head by its own weights"),

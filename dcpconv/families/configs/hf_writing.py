@@ -59,8 +59,9 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
     features = spec.features()
     expresses = known.expresses | heads_of(model_type)
-    found = unexpressed(spec, expresses, name=name, requires=known.requires)
-    switch, together = _SWITCHES.get(model_type, ("", ()))
+    requires = known.requires if spec.head == "lm" else known.requires - {"head_bias"}
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    switch, together = _switch(model_type, spec)
     if not features.keys() >= set(together):
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
         found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
@@ -128,8 +129,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         **_rope(spec),
         "tie_word_embeddings": spec.tied,
     }
-    if model_type in _SWITCHES:
-        switch, together = _SWITCHES[model_type]
+    switch, together = _switch(model_type, spec)
+    if switch:
         fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
     fields |= mixture_writing.own_fields(model_type, spec)
@@ -151,6 +152,15 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     if spec.architecture != model_type:
         return fields  # what is left over describes another class
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
+
+
+def _switch(model_type: str, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+    """The field that adds biases, or nothing, and the features that come and go with it in a class
+    with this head."""
+    switch, together = _SWITCHES.get(model_type, ("", ()))
+    if spec.head == "lm":
+        return switch, together
+    return switch, tuple(feature for feature in together if feature != "head_bias")
 
 
 def _nested_type(spec: ModelSpec) -> object:
