@@ -12,7 +12,7 @@ import transformers
 
 from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import NotExpressibleError
-from dcpconv.families.configs.hf_heads import class_name, heads_of
+from dcpconv.families.configs.model_type import class_name, heads_of
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from support.checkpoints.families import RIGHT, TOKENS, assert_same, hf_tensors
 from support.models.hf_models import MODEL_TYPES as TINY
