@@ -107,10 +107,6 @@ def test_other_files_on_one_host_are_told(world: list[dict[str, Outcome]]) -> No
     assert "file      model" in found[0].text
 
 
-def test_a_hub_id_is_located_once_per_host(world: list[dict[str, Outcome]]) -> None:
-    assert values(world, "hub") == [["org/model"], [], ["org/model"], []]
-
-
 def test_a_hub_that_cannot_be_reached_fails_on_all(world: list[dict[str, Outcome]]) -> None:
     found = [rank["hub/unreachable"] for rank in world]
     assert len({(outcome.error, outcome.text) for outcome in found}) == 1

@@ -163,27 +163,14 @@ def _differs(directory: Path) -> Any:
         load_init_weights(fsdp2()(build(meta=True)), directory / f"other-{host}")
 
 
-def _from_hub(directory: Path) -> Any:
-    """A hub id is looked up, and downloaded, by one rank of each host."""
-    asked: list[str] = []
-
-    def locate(name: Any) -> Path:
-        asked.append(str(name))
-        return directory / "hf-untied"
-
-    with on_hosts(2), patch.object(catalogs, "locate", locate):
-        load_init_weights(fsdp2()(build(meta=True)), "org/model")
-    return asked
-
-
 def _unreachable(directory: Path) -> Any:
     """The hub cannot be reached from one host."""
     del directory
 
-    def locate(name: Any) -> Path:
+    def path_of(name: Any) -> Path:
         raise OSError(f"no route to {name}")
 
-    with on_hosts(2), patch.object(catalogs, "locate", locate):
+    with on_hosts(2), patch.object(catalogs, "path_of", path_of):
         load_init_weights(fsdp2()(build(meta=True)), "org/model")
 
 
@@ -244,7 +231,6 @@ SCENES: dict[int, dict[str, Scene]] = {
         "opens/shared": _planning("hf-untied", 2),
         "opens/copies": _planning("copy", 2, own=True),
         "differs": _differs,
-        "hub": _from_hub,
         "hub/unreachable": _unreachable,
         "over-cpu/all": _over_cpu("all"),
         "over-cpu/once": _over_cpu("once"),

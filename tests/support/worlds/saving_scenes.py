@@ -38,6 +38,10 @@ FORMS: dict[str, dict[str, Any]] = {
 """By name of the result: what ``save_weights`` and ``convert`` are asked for."""
 
 
+IN_EVERY_FORM = ("plain", "fsdp2", "fsdp2-tied", "tp", "hsdp", "fsdp2-tp-uneven")
+"""Models that are saved in all of them; the others are saved as hf."""
+
+
 def place(directory: Path, kind: str, name: str) -> Path:
     """Where a scene in a world of this size leaves something."""
     path = directory / f"{kind}-{dist.get_world_size()}" / name
@@ -57,6 +61,8 @@ def _saves(name: str, wrap: Wrap, *, tied: bool = False) -> Scene:
         state_dict_saver.save({"model": get_model_state_dict(model)}, checkpoint_id=stock)
         heard = {}
         for form, options in FORMS.items():
+            if form != "hf" and name not in IN_EVERY_FORM:
+                continue
             target = place(directory, f"saved-{form}", name + Path(form).suffix)
             report = save_weights(model, target, assets=config, **options)
             heard[form] = {"tensors": report.target.tensors, "written": not report.is_dry_run}

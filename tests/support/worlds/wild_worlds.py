@@ -151,6 +151,7 @@ def _lingua(path: Path) -> None:
         seq_len=32,
         save=path / "0000000003",
         params=path / "init/params.json",
+        save_hf=None,
     )
     model = trainer.build(args.params, seq_len=args.seq_len)
     model.to_empty(device="cpu")
