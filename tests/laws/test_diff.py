@@ -279,11 +279,13 @@ def test_the_sources_may_not_change_while_they_are_read(tmp_path: Path) -> None:
     a = save_hf(tiny("llama"), tmp_path / "a")
     b = save_hf(tiny("llama"), tmp_path / "b")
     seen: list[int] = []
+    once = iter([True])  # threads call, and only the first of them may find it
 
     def rewrite(nbytes: int) -> None:
-        if not seen:
-            file = b / "model.safetensors"
-            file.write_bytes(file.read_bytes())
+        if next(once, False):
+            copy = tmp_path / "copy"
+            copy.write_bytes((b / "model.safetensors").read_bytes())
+            copy.replace(b / "model.safetensors")
         seen.append(nbytes)
 
     with pytest.raises(SourceChangedError):
