@@ -44,8 +44,8 @@ def measure(file: Path, *, runs: int) -> dict[str, list[tuple[float, float]]]:
 def _read(file: Path, nbytes: int, *, is_huge: bool) -> float:
     import torch  # noqa: PLC0415 - not for --help
 
+    from dcpconv.engine.tensors import memory  # noqa: PLC0415
     from dcpconv.loading.pages import use_huge_pages  # noqa: PLC0415
-    from dcpconv.loading.reading import memory  # noqa: PLC0415
 
     tensors = [torch.empty(TENSOR, dtype=torch.uint8) for _ in range(nbytes // TENSOR)]
     started = time.perf_counter()

@@ -248,8 +248,8 @@ def _preadv(case: Case, model: Any, hf: Path, rank: int) -> int:
 
     import torch  # noqa: PLC0415
 
+    from dcpconv.engine.tensors import memory  # noqa: PLC0415
     from dcpconv.loading.pages import use_huge_pages  # noqa: PLC0415
-    from dcpconv.loading.reading import memory  # noqa: PLC0415
 
     del model
     file = hf / "model.safetensors"

@@ -202,6 +202,14 @@ def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SY
         view = view[count:]
 
 
+def write_back(fd: int, offset: int, nbytes: int, *, system: System = SYSTEM) -> None:
+    """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
+    results that memory could hold."""
+    if nbytes >= _WORTH_STARTING:
+        with suppress(OSError):
+            system.start_writing(fd, offset, nbytes)
+
+
 @dataclass(frozen=True, slots=True)
 class OutDirectory:
     """The directory of a result.
@@ -274,11 +282,7 @@ class Output:
         write(self.fd, data, offset, system=system)
 
     def write_back(self, unit: Unit, system: System) -> None:
-        """Have the disk start on it now instead of at the final sync: 1.5 to 3 times as fast for
-        results that memory could hold."""
-        if unit.nbytes >= _WORTH_STARTING:
-            with suppress(OSError):
-                system.start_writing(self.fd, unit.offset, unit.nbytes)
+        write_back(self.fd, unit.offset, unit.nbytes, system=system)
 
     def finish(self) -> None:
         try:

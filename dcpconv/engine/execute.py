@@ -32,6 +32,7 @@ __all__ = [
     "execute",
     "fill",
     "refuse_overflow",
+    "summed",
     "together",
 ]
 
@@ -175,20 +176,26 @@ def together(some: Iterable[Moved], outline: Outline) -> Moved:
     """
     total = Tally()
     peak = 0
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    losses: list[CastLoss] = []
     for one in some:
         total.add(Tally(*(getattr(one, name) for name in MOVED)))
         peak = max(peak, one.peak_buffer)
-        for loss in one.losses:
-            over, under = found.get((loss.file, loss.offset), (0, 0))
-            found[loss.file, loss.offset] = over + loss.overflowed, under + loss.underflowed
-    losses = tuple(
+        losses += one.losses
+    return Moved(**asdict(total), losses=summed(losses, outline), peak_buffer=peak)
+
+
+def summed(losses: Iterable[CastLoss], outline: Outline) -> tuple[CastLoss, ...]:
+    """What casts lost, once for each payload, in the order of the outline."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    for loss in losses:
+        over, under = found.get((loss.file, loss.offset), (0, 0))
+        found[loss.file, loss.offset] = over + loss.overflowed, under + loss.underflowed
+    return tuple(
         CastLoss(file.name, offset, *found[file.name, offset])
         for file in (outline.files if found else ())
         for offset, _ in file.payloads
         if (file.name, offset) in found
     )
-    return Moved(**asdict(total), losses=losses, peak_buffer=peak)
 
 
 def fill(fill: Fill, *, source: Path | Sources, into: memoryview) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dcpconv.core.dtypes import DType
+from dcpconv.engine.tensors import dtype_of
 from dcpconv.loading.model import Place
-from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.supply import Supply
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Fault, Target

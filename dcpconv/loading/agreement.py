@@ -19,12 +19,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from dcpconv.core.errors import DcpconvError
+from dcpconv.engine.tensors import dtype_of
 from dcpconv.loading.account import Offer, match, offer_of, offered_as
 from dcpconv.loading.buffers import Restored, restore_buffers
 from dcpconv.loading.catalogs import Opened, Seen, look, require_alike
 from dcpconv.loading.entries import entries
 from dcpconv.loading.model import Place, device_of, places, reshard
-from dcpconv.loading.reading import dtype_of
 from dcpconv.loading.regions import Need, needs_of
 from dcpconv.loading.shares import place_in, share_out
 from dcpconv.loading.supply import supply_of

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import Fill
+from dcpconv.engine.tensors import memory
 from dcpconv.loading.groups import broadcast, subgroup
 from dcpconv.loading.landing import Destination
-from dcpconv.loading.reading import Readable, box_of, memory, read_pieces
+from dcpconv.loading.reading import Readable, box_of, read_pieces
 from dcpconv.loading.regions import Need, Wish
 from dcpconv.loading.replicas import TILE, Piece, Tile, has_short_rows, in_turns
 from dcpconv.loading.world import World

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dcpconv.core.dtypes import DType
 from dcpconv.engine.cast import cast
-from dcpconv.loading.reading import dtype_of, memory, torch_dtype
+from dcpconv.engine.tensors import dtype_of, memory, torch_dtype
 from dcpconv.loading.regions import Need
 
 

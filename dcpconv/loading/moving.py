@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from dcpconv.core.errors import SourceChangedError
+from dcpconv.engine.tensors import torch_dtype
 from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.groups import sends_from
 from dcpconv.loading.materialise import materialise
-from dcpconv.loading.reading import Landing, read_landings, torch_dtype
+from dcpconv.loading.reading import Landing, read_landings
 from dcpconv.loading.regions import Need, Wish
 from dcpconv.loading.replicas import TILE, tiles_of
 from dcpconv.loading.terms import Agreement, LoadRequest

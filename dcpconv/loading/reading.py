@@ -9,7 +9,6 @@ where a strided tensor has longer rows than that.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
@@ -17,14 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
+from dcpconv.engine.tensors import dtype_of, memory
 from dcpconv.engine.wanting import of_box
 from dcpconv.loading.staging import BUFFER, Desk, device_of, is_beyond
 from dcpconv.stores.ahead import WINDOW, Ahead, Wanted
@@ -114,25 +112,6 @@ def box_of(fill: Fill) -> Readable:
 def place_of(fill: Fill) -> tuple[str, int]:
     """Where the first element of a fill is stored: what is read in this order is read forwards."""
     return (fill.parts[0].file, fill.parts[0].offset) if fill.parts else ("", 0)
-
-
-def dtype_of(tensor: Tensor) -> DType:
-    """Our name for a tensor's dtype."""
-    return BY_NAME[str(tensor.dtype).removeprefix("torch.")]
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """The dtype as torch has it."""
-    found: torch.dtype = getattr(torch, dtype.name)
-    return found
-
-
-def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable; the tensor must outlive them."""
-    nbytes = tensor.numel() * tensor.element_size()
-    if not nbytes:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_pieces(

@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcpconv.core.errors import FormatError
+from dcpconv.engine.tensors import dtype_of, torch_dtype
 from dcpconv.loading.objects import Objects
-from dcpconv.loading.reading import Landing, dtype_of, read_landings, torch_dtype
+from dcpconv.loading.reading import Landing, read_landings
 from dcpconv.loading.supply import Options, Supply, prepare
 from dcpconv.plan.block_scales import FACTORS
 from dcpconv.plan.coverage import Target

@@ -17,8 +17,8 @@ from dcpconv import convert
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import CoverageError
 from dcpconv.engine.dequantise import Computed
+from dcpconv.engine.tensors import memory
 from dcpconv.loading.init_weights import load_init_weights
-from dcpconv.loading.reading import memory
 from dcpconv.loading.storage_reader import CheckpointReader
 from dcpconv.plan.coverage import Piece, Target
 from dcpconv.plan.fills import fill_of

@@ -17,7 +17,7 @@ from dcpconv.core.layout import Layout
 from dcpconv.core.outline import Fill, OutFile, Outline
 from dcpconv.engine.dequantise import Computed
 from dcpconv.engine.execute import execute
-from dcpconv.loading.reading import memory
+from dcpconv.engine.tensors import memory
 from dcpconv.plan.coverage import Piece, Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.local import Sources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from dcpconv.conversion.request import Request
 from dcpconv.conversion.saving.held import Held, Tie, held_by
 from dcpconv.conversion.saving.shares import Share, literals_of, share_out
 from dcpconv.conversion.summary import labels, lossy_casts
-from dcpconv.core.errors import FormatError, LossyCastError
+from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.core.outline import Outline
-from dcpconv.engine.copying import write, write_error
-from dcpconv.engine.execute import CastLoss, refuse_overflow
+from dcpconv.engine.copying import OutDirectory, write, write_error
+from dcpconv.engine.execute import CastLoss, refuse_overflow, summed
 from dcpconv.engine.publish import Staging, staging
 from dcpconv.engine.space import check_space, writes_anywhere
 from dcpconv.families.side_files import disk_nbytes
@@ -55,13 +55,18 @@ class Stage:
             by_file=self.by_file,
         )
 
-    def publish(self, losses: tuple[CastLoss, ...], *, seconds: float) -> ConversionReport:
+    def publish(self, found: Iterable[CastLoss], *, seconds: float) -> ConversionReport:
         """Make the result visible, if no cast overflowed.
+
+        Args:
+            found: What casts lost, of all ranks.
+            seconds: What the save has taken.
 
         Raises:
             LossyCastError: One did, and the user did not allow that.
         """
         decided = self.decided
+        losses = summed(found, decided.outline)
         if "overflow" not in decided.job.aim.source.said.allow:
             try:
                 refuse_overflow(losses, labels(decided.planned, decided.outline))
@@ -138,18 +143,17 @@ def _tied(held: Held, request: Request) -> tuple[Held, tuple[Tie, ...]]:
 
 def _make_files(directory: Path, outline: Outline) -> None:
     """Every file, as long as it will be, with what no rank holds."""
+    target = OutDirectory(directory)
     fds: dict[str, int] = {}
     name = ""
     try:
         for file in outline.files:
-            name = file.name
-            path = directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fds[name] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.ftruncate(fds[name], file.nbytes)
+            fds[file.name] = target.make(file.name, file.nbytes)
         for name, offset, data in literals_of(outline):
             write(fds[name], data, offset)
     except OSError as error:
+        if isinstance(error, DcpconvError):
+            raise
         raise write_error(error, directory / name) from error
     finally:
         for fd in fds.values():

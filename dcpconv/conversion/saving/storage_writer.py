@@ -34,7 +34,6 @@ from dcpconv.conversion.saving.shares import Share
 from dcpconv.conversion.saving.staged import Stage, stage
 from dcpconv.conversion.saving.writing import write_share
 from dcpconv.core.catalog import Form
-from dcpconv.engine.execute import CastLoss
 from dcpconv.sources.said import Said
 
 
@@ -207,18 +206,10 @@ class CheckpointWriter(StorageWriter):
         del metadata
         if self._stage is None:
             raise AssertionError("there is no result to publish")
-        found: dict[tuple[str, int], CastLoss] = {}
-        for result in (one for rank in results for one in rank):
-            for loss in result.storage_data:
-                known = found.get((loss.file, loss.offset), CastLoss(loss.file, loss.offset, 0, 0))
-                found[loss.file, loss.offset] = replace(
-                    known,
-                    overflowed=known.overflowed + loss.overflowed,
-                    underflowed=known.underflowed + loss.underflowed,
-                )
+        losses = [loss for rank in results for one in rank for loss in one.storage_data]
         try:
             seconds = time.perf_counter() - self._started
-            self.report = self._stage.publish(tuple(found.values()), seconds=seconds)
+            self.report = self._stage.publish(losses, seconds=seconds)
         finally:
             self.abandon()
 

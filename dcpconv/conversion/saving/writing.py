@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import Tensor
@@ -14,11 +14,8 @@ from dcpconv.conversion.saving.runs import Losses, Run, runs_of
 from dcpconv.conversion.saving.shares import Share, Write
 from dcpconv.core.errors import FormatError
 from dcpconv.engine.copying import write as write_all
-from dcpconv.engine.copying import write_error
+from dcpconv.engine.copying import write_back, write_error
 from dcpconv.engine.execute import CastLoss
-
-_WORTH_STARTING = 256 << 10
-"""Bytes from which a write is worth a system call to have the disk start on it."""
 
 
 def write_share(
@@ -80,9 +77,7 @@ def _open(path: Path, stack: ExitStack) -> int:
 
 def _put(fd: int, run: Run) -> None:
     write_all(fd, run.data, run.offset)
-    if len(run.data) >= _WORTH_STARTING and hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, run.offset, len(run.data), os.POSIX_FADV_DONTNEED)
+    write_back(fd, run.offset, len(run.data))
 
 
 def _sync(fd: int, path: Path) -> None:

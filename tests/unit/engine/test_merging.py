@@ -16,8 +16,8 @@ from dcpconv.core.catalog import Lane, TensorEntry, Update
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.engine.dequantise import Computed
 from dcpconv.engine.grids import AREA, grids
+from dcpconv.engine.tensors import memory
 from dcpconv.formats.safetensors import read_catalog
-from dcpconv.loading.reading import memory
 from dcpconv.plan.coverage import as_stored
 from dcpconv.plan.fills import fill_of
 from dcpconv.stores.local import Sources
