@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import MIB, llama_shapes, write_llama
+from bench.measure import status
 
 RANKS = 2
 WALL_TARGET = 0.5
@@ -143,14 +144,6 @@ def _world(name: str, source: Path, hf: Path) -> tuple[float, float, float]:
 # -- what a rank does ------------------------------------------------------------------------
 
 
-def _status(field: str) -> float:
-    """A line of ``/proc/self/status``, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
-
-
 def _rank(options: argparse.Namespace) -> None:
     import torch  # noqa: PLC0415 - only ranks need it
     import torch.distributed as dist  # noqa: PLC0415
@@ -166,11 +159,11 @@ def _rank(options: argparse.Namespace) -> None:
     case.warm_up()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = status("VmRSS"), time.perf_counter()
     case.load(model, options.source)
     dist.barrier()
     seconds = time.perf_counter() - started
-    peak = _status("VmHWM") - before
+    peak = status("VmHWM") - before
     held = sum(
         tensor.to_local().untyped_storage().nbytes()
         for tensor in set(model.parameters())

@@ -97,6 +97,13 @@ def run_python(code: str, *arguments: str | os.PathLike[str]) -> Cost:
     return Cost(seconds, usage.ru_utime + usage.ru_stime, int(peaks[-1]) / 1024 if peaks else 0.0)
 
 
+def status(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
 def copy_floor(source: Path, target: Path) -> Cost:
     """``cp`` of the same bytes, and ``fsync`` of what it wrote: of those files and no others."""
     started = time.perf_counter()

@@ -29,6 +29,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.data import deepseek_shapes, write_sparse
+from bench.measure import status
 from bench.ranks_picture import picture
 
 FILES_OF_671B = 163
@@ -208,14 +209,14 @@ def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
         device=None,
     )
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = _status("VmRSS"), time.process_time()
+    before, started = status("VmRSS"), time.process_time()
     world.distinct(own_state_dict(model))
     agreement = agree(model, request, world)
     tiles = [
         (share, tuple(tiles_of(share.wishes, agreement.itemsize, nbytes=TILE)))
         for share in agreement.shares.sent
     ]
-    seconds, peak = time.process_time() - started, _status("VmHWM") - before
+    seconds, peak = time.process_time() - started, status("VmHWM") - before
     links: Counter[tuple[str, str]] = Counter()
     reads = 0
     for share, some in tiles:
@@ -247,14 +248,6 @@ def _plan(scale: Scale, rank: int, source: Path, work: Path) -> Planned:
         tiles=sum(len(some) for _, some in tiles),
         links=(max(links.values(), default=0), sum(links.values())),
     )
-
-
-def _status(field: str) -> float:
-    """A line of ``/proc/self/status``, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import write_llama
-from bench.loading import RANKS, _hugging_face, _lingua, _status
-from bench.measure import copy_floor
+from bench.loading import RANKS, _hugging_face, _lingua
+from bench.measure import copy_floor, status
 
 FLOOR_TARGET = 1.3
 """Of ``cp`` and ``fsync`` of the result."""
@@ -140,11 +140,11 @@ def _rank(options: argparse.Namespace) -> None:
     load_init_weights(model, options.hf)
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = status("VmRSS"), time.perf_counter()
     case.save(model, options)
     dist.barrier()
     seconds = time.perf_counter() - started
-    sys.stdout.write(json.dumps({"seconds": seconds, "peak": _status("VmHWM") - before}) + "\n")
+    sys.stdout.write(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}) + "\n")
     dist.destroy_process_group()
 
 

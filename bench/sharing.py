@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.data import write_llama
+from bench.measure import status
 
 CHUNK = 8 << 20
 
@@ -163,10 +164,10 @@ def _rank(options: argparse.Namespace) -> dict[str, float]:
 
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = _status("VmRSS"), time.perf_counter()
+    before, started = status("VmRSS"), time.perf_counter()
     read = load(case, model, options.hf, options.rank)
     dist.barrier()
-    seconds, peak = time.perf_counter() - started, _status("VmHWM") - before
+    seconds, peak = time.perf_counter() - started, status("VmHWM") - before
     held = (
         read
         if case.way == "preadv"
@@ -183,13 +184,6 @@ def _rank(options: argparse.Namespace) -> dict[str, float]:
 def _local(parameter: Any) -> Any:
     found = parameter.detach()
     return found.to_local() if hasattr(found, "to_local") else found
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise KeyError(field)
 
 
 def _model(wrap: str, hf: Path) -> Any:

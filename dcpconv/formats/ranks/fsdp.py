@@ -10,17 +10,16 @@ Source:
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import DcpconvError, FormatError
+from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.formats.ranks.flat import FindParameters, is_flat, join_flat
 from dcpconv.formats.ranks.joining import Joined, RankFile, join, mesh_ranks, writers
 from dcpconv.formats.ranks.siblings import Siblings
@@ -102,7 +101,7 @@ def read_catalog(
         FormatError: Files are lost, damaged, of another world, or do not fit together.
     """
     found = _only_set(path)
-    with _no_collection():
+    with without_garbage_collection():
         files, lost = read_set(path, found, problems)
         joined = join_flat(path, files, parameters) if is_flat(files) else join(files)
     joined.faults += _copies(path, files, joined)
@@ -160,18 +159,6 @@ def read_set(
         wrong += lost
     _check_world(directory, found, files)
     return files, wrong
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python looks for garbage as often as objects are made; here a million are, and all stay."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _only_set(path: Path) -> RankSet:
