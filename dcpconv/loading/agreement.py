@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,7 @@ from dcpconv.loading.account import Offer, match, offer_of, offered_as
 from dcpconv.loading.buffers import Restored, restore_buffers
 from dcpconv.loading.catalogs import Opened, Seen, look, require_alike
 from dcpconv.loading.entries import entries
-from dcpconv.loading.model import Place, device_of, places, reshard
+from dcpconv.loading.model import Place, home_of, places, reshard
 from dcpconv.loading.regions import Need, needs_of
 from dcpconv.loading.shares import place_in, share_out
 from dcpconv.loading.supply import supply_of
@@ -113,9 +112,7 @@ def _with_addition(agreement: Agreement, addition: Addition) -> Agreement:
 def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place, ...], Restored]:
     reshard(model)
     found = [place for place in places(model) if place.is_parameter or place.is_persistent]
-    fallback = next((device_of(p, request.device) for p in found if p.is_parameter), None)
-    device = request.device or fallback or torch.device("cpu")
-    restored = restore_buffers(model, device)
+    restored = restore_buffers(model, request.device or home_of(model))
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 

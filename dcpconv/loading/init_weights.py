@@ -114,7 +114,8 @@ def load_init_weights(
             its own shards.  ``auto`` takes ``torch`` where a module of any rank has hooks for its
             state dict or overrides it, which the direct engine would not run, and says so in the
             report's notes.
-        device: Where tensors on the meta device go that are no DTensors; the CPU by default.
+        device: Where tensors on the meta device go that are no DTensors; by default where the
+            model's DTensors are, else its tensors with memory, else the CPU.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         huge_pages: Ask the system for huge pages where tensors on the meta device get memory on the
             CPU.  It halves the work of the first write where memory is free in large pieces, and

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dcpconv.loading.model import Place, device_of, walk
+from dcpconv.loading.model import Place, device_of, home_of, walk
 from dcpconv.loading.pages import use_huge_pages
 
 
@@ -30,19 +30,19 @@ def materialise(
     Args:
         model: Any model.
         places: Its tensors.
-        device: Where to; by default each DTensor's own device type, the CPU for others.
+        device: Where to, where no mesh says it; by default ``home_of`` the model.
         dtypes: New dtypes by FQN, also for tensors that have memory; their contents are not kept.
         huge_pages: Ask for huge pages.
     """
     wanted: dict[int, tuple[torch.device, torch.dtype]] = {}
     keep: list[Tensor] = []  # an id is only good while its tensor lives
-    offloaded = _offloaded(model)
+    offloaded, home = _offloaded(model), device or home_of(model)
     for place in places:
         tensor = place.tensor
         dtype = dtypes.get(place.fqn, tensor.dtype)
         if place.flat is None and (tensor.is_meta or dtype != tensor.dtype):
             keep.append(tensor)
-            at = torch.device("cpu") if id(tensor) in offloaded else device_of(place, device)
+            at = torch.device("cpu") if id(tensor) in offloaded else device_of(tensor, home)
             wanted[id(tensor)] = (at if tensor.is_meta else tensor.device, dtype)
     if not wanted:
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -166,17 +167,28 @@ def reshard(model: nn.Module) -> None:
             call()
 
 
-def device_of(place: Place, device: torch.device | None) -> torch.device:
-    """Where the memory of a tensor on the meta device belongs."""
-    if device is not None:
-        return device
-    tensor = place.tensor
-    if isinstance(tensor, DTensor):
-        kind = tensor.device_mesh.device_type
-        if kind != "cuda":
-            return torch.device(kind)
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def device_of(tensor: Tensor, home: torch.device) -> torch.device:
+    """Where the memory of a tensor on the meta device belongs; ``home`` if no mesh says it."""
+    return _device_of_mesh(tensor) if isinstance(tensor, DTensor) else home
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where tensors on the meta device belong that no mesh places: beside those that one places,
+    as norms beside tensor parallelism, else beside those that have memory, else on the CPU."""
+    has_memory: torch.device | None = None
+    for tensor in chain(model.parameters(), model.buffers()):
+        if isinstance(tensor, DTensor):
+            return _device_of_mesh(tensor)
+        if not tensor.is_meta:
+            has_memory = has_memory or tensor.device
+    return has_memory or torch.device("cpu")
+
+
+def _device_of_mesh(tensor: DTensor) -> torch.device:
+    kind = tensor.device_mesh.device_type
+    if kind != "cuda":
+        return torch.device(kind)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def flat_pieces(model: nn.Module) -> dict[tuple[nn.Module, str], FlatPiece]:

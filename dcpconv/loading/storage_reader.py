@@ -9,6 +9,7 @@ buffers of ``dcpconv.loading.reading``; with the default planner tensors are rea
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dcpconv.core.errors import FormatError
+from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.engine.tensors import dtype_of, torch_dtype
 from dcpconv.loading.objects import Objects
 from dcpconv.loading.reading import Landing, read_landings
@@ -46,6 +47,8 @@ from dcpconv.stores.schemes import path_of
 
 BATCH = 256 << 20
 """Bytes of tensors that are asked of a planner before the first of them is read."""
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointReader(StorageReader):
@@ -152,11 +155,18 @@ class CheckpointReader(StorageReader):
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
         """The whole checkpoint, every tensor as one chunk.
 
+        What it raises is logged as well: ``dcp.load`` of torch 2.11 passes over it and raises
+        ``AssertionError("metadata is None")`` alone (``state_dict_loader.py``, ``local_step``).
+
         Raises:
             CoverageError: Keys are missing, unknown or misshapen; all are listed.
             FormatError: A file is truncated, malformed or unsafe.
         """
-        supply, objects = self._open()
+        try:
+            supply, objects = self._open()
+        except DcpconvError as error:
+            _log.error("%s", error)
+            raise
         prefix = (*(part for part in (self._root or "").split(".") if part),)
         stored = self._root is None and self._is_as_stored
         self._targets = {

@@ -100,7 +100,8 @@ def load_training_state(
             belongs to no rank's parameter.  Otherwise such a parameter starts without any.
         process_group: The ranks that load together; all by default.
         read: Which ranks read; as for ``load_init_weights``, without ``rank0``.
-        device: Where tensors on the meta device go that are no DTensors; the CPU by default.
+        device: Where tensors on the meta device go that are no DTensors; by default where the
+            model's DTensors are, else its tensors with memory, else the CPU.
         jobs: Threads.
 
     Raises:

@@ -41,19 +41,22 @@ class Outcome:
 
 
 def launch(
-    script: str, ranks: int, directory: Path, *, timeout_s: float = 120
+    script: str, ranks: int, directory: Path, *, timeout_s: float = 120, device: str = ""
 ) -> list[dict[str, Outcome]]:
     """Run ``script`` once per rank; returns the outcomes of every rank, by scene.
+
+    ``device`` is where ``sharded_models`` has its models; by default where the tests say.
 
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
     """
-    run_ranks(script, ranks, directory, timeout_s=timeout_s)
+    said = {"DCPCONV_TEST_DEVICE": device} if device else {}
+    run_ranks(script, ranks, directory, timeout_s=timeout_s, said=said)
     texts = [(directory / f"rank{rank}-of-{ranks}.json").read_text() for rank in range(ranks)]
     return [{name: Outcome(**found) for name, found in json.loads(text).items()} for text in texts]
 
 
-def take_part(scenes: Mapping[int, Mapping[str, Scene]]) -> None:
+def take_part(scenes: Mapping[int, Mapping[str, Scene]], *, backend: str = "gloo") -> None:
     """Be the rank that the command line says, in all scenes for a world of that size."""
     import torch
     import torch.distributed as dist
@@ -62,7 +65,7 @@ def take_part(scenes: Mapping[int, Mapping[str, Scene]]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{directory}/rendezvous-of-{ranks}",
         rank=rank,
         world_size=ranks,
@@ -76,6 +79,7 @@ def take_part(scenes: Mapping[int, Mapping[str, Scene]]) -> None:
         except BaseException as error:  # noqa: BLE001 - DCP raises BaseException
             outcome = Outcome(None, type(error).__name__, str(error))
         outcomes[name] = outcome
+        sys.stderr.write(f"{name}: {outcome.error or 'done'} {outcome.text}\n")  # if it hangs later
     (directory / f"rank{rank}-of-{ranks}.json").write_text(
         json.dumps({name: asdict(outcome) for name, outcome in outcomes.items()})
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 _PATIENCE_S = 800
@@ -14,8 +15,15 @@ _TESTS = Path(__file__).parents[2]
 _PATH = (_TESTS, _TESTS.parent / "examples", _TESTS.parent)
 
 
-def run_ranks(script: str, ranks: int, directory: Path, *, timeout_s: float) -> None:
-    """Run ``script RANK RANKS DIRECTORY`` once per rank, to its end.
+def run_ranks(
+    script: str,
+    ranks: int,
+    directory: Path,
+    *,
+    timeout_s: float,
+    said: Mapping[str, str] | None = None,
+) -> None:
+    """Run ``script RANK RANKS DIRECTORY`` once per rank, to its end; ``said`` to its environment.
 
     Raises:
         AssertionError: A rank failed or did not end; shows what it printed.
@@ -25,6 +33,7 @@ def run_ranks(script: str, ranks: int, directory: Path, *, timeout_s: float) -> 
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(map(str, _PATH)),
+        **(said or {}),
     }
     logs = [directory / f"rank{rank}-of-{ranks}.log" for rank in range(ranks)]
     processes = []

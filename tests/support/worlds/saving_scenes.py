@@ -26,7 +26,7 @@ from dcpconv.conversion.saving.writing import write_share
 from support.models.hf_models import tiny
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_scenes import WRAPS
-from support.worlds.sharded_models import Wrap, expected, fsdp2, hsdp
+from support.worlds.sharded_models import DEVICE, Wrap, expected, fsdp2, hsdp
 
 FORMS: dict[str, dict[str, Any]] = {
     "hf": {"to": "hf"},
@@ -77,8 +77,8 @@ def _saves(name: str, wrap: Wrap, *, tied: bool = False) -> Scene:
 
 def _live(directory: Path) -> Any:
     """A model of transformers, whose config comes with it."""
-    model = tiny("llama", tie_word_embeddings=True)
-    tokens = torch.arange(12)[None]
+    model = tiny("llama", tie_word_embeddings=True).to(DEVICE)
+    tokens = torch.arange(12, device=DEVICE)[None]
     logits = model(tokens).logits
     for layer in model.model.layers:
         fully_shard(layer)
@@ -86,7 +86,7 @@ def _live(directory: Path) -> Any:
     target = place(directory, "live", "hf")
     save_weights(model, target)
     if dist.get_rank() == 0:
-        torch.save(logits, directory / "live.pt")
+        torch.save(logits.cpu(), directory / "live.pt")
     return sorted(path.name for path in target.iterdir())
 
 
@@ -94,7 +94,7 @@ def _by_dcp(directory: Path) -> Any:
     """The whole state of a trainer through ``dcp.save``, step by step with one writer."""
     model = fsdp2()(expected(directory))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(torch.arange(12)[None]).sum().backward()
+    model(torch.arange(12, device=DEVICE)[None]).sum().backward()
     optimizer.step()
     weights, moments = get_state_dict(model, optimizer)
     writer = CheckpointWriter(to="hf", only="model", assets=directory / "hf-untied")
@@ -159,7 +159,7 @@ def _overflows(directory: Path) -> Any:
 
 def _unequal_ties(directory: Path) -> Any:
     """Two tensors under names that the config says are one."""
-    model = tiny("llama", tie_word_embeddings=True)
+    model = tiny("llama", tie_word_embeddings=True).to(DEVICE)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
     fully_shard(model)
     save_weights(model, place(directory, "ties", "hf"))
@@ -167,7 +167,7 @@ def _unequal_ties(directory: Path) -> Any:
 
 def _apart(directory: Path) -> Any:
     """The same, said so."""
-    model = tiny("llama", tie_word_embeddings=True)
+    model = tiny("llama", tie_word_embeddings=True).to(DEVICE)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
     fully_shard(model)
     report = save_weights(model, place(directory, "apart", "hf"), spec="tied=false")
@@ -222,7 +222,7 @@ def _half_of_the_ranks(directory: Path) -> Any:
     """Two of four save by themselves."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine = dist.get_rank() // 2
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("half", "shard"))
+    mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("half", "shard"))
     model = fsdp2(mesh["shard"])(expected(directory))
     target = place(directory, "halves", "x").parent / f"hf-{mine}"
     report = save_weights(

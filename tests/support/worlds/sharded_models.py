@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from lingua_model import LinguaModel, LinguaParams
 
 LAYERS, DIM, HEADS, KV_HEADS, CHANNELS, VOCAB = 3, 96, 6, 2, 16, 131
 """As ``support.models.hf_models`` makes its Llama: no power of two to hide a mistake."""
+
+DEVICE = os.environ.get("DCPCONV_TEST_DEVICE", "cpu")
+"""Where models are: ``cuda`` puts all ranks of a world on one GPU, which gloo allows."""
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -53,7 +57,7 @@ def build(*, meta: bool, tied: bool = False, dtype: torch.dtype = torch.float32)
     with torch.device("meta"):
         model = LinguaModel(params(tied=tied)).to(dtype)
     if not meta:
-        model.to_empty(device="cpu")
+        model.to_empty(device=DEVICE)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))
@@ -89,9 +93,10 @@ def lingua_weights(source: Mapping[str, Tensor], *, tied: bool = False) -> dict[
     return found
 
 
-def expected(directory: Path, *, tied: bool = False) -> LinguaModel:
-    """The model with the weights that loading must give it, on the CPU, unsharded."""
-    model = LinguaModel(params(tied=tied))
+def expected(directory: Path, *, tied: bool = False, device: str = DEVICE) -> LinguaModel:
+    """The model with the weights that loading must give it, unsharded."""
+    with torch.device(device):  # tables of RoPE have other bits where they are made elsewhere
+        model = LinguaModel(params(tied=tied))
     weights = torch.load(directory / ("tied.pt" if tied else "untied.pt"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,7 +122,7 @@ def fsdp1(*, original: bool) -> Wrap:
         return FullyShardedDataParallel(
             model,
             use_orig_params=original,
-            device_id=torch.device("cpu"),
+            device_id=torch.device(DEVICE),
             auto_wrap_policy=ModuleWrapPolicy(kinds),
         )
 
@@ -128,7 +133,7 @@ def fsdp2(mesh: DeviceMesh | None = None, **options: Any) -> Wrap:
     """FSDP2 with one group per layer; over two mesh dims it is HSDP."""
 
     def wrap(model: nn.Module) -> nn.Module:
-        at = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+        at = mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))
         for layer in model.get_submodule("layers").children():
             fully_shard(layer, mesh=at, **options)
         fully_shard(model, mesh=at, **options)
@@ -139,7 +144,7 @@ def fsdp2(mesh: DeviceMesh | None = None, **options: Any) -> Wrap:
 
 def hsdp(model: nn.Module) -> nn.Module:
     """Shards over two ranks, replicas over the others."""
-    return fsdp2(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))(model)
+    return fsdp2(init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("replicate", "shard")))(model)
 
 
 def offloaded(model: nn.Module) -> nn.Module:
@@ -151,7 +156,7 @@ def tp(mesh: DeviceMesh | None = None, *, uneven: bool = False) -> Wrap:
     """Tensor parallelism in the feed-forward layers; ``uneven`` also splits the vocabulary."""
 
     def wrap(model: nn.Module) -> nn.Module:
-        at = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+        at = mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))
         plan: dict[str, Any] = {}
         for layer in range(LAYERS):
             name = f"layers.{layer}.feed_forward"
@@ -171,7 +176,7 @@ def fsdp2_over_tp(*, uneven: bool) -> Wrap:
     """Both, on a mesh of two by two."""
 
     def wrap(model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("dp", "tp"))
         return fsdp2(mesh["dp"])(tp(mesh["tp"], uneven=uneven)(model))
 
     return wrap

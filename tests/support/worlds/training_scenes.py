@@ -26,6 +26,7 @@ from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_faults import Read
 from support.worlds.load_scenes import prepare as prepare_weights
 from support.worlds.sharded_models import (
+    DEVICE,
     VOCAB,
     Wrap,
     build,
@@ -67,9 +68,10 @@ def optimizer_of(model: nn.Module) -> AdamW:
 def train(model: nn.Module, optimizer: Optimizer, start: int) -> list[float]:
     """Losses of some steps on batches that are the same on every rank."""
     losses = []
+    device = next(model.parameters()).device
     for step in range(start, start + STEPS):
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, VOCAB, (2, 17), generator=generator)
+        tokens = torch.randint(0, VOCAB, (2, 17), generator=generator).to(device)
         logits = model(tokens[:, :-1])
         logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -83,7 +85,7 @@ def train(model: nn.Module, optimizer: Optimizer, start: int) -> list[float]:
 def prepare(directory: Path) -> None:
     """A run of one process after some steps, and what it goes on to."""
     prepare_weights(directory, ())
-    model = expected(directory)
+    model = expected(directory, device="cpu")
     optimizer = AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     train(model, optimizer, 0)
     found: Any = get_state_dict(model, optimizer)
@@ -130,7 +132,7 @@ def _resumes(name: str, wrap: Wrap, read: Read) -> Scene:
             assert set(bare) == set(right["optim"]["state"])
             for key, kinds in right["optim"]["state"].items():
                 for kind, tensor in kinds.items():
-                    assert torch.equal(bare[key][kind], tensor), (key, kind)
+                    assert torch.equal(bare[key][kind].cpu(), tensor), (key, kind)
         group = optimizer.param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.95), 0.1)
         losses = train(model, optimizer, STEPS) if name in TRAINS else []
@@ -208,13 +210,13 @@ def _two_stages(directory: Path) -> Any:
         del model.tok_embeddings
     kept = range(1) if first else range(1, 3)
     model.layers = nn.ModuleDict({str(layer): model.layers[layer] for layer in kept})  # type: ignore[assignment]
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     optimizer = optimizer_of(model)
     load_training_state(model, optimizer, directory / "run", to="lingua")
     right = torch.load(directory / "right.pt")["optim"]["state"]
     for name, parameter in model.named_parameters():
         for kind, value in right[name].items():
-            assert torch.equal(optimizer.state[parameter][kind], value), (name, kind)
+            assert torch.equal(optimizer.state[parameter][kind].cpu(), value), (name, kind)
     return len(optimizer.state)
 
 

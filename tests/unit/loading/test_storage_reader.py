@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dcpconv.core.errors import DcpconvError
 from dcpconv.loading import storage_reader
 from dcpconv.loading.storage_reader import CheckpointReader
 from support.models.hf_models import save_hf, tiny
@@ -145,6 +147,17 @@ def test_faults_reach_the_caller(
     sources: Path, state: dict[str, Any], options: dict[str, Any], text: str
 ) -> None:
     assert text in failure(state, CheckpointReader(sources / "hf", **options))
+
+
+def test_why_there_is_no_metadata_is_logged(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the versions of torch that say nothing else."""
+    logged: list[str] = []
+    log = SimpleNamespace(error=lambda text, *values: logged.append(text % values))
+    monkeypatch.setattr(storage_reader, "_log", log)
+    with pytest.raises(DcpconvError, match="no family 'nobody'"):
+        CheckpointReader(sources / "hf", to="nobody").read_metadata()
+    assert len(logged) == 1
+    assert "no family 'nobody'" in logged[0]
 
 
 def test_a_damaged_checkpoint_is_no_checkpoint(sources: Path, tmp_path: Path) -> None:
