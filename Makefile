@@ -10,12 +10,13 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 SWEEP_ARGS ?=
+MATRIX_ARGS ?=
 
 # One thread per process: tests start several processes, and more threads only fight.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fmt lint type bench sweep docs site check interop install clean
+.PHONY: help demo test fmt lint type bench sweep matrix docs site check interop install clean
 
 help:  ## show this table
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -42,6 +43,9 @@ bench: $(VENV)/.bench  ## measure speed and memory against a plain file copy
 
 sweep: $(VENV)/.installed  ## carry every architecture of transformers everywhere (an hour); SWEEP_ARGS="--only llama"
 	@PYTHONPATH=tests $(PY) -m sweep --write $(SWEEP_ARGS)
+
+matrix: $(VENV)/.created  ## run the tests under another Python and torch; MATRIX_ARGS="--torch 2.6.0"
+	@$(PY) tests/matrix.py $(MATRIX_ARGS)
 
 docs: $(VENV)/.installed  ## write the generated pages of docs/ and the index of the tables anew
 	@$(PY) docs/generate.py
