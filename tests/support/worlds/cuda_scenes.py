@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -127,12 +128,11 @@ def _pins(directory: Path) -> Any:
             seen.append((source.is_pinned(), beside))
             return started
 
-    original = reading.device_of
-    reading.device_of = lambda tensor: Watched(tensor.device)
-    try:
+    def watched(tensor: Tensor) -> Watched:
+        return Watched(tensor.device)
+
+    with patch.object(reading, "device_of", watched):
         load_init_weights(large().to_empty(device="cuda"), directory / "large", jobs=2)
-    finally:
-        reading.device_of = original
     return [len(seen) >= TENSORS, all(pinned for pinned, _ in seen), all(b for _, b in seen)]
 
 
