@@ -187,7 +187,8 @@ class _Account:
         have, or a head that is absent.
         """
         entries, shared = self.weights.entries, self.weights.tied
-        is_tied = self.spec.has("tied") if self.spec else None
+        spec = self.spec
+        is_tied = spec.tied and spec.head in {"lm", "none"} if spec else None
         for second, owner in self.source.tie_pairs().items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:

@@ -69,6 +69,8 @@ def inferred_spec(
     facts.setdefault("max_seq_len", 2048)
     facts.setdefault("tied", shares_head(weights))
     fields = {**facts, **fields, "architecture": _architecture(table, fields)}
+    if not table.holders("head"):
+        fields["head"] = "none"
     fields |= {"origin": table.config}
     unsaid += [name for name in _fixed_by_class(fields, table) if name not in pairs]
     fields["unsaid"] = tuple(unsaid)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, is_known, split_key, tables_for
+from dcpconv.families.keymaps import Keymap, is_known, split_key, tables_for, variants
 from dcpconv.sources.containers import candidate_roots, nested_root
 from dcpconv.sources.fitting import (
     RULED_OUT,
@@ -116,7 +116,8 @@ def recognise(
 
     The ambiguity of ``model.`` (a wrapper, or the first component of a Hugging Face key) is decided
     by which of both readings a table knows: ``model.lm_head.weight`` has a wrapper,
-    ``lm_head.weight`` has none.
+    ``lm_head.weight`` has none.  Where no table fits as it is, one may with something else before
+    the keys of the base model, or nothing.
 
     Args:
         catalog: The checkpoint.
@@ -140,12 +141,18 @@ def recognise(
     candidates = _candidates(architecture, spec, keymap, tables, readings)
     if own is not None and architecture in own.architectures and not is_known(architecture):
         candidates = [*candidates, own]
-    fits = [
-        fit
-        for at in roots
-        for table in candidates
-        if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
-    ]
+
+    def fits_of(those: Sequence[Keymap]) -> list[Fit]:
+        return [
+            fit
+            for at in roots
+            for table in those
+            if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
+        ]
+
+    fits = fits_of(candidates)
+    if not any(fit.unmatched == fit.absent == 0 for fit in fits):
+        fits += fits_of([other for table in candidates for other in variants(table)])
     fits.sort(key=misfit)
     sure = [
         fit

@@ -75,12 +75,19 @@ class Source:
     def target_table(self, name: str) -> Keymap:
         """The table to reach; what no file says of the model, the source's table does.
 
+        Classes of transformers with another head may call the base model otherwise.
+
         Raises:
             KeymapError: No such family, or none of its tables is for this architecture.
         """
         table = self.said.table(name, self.architecture)
         assert table is not None  # noqa: S101  a name was given
-        return table
+        if self.spec is None or self.spec.head not in {"none", "spans"} or not table.base:
+            return table
+        from dcpconv.families.configs.hf_writing import base  # noqa: PLC0415 - few have such heads
+
+        prefix = base(table.parameter_family, self.spec)
+        return table if prefix is None else table.under(prefix)
 
 
 def understand(

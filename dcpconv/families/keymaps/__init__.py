@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dcpconv.core.errors import KeymapError
-from dcpconv.families.keymaps.index import tables
+from dcpconv.families.keymaps.index import OTHER_BASES, tables
 from dcpconv.families.keymaps.table import Keymap, Match, Pattern, Row, split_key
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "resolve_family",
     "split_key",
     "tables_for",
+    "variants",
 ]
 
 
@@ -51,7 +52,7 @@ def tables_for(
         head
         for head in tables().heads.values()
         if (not head.by_name if architecture is None else architecture in head.architectures)
-        if any(keys & head.templates for keys in readings)
+        if any(head.knows_some(keys) for keys in readings)
     ]
     whole = {head.name for head in heads if any(head.knows_all(keys) for keys in readings if keys)}
     return [
@@ -59,6 +60,12 @@ def tables_for(
         for head in heads
         if not whole or head.name in whole or (config and head.config == config)
     ]
+
+
+def variants(table: Keymap) -> list[Keymap]:
+    """The table with everything else that may stand before the keys of its base model."""
+    found = [table.under(prefix) for prefix in OTHER_BASES]
+    return [one for one in found if one is not table]
 
 
 def is_known(architecture: str) -> bool:

@@ -16,6 +16,14 @@ _INDEX = re.compile(r"\{([A-Z])\}")
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 """A component of a key that is a number; ten digits are no index."""
 
+_HEADS = frozenset({"head", "head_bias", "score", "score_bias", "spans", "spans_bias"})
+"""Slots behind the last layer, which are not part of a base model."""
+
+_WITH_BASES = frozenset({"hf", "hf-memory"})
+"""Families whose models hold a base model under one name, which is not in its own files.
+
+Source: ``base_model_prefix`` in ``modeling_utils.py`` of transformers 5.23.0."""
+
 Indices = Mapping[str, int]
 """Values of the indices in a key: ``{"L": 3, "E": 0}``."""
 
@@ -218,6 +226,9 @@ class Keymap:
         init=False, repr=False, compare=False
     )
     _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
+    _variants: dict[str, Keymap] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         templates: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = {}
@@ -289,6 +300,24 @@ class Keymap:
         return replace(self, rows=rows)
 
     @property
+    def base(self) -> str:
+        """What stands before the keys of the base model: ``model.``; empty where nothing does."""
+        if self.family not in _WITH_BASES or not self.holders("embed"):
+            return ""
+        first = self.holders("embed")[0][0].pattern.text.partition(".")[0] + "."
+        inside = (row for row in self.rows if not _HEADS & set(row.slots))
+        return first if all(row.pattern.text.startswith(first) for row in inside) else ""
+
+    def under(self, prefix: str) -> Keymap:
+        """The table with ``prefix`` in place of ``base``; an empty one leaves out the heads."""
+        base = self.base
+        if prefix == base or not base:
+            return self
+        if prefix not in self._variants:
+            self._variants[prefix] = _moved(self, base, prefix)
+        return self._variants[prefix]
+
+    @property
     def slots(self) -> frozenset[str]:
         """Every slot the family can hold."""
         return frozenset(self._by_slot)
@@ -324,6 +353,32 @@ class Keymap:
             if "untied" in row.conditions and embeddings:
                 pairs.setdefault(row.pattern.text, embeddings[0])
         return pairs
+
+
+def _moved(table: Keymap, base: str, prefix: str) -> Keymap:
+    """A table with another prefix; without any, its heads are left out."""
+
+    def key(text: str) -> str:
+        return prefix + text[len(base) :] if text.startswith(base) else text
+
+    def reasons(said: tuple[tuple[Pattern, str], ...]) -> tuple[tuple[Pattern, str], ...]:
+        return tuple((Pattern(key(pattern.text)), reason) for pattern, reason in said)
+
+    rows = [row for row in table.rows if prefix or not _HEADS & set(row.slots)]
+    held = {row.pattern.text for row in rows}
+    return replace(
+        table,
+        rows=tuple(replace(row, pattern=Pattern(key(row.pattern.text))) for row in rows),
+        ties=tuple(
+            Tie(key(tie.key), key(tie.owner), tie.omitted)
+            for tie in table.ties
+            if tie.owner in held and (prefix or tie.key.startswith(base))
+        ),
+        ignored=reasons(table.ignored),
+        aside=reasons(table.aside),
+        derived={key(text): rule for text, rule in table.derived.items()},
+        kept=tuple(Kept(key(part.prefix), part.role) for part in table.kept),
+    )
 
 
 def _shared(parts: tuple[str, ...]) -> str:
