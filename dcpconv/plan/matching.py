@@ -391,7 +391,8 @@ class _Account:
                 return f"the config has only {self.sizes[name]} {what}"
         if self.measures.says(row):
             has = self.measures.has
-            lacking = sorted(word for word in row.conditions if not has(word, indices))
+            words = {"tied": "tied head", "untied": "head of its own"}
+            lacking = sorted(words.get(w, w) for w in row.conditions if not has(w, indices))
             if lacking:
                 return f"the config says that the model has no {' and no '.join(lacking)}"
         return f"nothing in {self.target.name} uses it"

@@ -87,7 +87,8 @@ class Source:
         from dcpconv.families.configs.hf_writing import base  # noqa: PLC0415 - few have such heads
 
         prefix = base(table.parameter_family, self.spec)
-        return table if prefix is None else table.under(prefix)
+        has_head = self.spec.head != "none"
+        return table if prefix is None else table.under(prefix, has_head=has_head)
 
 
 def understand(
@@ -173,6 +174,8 @@ def measured(
         return inferred_spec(weights, said.sizes)
     if spec.origin == "meta" and not spec.tied and shares_head(weights):
         spec = spec.model_copy(update={"tied": True})  # params.json has no word for it
+    if weights.keymap is not None and weights.keymap.is_headless and not spec.tied:
+        spec = spec.model_copy(update={"head": "none"})  # config.json names no class
     return (patched_spec(spec, said.sizes) if said.sizes else spec), ()
 
 

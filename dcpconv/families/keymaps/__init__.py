@@ -62,9 +62,24 @@ def tables_for(
     ]
 
 
-def variants(table: Keymap) -> list[Keymap]:
-    """The table with everything else that may stand before the keys of its base model."""
-    found = [table.under(prefix) for prefix in OTHER_BASES]
+def variants(table: Keymap, root: str, *, has_head: bool) -> list[Keymap]:
+    """The table with everything else that may stand before the keys of its base model.
+
+    Under a root that is such a prefix itself, nothing is not among them: the same keys are those of
+    the model that holds the base model, and a head or a stray key beside them is one of its own.
+
+    Args:
+        table: As it is written.
+        root: What stands before the keys that it is for: ``model.``, or empty.
+        has_head: Whether a model without a prefix has a head all the same.
+    """
+    prefixes = (table.base, *OTHER_BASES)
+    is_inside = any(prefix and root.endswith(prefix) for prefix in prefixes)
+    found = [
+        table.under(prefix, has_head=has_head or bool(prefix))
+        for prefix in OTHER_BASES
+        if prefix or not is_inside
+    ]
     return [one for one in found if one is not table]
 
 

@@ -196,6 +196,8 @@ class Keymap:
         published: Sizes of the published models, by ``ModelSpec`` field and ``name``.
         declared: Axes and kinds of layers of its own.
         kept: Parts that are kept as they are stored.
+        is_headless: Whether it is for base models saved alone: nothing stands before their keys,
+            and nothing behind the last layer.
     """
 
     name: str
@@ -222,11 +224,12 @@ class Keymap:
     published: tuple[Mapping[str, int | str], ...] = ()
     declared: Declared = field(default_factory=Declared)
     kept: tuple[Kept, ...] = ()
+    is_headless: bool = False
     _by_template: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = field(
         init=False, repr=False, compare=False
     )
     _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
-    _variants: dict[str, Keymap] = field(
+    _variants: dict[tuple[str, bool], Keymap] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -308,14 +311,19 @@ class Keymap:
         inside = (row for row in self.rows if not _HEADS & set(row.slots))
         return first if all(row.pattern.text.startswith(first) for row in inside) else ""
 
-    def under(self, prefix: str) -> Keymap:
-        """The table with ``prefix`` in place of ``base``; an empty one leaves out the heads."""
+    def under(self, prefix: str, *, has_head: bool = True) -> Keymap:
+        """The table with ``prefix`` in place of ``base``.
+
+        Args:
+            prefix: What stands before the keys of the base model.
+            has_head: Whether anything stands behind its last layer.
+        """
         base = self.base
         if prefix == base or not base:
             return self
-        if prefix not in self._variants:
-            self._variants[prefix] = _moved(self, base, prefix)
-        return self._variants[prefix]
+        if (prefix, has_head) not in self._variants:
+            self._variants[prefix, has_head] = _moved(self, base, prefix, has_head=has_head)
+        return self._variants[prefix, has_head]
 
     @property
     def slots(self) -> frozenset[str]:
@@ -355,8 +363,8 @@ class Keymap:
         return pairs
 
 
-def _moved(table: Keymap, base: str, prefix: str) -> Keymap:
-    """A table with another prefix; without any, its heads are left out."""
+def _moved(table: Keymap, base: str, prefix: str, *, has_head: bool) -> Keymap:
+    """A table with another prefix, with or without its heads."""
 
     def key(text: str) -> str:
         return prefix + text[len(base) :] if text.startswith(base) else text
@@ -364,7 +372,7 @@ def _moved(table: Keymap, base: str, prefix: str) -> Keymap:
     def reasons(said: tuple[tuple[Pattern, str], ...]) -> tuple[tuple[Pattern, str], ...]:
         return tuple((Pattern(key(pattern.text)), reason) for pattern, reason in said)
 
-    rows = [row for row in table.rows if prefix or not _HEADS & set(row.slots)]
+    rows = [row for row in table.rows if has_head or not _HEADS & set(row.slots)]
     held = {row.pattern.text for row in rows}
     return replace(
         table,
@@ -372,12 +380,13 @@ def _moved(table: Keymap, base: str, prefix: str) -> Keymap:
         ties=tuple(
             Tie(key(tie.key), key(tie.owner), tie.omitted)
             for tie in table.ties
-            if tie.owner in held and (prefix or tie.key.startswith(base))
+            if tie.owner in held and (has_head or tie.key.startswith(base))
         ),
         ignored=reasons(table.ignored),
         aside=reasons(table.aside),
         derived={key(text): rule for text, rule in table.derived.items()},
         kept=tuple(Kept(key(part.prefix), part.role) for part in table.kept),
+        is_headless=not has_head,
     )
 
 
