@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from dcpconv.core.catalog import Catalog, TensorEntry
 from dcpconv.core.errors import AmbiguousFamilyError
 from dcpconv.core.spec import ModelSpec
-from dcpconv.families.keymaps import Keymap, is_known, split_key, tables_for, variants
+from dcpconv.families.keymaps import Keymap, is_known, split_key, tables_for
 from dcpconv.sources.containers import candidate_roots, nested_root
 from dcpconv.sources.fitting import (
     RULED_OUT,
@@ -274,6 +274,8 @@ def _variants(
     A class that a config names decides whether there is a head.  A container that was saved around
     the keys is no prefix of theirs.
     """
+    from dcpconv.families.keymaps.bases import variants  # noqa: PLC0415 - few models need them
+
     is_named = spec is not None and bool(spec.stated.get("architectures"))
     has_head = spec is not None and is_named and spec.head != "none"
     containers = {path[:-1] for path in catalog.paths.values()}

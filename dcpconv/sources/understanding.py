@@ -84,11 +84,13 @@ class Source:
         assert table is not None  # noqa: S101  a name was given
         if self.spec is None or self.spec.head not in {"none", "spans"} or not table.base:
             return table
-        from dcpconv.families.configs.hf_writing import base  # noqa: PLC0415 - few have such heads
+        # Few models have such heads.
+        from dcpconv.families.configs.hf_writing import base  # noqa: PLC0415
+        from dcpconv.families.keymaps.bases import under  # noqa: PLC0415
 
         prefix = base(table.parameter_family, self.spec)
         has_head = self.spec.head != "none"
-        return table if prefix is None else table.under(prefix, has_head=has_head)
+        return table if prefix is None else under(table, prefix, has_head=has_head)
 
 
 def understand(

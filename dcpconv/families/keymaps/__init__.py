@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dcpconv.core.errors import KeymapError
-from dcpconv.families.keymaps.index import OTHER_BASES, tables
+from dcpconv.families.keymaps.index import tables
 from dcpconv.families.keymaps.table import Keymap, Match, Pattern, Row, split_key
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "resolve_family",
     "split_key",
     "tables_for",
-    "variants",
 ]
 
 
@@ -60,27 +59,6 @@ def tables_for(
         for head in heads
         if not whole or head.name in whole or (config and head.config == config)
     ]
-
-
-def variants(table: Keymap, root: str, *, has_head: bool) -> list[Keymap]:
-    """The table with everything else that may stand before the keys of its base model.
-
-    Under a root that is such a prefix itself, nothing is not among them: the same keys are those of
-    the model that holds the base model, and a head or a stray key beside them is one of its own.
-
-    Args:
-        table: As it is written.
-        root: What stands before the keys that it is for: ``model.``, or empty.
-        has_head: Whether a model without a prefix has a head all the same.
-    """
-    prefixes = (table.base, *OTHER_BASES)
-    is_inside = any(prefix and root.endswith(prefix) for prefix in prefixes)
-    found = [
-        table.under(prefix, has_head=has_head or bool(prefix))
-        for prefix in OTHER_BASES
-        if prefix or not is_inside
-    ]
-    return [one for one in found if one is not table]
 
 
 def is_known(architecture: str) -> bool:

@@ -16,7 +16,7 @@ _INDEX = re.compile(r"\{([A-Z])\}")
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 """A component of a key that is a number; ten digits are no index."""
 
-_HEADS = frozenset({"head", "head_bias", "score", "score_bias", "spans", "spans_bias"})
+HEADS = frozenset({"head", "head_bias", "score", "score_bias", "spans", "spans_bias"})
 """Slots behind the last layer, which are not part of a base model."""
 
 _WITH_BASES = frozenset({"hf", "hf-memory"})
@@ -198,6 +198,7 @@ class Keymap:
         kept: Parts that are kept as they are stored.
         is_headless: Whether it is for base models saved alone: nothing stands before their keys,
             and nothing behind the last layer.
+        variants: Tables that ``bases`` has made of it.
     """
 
     name: str
@@ -229,7 +230,7 @@ class Keymap:
         init=False, repr=False, compare=False
     )
     _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
-    _variants: dict[tuple[str, bool], Keymap] = field(
+    variants: dict[tuple[str, bool], Keymap] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -308,22 +309,8 @@ class Keymap:
         if self.family not in _WITH_BASES or not self.holders("embed"):
             return ""
         first = self.holders("embed")[0][0].pattern.text.partition(".")[0] + "."
-        inside = (row for row in self.rows if not _HEADS & set(row.slots))
+        inside = (row for row in self.rows if not HEADS & set(row.slots))
         return first if all(row.pattern.text.startswith(first) for row in inside) else ""
-
-    def under(self, prefix: str, *, has_head: bool = True) -> Keymap:
-        """The table with ``prefix`` in place of ``base``.
-
-        Args:
-            prefix: What stands before the keys of the base model.
-            has_head: Whether anything stands behind its last layer.
-        """
-        base = self.base
-        if prefix == base or not base:
-            return self
-        if (prefix, has_head) not in self._variants:
-            self._variants[prefix, has_head] = _moved(self, base, prefix, has_head=has_head)
-        return self._variants[prefix, has_head]
 
     @property
     def slots(self) -> frozenset[str]:
@@ -361,33 +348,6 @@ class Keymap:
             if "untied" in row.conditions and embeddings:
                 pairs.setdefault(row.pattern.text, embeddings[0])
         return pairs
-
-
-def _moved(table: Keymap, base: str, prefix: str, *, has_head: bool) -> Keymap:
-    """A table with another prefix, with or without its heads."""
-
-    def key(text: str) -> str:
-        return prefix + text[len(base) :] if text.startswith(base) else text
-
-    def reasons(said: tuple[tuple[Pattern, str], ...]) -> tuple[tuple[Pattern, str], ...]:
-        return tuple((Pattern(key(pattern.text)), reason) for pattern, reason in said)
-
-    rows = [row for row in table.rows if has_head or not _HEADS & set(row.slots)]
-    held = {row.pattern.text for row in rows}
-    return replace(
-        table,
-        rows=tuple(replace(row, pattern=Pattern(key(row.pattern.text))) for row in rows),
-        ties=tuple(
-            Tie(key(tie.key), key(tie.owner), tie.omitted)
-            for tie in table.ties
-            if tie.owner in held and (has_head or tie.key.startswith(base))
-        ),
-        ignored=reasons(table.ignored),
-        aside=reasons(table.aside),
-        derived={key(text): rule for text, rule in table.derived.items()},
-        kept=tuple(Kept(key(part.prefix), part.role) for part in table.kept),
-        is_headless=not has_head,
-    )
 
 
 def _shared(parts: tuple[str, ...]) -> str:
