@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import CoverageError, NotExpressibleError
-from support.checkpoints.families import RIGHT, TOKENS, assert_same, hf_tensors
+from lingua_model import LinguaModel
+from support.checkpoints.families import (
+    RIGHT,
+    TOKENS,
+    assert_same,
+    hf_tensors,
+    load_hf,
+    torch_tensors,
+)
 from support.models.hf_models import tiny
 from support.models.layers import randomise
+from support.models.torchtitan import Titan, TitanConfig
 
 
 def based(directory: Path, model_type: str, **overrides: Any) -> nn.Module:
@@ -93,6 +104,53 @@ def test_a_family_with_a_head_takes_a_tied_model_and_refuses_another(
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(tmp_path / "in"))
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert written["architectures"] == ["LlamaModel"]
+
+
+def of_lingua(directory: Path) -> nn.Module:
+    convert(directory, directory / "lingua", to="lingua")
+    model = LinguaModel.from_params(json.loads((directory / "lingua/params.json").read_text()))
+    state = model.state_dict()
+    load({"model": state}, checkpoint_id=directory / "lingua")
+    model.load_state_dict(state)
+    return model
+
+
+def of_torchtitan(directory: Path) -> nn.Module:
+    convert(directory, directory / "titan.pth", to="torchtitan-llama3")
+    config = json.loads((directory / "config.json").read_text())
+    sizes = TitanConfig(
+        scaling=None,
+        release="0.3",
+        is_qwen=False,
+        n_layers=config["num_hidden_layers"],
+        n_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_parameters"]["rope_theta"],
+        enable_weight_tying=True,
+    )
+    model = Titan(sizes)
+    model.load_state_dict(torch_tensors(directory / "titan.pth"))
+    return model
+
+
+def of_meta(directory: Path) -> nn.Module:
+    """Meta's code needs a GPU: a Llama made of its files stands for it."""
+    convert(directory, directory / "meta", form="dcp", to="meta")
+    convert(directory / "meta", directory / "llama", form="hf", to="hf-llama")
+    return cast("nn.Module", load_hf(directory / "llama"))
+
+
+@pytest.mark.parametrize("other", [of_lingua, of_torchtitan, of_meta])
+def test_the_head_that_a_tied_model_gets_is_its_embedding(
+    tmp_path: Path, other: Callable[[Path], nn.Module]
+) -> None:
+    model: Any = based(tmp_path, "llama", num_hidden_layers=11, **TIED)
+    expected = hidden(model) @ model.get_input_embeddings().weight.T
+    with torch.no_grad():
+        found: Any = other(tmp_path).eval()(TOKENS)
+    logits = getattr(found, "logits", found)
+    assert float((logits - expected).detach().abs().max()) < RIGHT
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bloom"])
