@@ -81,6 +81,7 @@ _FEATURES: Mapping[str, Mapping[str, Any]] = {
     "latent_bias": _LATENT_BIASES,
     "score": {"head": "score", "n_classes": 3},
     "score_bias": {"head": "score_bias", "n_classes": 3},
+    "spans": {"head": "spans"},
     "no_head": {"head": "none"},
     **{name: {"special": {name: "of one class"}} for name in sorted(SPECIAL)},
 }

@@ -50,7 +50,7 @@ FEATURES = frozenset(
         *("residual_multiplier", "logits_scaling", "experts", "latent_attention"),
         *("no_rope_layers", "qk_norm_heads", "parallel_residual", "ungated"),
         *("sinks", "clamped_glu", "expert_bias"),
-        *("score", "score_bias", "no_head"),
+        *("score", "score_bias", "spans", "no_head"),
         *("norm_bias", "positions", "embed_norm", "parallel_norms"),
         *("attention_gate", "bare_norms"),
         *SPECIAL,
@@ -132,7 +132,7 @@ class ModelSpec(Record):
             ``multi_query_attention`` off).  It says where tensors lie, not what they do.
         head: What stands behind the last layer: ``lm``, logits of every token; ``score``, scores of
             a whole text, as reward models and classifiers have; ``score_bias``, scores of every
-            token; or ``none``.
+            token; ``spans``, where answers start and end; or ``none``.
         n_classes: What scores tell apart, where the head gives scores.
         special: Features that one class alone has: their stable name, and what a person would say.
         bos_token_id: First token; ``None`` where there is none or no one said.
@@ -298,8 +298,8 @@ class ModelSpec(Record):
             return is_moe == (condition == "moe")
         if condition == "sequential":
             return not self.parallel_residual
-        if condition == "no_parallel_norms":
-            return not self.parallel_norms
+        if condition in {"no_parallel_norms", "no_score_bias"}:
+            return not self._has(condition.removeprefix("no_"), layer)
         if condition == "shared_experts":
             return is_moe and experts is not None and experts.shared_count > 0
         if condition in {"q_latent", "q_direct"}:
@@ -332,7 +332,7 @@ class ModelSpec(Record):
             ("qkv_bias", self.qkv_bias, "on q, k and v"),
             ("o_bias", self.o_bias, "on the attention output"),
             ("mlp_bias", self.mlp_bias, "on gate, up and down"),
-            ("head_bias", self.head_bias, "on the logits"),
+            ("head_bias", self.head_bias and self.head == "lm", "on the logits"),
             ("qk_norm", self.qk_norm, "on q and k"),
             ("qk_norm_whole", self.qk_norm_whole, "on all heads of q and k together"),
             ("qk_norm_heads", self.qk_norm_heads, "on q and k, each head by its own weights"),
@@ -372,6 +372,7 @@ class ModelSpec(Record):
             ),
             ("score", self.head.startswith("score"), f"{self.n_classes} scores for logits"),
             ("score_bias", self.head == "score_bias", "on scores of every token"),
+            ("spans", self.head == "spans", "starts and ends of answers for logits"),
             ("no_head", self.head == "none", "nothing behind the last layer"),
             ("experts", self.experts is not None, f"{self.experts}"),
             (

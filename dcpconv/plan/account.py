@@ -215,6 +215,8 @@ def aim_at(
     if table is None:
         return Aim(source, _as_wanted(weights, wanted), spec, None, form)
     is_same = table is weights.keymap
+    if spec is not None and spec.head == "none" and spec.tied and table.holders("head"):
+        spec = spec.model_copy(update={"head": "lm"})  # the embedding is the head
     refused: tuple[Fault, ...] = ()
     if spec is not None and not is_same:
         refused = refused_features(table, spec, weights.keymap)

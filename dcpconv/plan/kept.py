@@ -64,12 +64,14 @@ def covered_by_own(
 
 def explains_more(parameters: ParameterFile | None) -> bool:
     """Whether a parameter file speaks of tensors that no table lists: packed weights, layers that
-    predict ahead, or a class with another head."""
+    predict ahead, or a class with a head that we do not know."""
     if parameters is None:
         return False
     is_ahead = any(parameters.fields.get(name) for name in _AHEAD)
+    spec = parameters.spec
+    is_known = spec is not None and spec.head != "lm"
     is_other = any(not name.endswith("ForCausalLM") for name in parameters.classes)
-    return bool(parameters.quantized_by) or is_ahead or is_other
+    return bool(parameters.quantized_by) or is_ahead or (is_other and not is_known)
 
 
 def _first(target: Target) -> str:

@@ -20,6 +20,9 @@ from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import SELECTION_BIAS
 from dcpconv.stores.local import Sources
 
+_HEADS: Mapping[str, str] = {"score_bias": "score", "score": "none", "spans": "none"}
+"""``ModelSpec.head`` of what is left of a model without its head, or the bias of that."""
+
 _ZEROS = "all zeros, so that it does nothing"
 _ALLOWED = f"takes part in choosing experts; left out because {SELECTION_BIAS} was allowed to be"
 
@@ -37,6 +40,9 @@ _TENSORS: Mapping[str, frozenset[str]] = {
     "qk_norm": frozenset({"layer.q_norm", "layer.k_norm"}),
     "qk_norm_whole": frozenset({"layer.q_norm_whole", "layer.k_norm_whole"}),
     "post_norms": frozenset({"layer.post_attn_norm", "layer.post_ffn_norm"}),
+    "score_bias": frozenset({"score_bias"}),
+    "score": frozenset({"score"}),
+    "spans": frozenset({"spans", "spans_bias"}),
 }
 """Slots of the features that are tensors of their own; without them the rest is still a model."""
 
@@ -99,7 +105,10 @@ def _given_up(
         rows = [row for row in source.rows if set(row.slots) <= slots]
         reason = f"left out because {feature} was allowed to be"
         idle |= dict.fromkeys(_keys_of(weights, rows), reason)
-        if slots & target.slots:
+        if feature in _HEADS:
+            n_classes = spec.n_classes if feature == "score_bias" else None
+            spec = spec.model_copy(update={"head": _HEADS[feature], "n_classes": n_classes})
+        elif slots & target.slots:
             spec = spec.model_copy(update={feature: False})
     return replace(weights, idle={**weights.idle, **idle}), spec
 

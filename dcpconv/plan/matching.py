@@ -187,7 +187,8 @@ class _Account:
         have, or a head that is absent.
         """
         entries, shared = self.weights.entries, self.weights.tied
-        is_tied = self.spec.has("tied") if self.spec else None
+        spec = self.spec
+        is_tied = spec.tied and spec.head in {"lm", "none"} if spec else None
         for second, owner in self.source.tie_pairs().items():
             here, owner_here = second in entries, owner in entries
             if is_tied is None:
@@ -390,7 +391,8 @@ class _Account:
                 return f"the config has only {self.sizes[name]} {what}"
         if self.measures.says(row):
             has = self.measures.has
-            lacking = sorted(word for word in row.conditions if not has(word, indices))
+            words = {"tied": "tied head", "untied": "head of its own"}
+            lacking = sorted(words.get(w, w) for w in row.conditions if not has(w, indices))
             if lacking:
                 return f"the config says that the model has no {' and no '.join(lacking)}"
         return f"nothing in {self.target.name} uses it"

@@ -41,6 +41,8 @@ def inferred_spec(
         return None, ()
     shapes, counts, routed = _shapes(weights, table)
     fields, width = _stored(shapes, counts)
+    if table.is_headless:
+        fields["head"] = "none"
     notes: list[str] = []
     if "hidden_size" not in fields or not fields.get("n_layers"):
         return None, ()
@@ -215,6 +217,10 @@ def _stored(
     fields["o_bias"] = "layer.o_bias" in slots
     fields["mlp_bias"] = bool({"layer.down_bias", "layer.shared.down_bias"} & slots)
     fields["head_bias"] = "head_bias" in slots
+    heads = ("spans", "score_bias", "score")
+    fields["head"] = next((head for head in heads if head in slots), "lm")
+    if "k" in sizes:
+        fields["n_classes"] = sizes["k"]
     if "layer.router" in slots and "m" in sizes:
         fields["experts"] = {
             "count": width["layer.router"],

@@ -7,7 +7,7 @@ Everything is decided from keys (and the config, where there is one); the eviden
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dcpconv.core.catalog import Catalog, TensorEntry
@@ -116,7 +116,8 @@ def recognise(
 
     The ambiguity of ``model.`` (a wrapper, or the first component of a Hugging Face key) is decided
     by which of both readings a table knows: ``model.lm_head.weight`` has a wrapper,
-    ``lm_head.weight`` has none.
+    ``lm_head.weight`` has none.  Where no table fits as it is, one may with something else before
+    the keys of the base model, or nothing.
 
     Args:
         catalog: The checkpoint.
@@ -140,12 +141,18 @@ def recognise(
     candidates = _candidates(architecture, spec, keymap, tables, readings)
     if own is not None and architecture in own.architectures and not is_known(architecture):
         candidates = [*candidates, own]
-    fits = [
-        fit
-        for at in roots
-        for table in candidates
-        if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
-    ]
+
+    def fits_of(tables_at: Callable[[str], Iterable[Keymap]]) -> list[Fit]:
+        return [
+            fit
+            for at in roots
+            for table in tables_at(at)
+            if (fit := fit_of(at, table, counts, catalog, spec, containers)).matched
+        ]
+
+    fits = fits_of(lambda _: candidates)
+    if not any(fit.unmatched == fit.absent == 0 for fit in fits):
+        fits += fits_of(lambda at: _variants(candidates, at, catalog, spec))
     fits.sort(key=misfit)
     sure = [
         fit
@@ -257,6 +264,23 @@ def _candidates(
     if tables is not None:
         return list(tables)
     return tables_for(architecture, readings, config=spec.origin if spec is not None else "")
+
+
+def _variants(
+    candidates: Iterable[Keymap], root: str, catalog: Catalog, spec: ModelSpec | None
+) -> list[Keymap]:
+    """The tables with something else before the keys of the base model.
+
+    A class that a config names decides whether there is a head.  A container that was saved around
+    the keys is no prefix of theirs.
+    """
+    from dcpconv.families.keymaps.bases import variants  # noqa: PLC0415 - few models need them
+
+    is_named = spec is not None and bool(spec.stated.get("architectures"))
+    has_head = spec is not None and is_named and spec.head != "none"
+    containers = {path[:-1] for path in catalog.paths.values()}
+    inside = "" if tuple(root.split(".")[:-1]) in containers else root
+    return [one for table in candidates for one in variants(table, inside, has_head=has_head)]
 
 
 def _bare_keys(root: str, counts: Mapping[tuple[str, ...], int]) -> frozenset[str]:

@@ -75,12 +75,22 @@ class Source:
     def target_table(self, name: str) -> Keymap:
         """The table to reach; what no file says of the model, the source's table does.
 
+        Classes of transformers with another head may call the base model otherwise.
+
         Raises:
             KeymapError: No such family, or none of its tables is for this architecture.
         """
         table = self.said.table(name, self.architecture)
         assert table is not None  # noqa: S101  a name was given
-        return table
+        if self.spec is None or self.spec.head not in {"none", "spans"} or not table.base:
+            return table
+        # Few models have such heads.
+        from dcpconv.families.configs.hf_writing import base  # noqa: PLC0415
+        from dcpconv.families.keymaps.bases import under  # noqa: PLC0415
+
+        prefix = base(table.parameter_family, self.spec)
+        has_head = self.spec.head != "none"
+        return table if prefix is None else under(table, prefix, has_head=has_head)
 
 
 def understand(
@@ -166,6 +176,8 @@ def measured(
         return inferred_spec(weights, said.sizes)
     if spec.origin == "meta" and not spec.tied and shares_head(weights):
         spec = spec.model_copy(update={"tied": True})  # params.json has no word for it
+    if weights.keymap is not None and weights.keymap.is_headless and not spec.tied:
+        spec = spec.model_copy(update={"head": "none"})  # config.json names no class
     return (patched_spec(spec, said.sizes) if said.sizes else spec), ()
 
 

@@ -49,7 +49,8 @@ def classified(model_type: str, head: str) -> Callable[[Path], nn.Module]:
 
 def bare(model_type: str) -> Callable[[Path], nn.Module]:
     def save(directory: Path) -> nn.Module:
-        model = tiny(model_type).model
+        whole = tiny(model_type)
+        model = getattr(whole, whole.base_model_prefix)
         model.save_pretrained(directory)
         return model  # type: ignore[no-any-return]
 
@@ -86,7 +87,11 @@ MODELS: dict[str, Callable[[Path], nn.Module | None]] = {
     "qwen2-tokens": classified("qwen2", "Qwen2ForTokenClassification"),
     "qwen3-reward": classified("qwen3", "Qwen3ForSequenceClassification"),
     "llama-questions": classified("llama", "LlamaForQuestionAnswering"),
+    "mistral-questions": classified("mistral", "MistralForQuestionAnswering"),
+    "gpt2-tokens": classified("gpt2", "GPT2ForTokenClassification"),
+    "falcon-questions": classified("falcon", "FalconForQuestionAnswering"),
     "llama-base": bare("llama"),
+    "gpt2-base": bare("gpt2"),
     "qwen3-base": bare("qwen3"),
     "gemma2-base": bare("gemma2"),
     "llama-scales": extended("llama", SCALES, CACHE),

@@ -129,15 +129,20 @@ def test_lingua_computes_the_same_and_the_way_back_is_exact(
     assert difference(load_hf(tmp_path / "back"), hf) == 0.0
 
 
-@pytest.mark.parametrize(("model_type", "overrides"), PLAIN)
+STRETCHED = pytest.param("ernie4_5", SCALED, id="ernie4_5-scaled")
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), [*PLAIN, STRETCHED])
 def test_torchtitan_computes_the_same_and_the_way_back_is_exact(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
     hf, source = made(tmp_path, model_type, overrides)
     convert(source, tmp_path / "titan.pth", to="torchtitan-llama3")
     config = hf.config
+    rope = config.rope_parameters
+    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     sizes = TitanConfig(
-        scaling=None,
+        scaling=tuple(rope[name] for name in stretch) if "factor" in rope else None,
         release="0.3",
         is_qwen=False,
         n_layers=config.num_hidden_layers,
@@ -273,6 +278,41 @@ def test_what_the_target_cannot_compute_is_refused_by_name(
     assert refused == names
     assert {fault.key for fault in check(source, to=to).refused} == names
     assert not (tmp_path / "out").exists()
+
+
+BIASES = {"qkv_bias", "o_bias", "mlp_bias"}
+LACKED = [
+    pytest.param("smollm3", YARN, {"rope_scaling"}, id="smollm3-yarn"),
+    pytest.param("ernie4_5", {"use_bias": True}, BIASES, id="ernie4_5-biased"),
+    pytest.param("ernie4_5", SCALED, {"rope_scaling"}, id="ernie4_5-scaled"),
+    pytest.param("internlm3", BIASED, BIASES, id="internlm3-biased"),
+    pytest.param("helium", {"mlp_bias": True}, {"mlp_bias"}, id="helium-biased"),
+    pytest.param(
+        "seed_oss", {"attention_out_bias": True, "mlp_bias": True}, BIASES, id="seed_oss-biased"
+    ),
+    pytest.param(
+        "cwm", {**SCALED, "mlp_bias": True}, {"mlp_bias", "rope_scaling"}, id="cwm-scaled-biased"
+    ),
+    pytest.param("granite", {**GRANITE, **BIASED}, BIASES, id="granite-biased"),
+    pytest.param(
+        "ministral3",
+        {"rope_parameters": {**YARN["rope_parameters"], "llama_4_scaling_beta": 0.0}},
+        {"rope_scaling"},
+        id="ministral3-yarn",
+    ),
+]
+"""The rest of ``ONLY_HF``, and what trainers lack."""
+
+
+@pytest.mark.parametrize("to", ["lingua", "meta", "torchtitan-llama3"])
+@pytest.mark.parametrize(("model_type", "overrides", "names"), LACKED)
+def test_what_trainers_lack_is_refused_by_name(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], names: set[str], to: str
+) -> None:
+    _, source = made(tmp_path, model_type, overrides)
+    if to == "torchtitan-llama3" and SCALED.items() <= overrides.items():
+        names = names - {"rope_scaling"}  # stretched as Llama 3.1 is
+    assert {fault.key for fault in check(source, to=to).refused} == names
 
 
 @pytest.mark.parametrize("to", ["hf-helium", "hf-internlm3", "hf-arcee", "hf-glm4", "hf-cohere"])

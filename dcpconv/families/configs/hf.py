@@ -97,7 +97,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": _ids(config.eos_token_id),
         "pad_token_id": config.pad_token_id,
-        "head": (head := head_of(config.architectures or (), known)),
+        "head": (head := head_of(config.architectures or (), known, outer)),
         "n_classes": classes_of(fields) if head.startswith("score") else None,
         "origin": "hf-" + SAME_KEYS.get(model_type, model_type),
         "unaccounted": (

@@ -12,7 +12,7 @@ from dcpconv.families.configs import classics_writing, gpt_oss, mixture_writing
 from dcpconv.families.configs.experts import shared_width, strided, unfit
 from dcpconv.families.configs.hf_fields import TEXT
 from dcpconv.families.configs.llama_shaped_writing import OWN_FIELDS, SWITCHES
-from dcpconv.families.configs.model_type import HEADS, SCORING, class_name, label_fields
+from dcpconv.families.configs.model_type import base_of, class_name, heads_of, label_fields
 from dcpconv.families.configs.model_types import MODEL_TYPES, SAME_KEYS
 from dcpconv.families.configs.parameters import Refusal, Wishes, turned_otherwise, unexpressed
 
@@ -58,9 +58,10 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
             return ()
         return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
     features = spec.features()
-    expresses = known.expresses | (HEADS if model_type in SCORING else frozenset())
-    found = unexpressed(spec, expresses, name=name, requires=known.requires)
-    switch, together = _SWITCHES.get(model_type, ("", ()))
+    expresses = known.expresses | heads_of(model_type)
+    requires = known.requires if spec.head == "lm" else known.requires - {"head_bias"}
+    found = unexpressed(spec, expresses, name=name, requires=requires)
+    switch, together = _switch(model_type, spec)
     if not features.keys() >= set(together):
         reason = f"{name} has one switch, {switch}, for {', '.join(together)}"
         found += [Refusal(f, f"{features[f]}: {reason}") for f in together if f in features]
@@ -79,6 +80,12 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         reasons = unfit(known.routing, spec.experts, name, spec.n_layers)
         found += [Refusal("experts", why) for why in reasons]
     return tuple(found)
+
+
+def base(family: str, spec: ModelSpec) -> str | None:
+    """What stands before the base model where the class that is written says another thing than
+    its table; ``None`` where it does not."""
+    return base_of(_model_type(family, spec), spec.head)
 
 
 def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
@@ -122,8 +129,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         **_rope(spec),
         "tie_word_embeddings": spec.tied,
     }
-    if model_type in _SWITCHES:
-        switch, together = _SWITCHES[model_type]
+    switch, together = _switch(model_type, spec)
+    if switch:
         fields[switch] = spec.features().keys() >= set(together)
     fields |= _OWN_FIELDS.get(model_type, _nothing)(spec)
     fields |= mixture_writing.own_fields(model_type, spec)
@@ -147,6 +154,15 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     return fields | {key: spec.extra[key] for key in sorted(spec.extra)}
 
 
+def _switch(model_type: str, spec: ModelSpec) -> tuple[str, tuple[str, ...]]:
+    """The field that adds biases, or nothing, and the features that come and go with it in a class
+    with this head."""
+    switch, together = _SWITCHES.get(model_type, ("", ()))
+    if spec.head == "lm":
+        return switch, together
+    return switch, tuple(feature for feature in together if feature != "head_bias")
+
+
 def _nested_type(spec: ModelSpec) -> object:
     """The class of the language model alone, where a class has it beside a tower."""
     inner = spec.stated.get(TEXT)
@@ -162,7 +178,10 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
     if spec.tied != fields.get("tie_word_embeddings", spec.tied):
         fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
     if model_type != spec.architecture and isinstance(inner, Mapping):
-        own = {"architectures": [MODEL_TYPES[model_type].class_name], "model_type": model_type}
+        own = {
+            "architectures": [class_name(MODEL_TYPES[model_type], spec.head)],
+            "model_type": model_type,
+        }
         fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None
     if label is not None:
         fields |= {"dtype": _torch_name(label), "torch_dtype": _torch_name(label)}

@@ -123,38 +123,82 @@ class ModelType:
         return {own.get(n, n): value for n, value in fields.items() if n not in self.silent}
 
 
-_CAUSAL = "ForCausalLM"
+_WITH_LOGITS: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _ENDINGS: Final = {
     "score": "ForSequenceClassification",
     "score_bias": "ForTokenClassification",
+    "spans": "ForQuestionAnswering",
     "none": "Model",
 }
 """``ModelSpec.head`` -> how the name of the class ends.
 
 Source: ``modeling_layers.py`` of transformers 5.23.0, ``GenericForSequenceClassification`` (no
-bias) and ``GenericForTokenClassification`` (with one)."""
+bias), ``GenericForTokenClassification`` and ``GenericForQuestionAnswering`` (with one)."""
 
-SCORING: Final = frozenset(
+_OF_TEXTS: Final = frozenset({"deepseek_v2", "gemma3_text", "hunyuan_v1_moe", "olmo2", "phimoe"})
+"""Classes that have a relative with scores of a whole text, and none with scores of every token."""
+
+_SCORING: Final = frozenset(
     {
-        *("arcee", "deepseek_v3", "exaone4", "gemma", "gemma2", "glm", "glm4", "helium"),
-        *("internlm3", "llama", "ministral3", "mistral", "mixtral", "phi3", "qwen2", "qwen3"),
-        *("qwen2_moe", "qwen3_moe", "seed_oss", "smollm3"),
+        *("arcee", "bloom", "deepseek_v3", "exaone4", "falcon", "gemma", "gemma2", "glm", "glm4"),
+        *("gpt2", "gpt_neox", "gpt_oss", "helium", "internlm3", "llama", "ministral3", "mistral"),
+        *("mixtral", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
+        *("smollm3", "stablelm", "starcoder2"),
     }
 )
 """Classes that have both relatives with scores."""
 
-HEADS: Final = frozenset({"score", "score_bias", "no_head"})
-"""Features that such a class can hold."""
+_ANSWERING: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("arcee", "exaone4", "internlm3", "llama"), "transformer."),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3"), "transformer."),
+    **dict.fromkeys(("ministral3", "mistral", "mixtral", "qwen2_moe"), "model."),
+    **dict.fromkeys(("bloom", "falcon", "gpt2"), "transformer."),
+    "gpt_neox": "gpt_neox.",
+}
+"""Classes that have a relative for question answering -> what stands before its base model.
+
+Source: ``base_model_prefix`` of each, same version."""
+
+_WITHOUT_BASE: Final = frozenset({"llama4_text"})
+"""Classes whose base model is called by another stem."""
 
 _USUAL_CLASSES: Final = 2
 """Source: ``num_labels`` of ``configuration_utils.py``, same version."""
 
 
-def head_of(classes: Sequence[str], known: ModelType | None) -> str:
-    """``ModelSpec.head`` of the class that is listed first; another one's is ``lm``."""
-    stem = known.class_name.removesuffix(_CAUSAL) if known is not None else None
+def heads_of(model_type: str) -> frozenset[str]:
+    """Features of the heads that a class has relatives with."""
+    has_scores = model_type in _SCORING
+    return frozenset(
+        name
+        for name, has in (
+            ("score", has_scores or model_type in _OF_TEXTS),
+            ("score_bias", has_scores),
+            ("spans", model_type in _ANSWERING),
+            ("no_head", model_type not in _WITHOUT_BASE),
+        )
+        if has
+    )
+
+
+def base_of(model_type: str, head: str) -> str | None:
+    """What stands before the base model of a class with this head, or ``None`` for what its table
+    says."""
+    return "" if head == "none" else _ANSWERING.get(model_type) if head == "spans" else None
+
+
+def head_of(classes: Sequence[str], *known: ModelType | None) -> str:
+    """``ModelSpec.head`` of the class that is listed first; another one's is ``lm``.
+
+    Args:
+        classes: What ``architectures`` lists.
+        known: Classes of which it may be a relative.
+    """
     first = classes[0] if classes else ""
-    return next((head for head, ending in _ENDINGS.items() if first == f"{stem}{ending}"), "lm")
+    relatives = {
+        _stem(one) + ending: head for one in known if one for head, ending in _ENDINGS.items()
+    }
+    return relatives.get(first, "lm")
 
 
 def classes_of(fields: Mapping[str, object]) -> int:
@@ -167,8 +211,12 @@ def classes_of(fields: Mapping[str, object]) -> int:
 
 def class_name(known: ModelType, head: str) -> str:
     """What ``architectures`` lists for a model with this head."""
-    stem = known.class_name.removesuffix(_CAUSAL)
-    return stem + _ENDINGS[head] if head in _ENDINGS else known.class_name
+    return _stem(known) + _ENDINGS[head] if head in _ENDINGS else known.class_name
+
+
+def _stem(known: ModelType) -> str:
+    ending = next((e for e in _WITH_LOGITS if known.class_name.endswith(e)), "")
+    return known.class_name.removesuffix(ending)
 
 
 def label_fields(n_classes: int | None) -> dict[str, object]:

@@ -51,7 +51,7 @@ def tables_for(
         head
         for head in tables().heads.values()
         if (not head.by_name if architecture is None else architecture in head.architectures)
-        if any(keys & head.templates for keys in readings)
+        if any(head.knows_some(keys) for keys in readings)
     ]
     whole = {head.name for head in heads if any(head.knows_all(keys) for keys in readings if keys)}
     return [

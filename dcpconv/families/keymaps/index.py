@@ -11,12 +11,17 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from dcpconv.families.keymaps.building import TABLES, sound_keymap
 from dcpconv.families.keymaps.table import Keymap
 
 TABLE_INDEX = TABLES / "index.json"
+
+
+OTHER_BASES: Final = ("", "transformer.")
+"""What stands before the keys of a base model where it is not what its table says: nothing if it is
+saved alone, ``transformer`` in classes for question answering."""
 
 
 class Head(NamedTuple):
@@ -26,6 +31,7 @@ class Head(NamedTuple):
         nbytes: Size of its file.
         like: The table whose rows it took over.
         kept: What keys begin with that are kept as they are stored.
+        base: What stands before the keys of the base model.
         templates: Keys that it knows, with ``{}`` for every number.
     """
 
@@ -38,12 +44,27 @@ class Head(NamedTuple):
     by_name: bool
     like: str
     kept: Collection[str]
+    base: str
     templates: frozenset[str]
 
+    def knows_some(self, keys: Collection[str]) -> bool:
+        """Whether one of these templates is of the table, whatever stands before its base model."""
+        return any(self._knows(key) for key in keys)
+
     def knows_all(self, keys: Collection[str]) -> bool:
-        """Whether every one of these templates is of the table."""
-        others = self.templates
-        return all(key in others or key.startswith(tuple(self.kept)) for key in keys)
+        """Whether every one of them is."""
+        kept = tuple(self.kept)
+        return all(self._knows(key) or key.startswith(kept) for key in keys)
+
+    def _knows(self, key: str) -> bool:
+        if key in self.templates:
+            return True
+        base = self.base
+        return bool(base) and any(
+            base + key[len(other) :] in self.templates
+            for other in OTHER_BASES
+            if key.startswith(other)
+        )
 
     @property
     def file(self) -> Path:
@@ -64,6 +85,7 @@ def head_of(file: Path) -> Head:
         table.by_name,
         table.like,
         [part.prefix for part in table.kept],
+        table.base,
         table.templates,
     )
 

@@ -16,6 +16,14 @@ _INDEX = re.compile(r"\{([A-Z])\}")
 _NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")
 """A component of a key that is a number; ten digits are no index."""
 
+HEADS = frozenset({"head", "head_bias", "score", "score_bias", "spans", "spans_bias"})
+"""Slots behind the last layer, which are not part of a base model."""
+
+_WITH_BASES = frozenset({"hf", "hf-memory"})
+"""Families whose models hold a base model under one name, which is not in its own files.
+
+Source: ``base_model_prefix`` in ``modeling_utils.py`` of transformers 5.23.0."""
+
 Indices = Mapping[str, int]
 """Values of the indices in a key: ``{"L": 3, "E": 0}``."""
 
@@ -188,6 +196,9 @@ class Keymap:
         published: Sizes of the published models, by ``ModelSpec`` field and ``name``.
         declared: Axes and kinds of layers of its own.
         kept: Parts that are kept as they are stored.
+        is_headless: Whether it is for base models saved alone: nothing stands before their keys,
+            and nothing behind the last layer.
+        variants: Tables that ``bases`` has made of it.
     """
 
     name: str
@@ -214,10 +225,14 @@ class Keymap:
     published: tuple[Mapping[str, int | str], ...] = ()
     declared: Declared = field(default_factory=Declared)
     kept: tuple[Kept, ...] = ()
+    is_headless: bool = False
     _by_template: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = field(
         init=False, repr=False, compare=False
     )
     _by_slot: dict[str, list[tuple[Row, int]]] = field(init=False, repr=False, compare=False)
+    variants: dict[tuple[str, bool], Keymap] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         templates: dict[str, list[tuple[Pattern, Row | None, RuleKind, str]]] = {}
@@ -287,6 +302,15 @@ class Keymap:
             for row in self.rows
         )
         return replace(self, rows=rows)
+
+    @property
+    def base(self) -> str:
+        """What stands before the keys of the base model: ``model.``; empty where nothing does."""
+        if self.family not in _WITH_BASES or not self.holders("embed"):
+            return ""
+        first = self.holders("embed")[0][0].pattern.text.partition(".")[0] + "."
+        inside = (row for row in self.rows if not HEADS & set(row.slots))
+        return first if all(row.pattern.text.startswith(first) for row in inside) else ""
 
     @property
     def slots(self) -> frozenset[str]:

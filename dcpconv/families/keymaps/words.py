@@ -50,6 +50,8 @@ CONDITIONS: Mapping[str, str] = {
     "qk_norm_heads": "every head of q and k is normalised by weights of its own",
     "score": "scores stand in place of logits",
     "score_bias": "scores are of every token, and have a bias",
+    "no_score_bias": "they are of a whole text, and have none",
+    "spans": "starts and ends of answers stand in place of logits",
     "q_latent": "latent attention projects queries through a rank",
     "q_direct": "latent attention projects queries directly",
     "latent_bias": "latent attention projects into ranks with biases",

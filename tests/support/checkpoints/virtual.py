@@ -90,6 +90,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "qk-norm-biases": {"qk_norm": True, "qkv_bias": True, "o_bias": True},
     "score": {"head": "score", "n_classes": 3},
     "score-tokens": {"head": "score_bias", "n_classes": 3},
+    "spans": {"head": "spans"},
     "no-head": {"head": "none"},
     "all-biases-head": {"head_bias": True, **_BIASES},
     "all-biases-qk-norm": {"head_bias": True, "qk_norm": True, **_BIASES},

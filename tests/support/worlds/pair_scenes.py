@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,8 +21,16 @@ from dcpconv.checking.check import check
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.loading.init_weights import load_init_weights
 from support.models.hf_models import save_hf, tiny
+from support.models.layers import randomise
 from support.models.nested_models import NESTED, small
 from support.worlds.dist_worlds import Scene, take_part
+
+IN_TURN = {
+    "use_parallel_residual": False,
+    "num_key_value_heads": 6,
+    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0},
+}
+"""GPT-NeoX as the classes compute that have attention and feed-forward in turn."""
 
 PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "qwen3_5-torchtitan": ("qwen3_5", {}, "torchtitan-qwen3_5"),
@@ -48,21 +57,45 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
         "hf-gpt_neox",
     ),
     "starcoder2-falcon": ("starcoder2", {"num_key_value_heads": 1}, "hf-falcon"),
+    "smollm3-llama-base": ("smollm3", {}, "hf-llama"),
+    "gpt_neox-falcon-base": ("gpt_neox", IN_TURN, "hf-falcon"),
+    "llama-torchtitan-base": ("llama", {"tie_word_embeddings": True}, "torchtitan-llama3"),
+    "seed_oss-llama-texts": ("seed_oss", {"attention_bias": False}, "hf-llama"),
+    "gpt_neox-starcoder2-tokens": ("gpt_neox", IN_TURN, "hf-starcoder2"),
+    "llama-smollm3-answers": ("llama", {}, "hf-smollm3"),
 }
 """Name -> a tiny Hugging Face model, and the other naming."""
+
+CLASSES: Mapping[str, str] = {
+    "smollm3-llama-base": "SmolLM3Model",
+    "gpt_neox-falcon-base": "GPTNeoXModel",
+    "llama-torchtitan-base": "LlamaModel",
+    "seed_oss-llama-texts": "SeedOssForSequenceClassification",
+    "gpt_neox-starcoder2-tokens": "GPTNeoXForTokenClassification",
+    "llama-smollm3-answers": "LlamaForQuestionAnswering",
+}
+"""Name -> its class, where that gives no logits."""
 
 
 def prepare(directory: Path) -> None:
     """Write each model in both namings."""
-    for name, (model_type, overrides, to) in PAIRS.items():
-        source = save_hf(_made(model_type, overrides), directory / name / "hf")
+    for name, (_, _, to) in PAIRS.items():
+        source = save_hf(_made(name), directory / name / "hf")
         convert(source, directory / name / "other.pth", to=to)
         convert(source, directory / name / "dcp", to=to)
 
 
-def _made(model_type: str, overrides: Mapping[str, Any]) -> Any:
+def _made(name: str) -> Any:
+    model_type, overrides, _ = PAIRS[name]
     make = small if model_type in NESTED else tiny
-    return make(model_type, **overrides)
+    model = make(model_type, **overrides)
+    if name not in CLASSES:
+        return model
+    config = model.config
+    config.num_labels, config.pad_token_id = 2, 0
+    headed = getattr(transformers, CLASSES[name])(config)
+    randomise(headed)
+    return headed
 
 
 class Shell(nn.Module):
@@ -104,8 +137,7 @@ def _to_other(name: str) -> Scene:
 
 def _from_other(name: str, source: str) -> Scene:
     def scene(directory: Path) -> None:
-        model_type, overrides, to = PAIRS[name]
-        right = _made(model_type, overrides)
+        right, to = _made(name), PAIRS[name][2]
         expected = dict(right.state_dict())
         with torch.device("meta"):
             model: nn.Module = type(right)(right.config)
