@@ -193,9 +193,11 @@ def convert(
     if form not in {None, "hf", "torch", "dcp"}:
         raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])
     seat = _seat(rank, of)
-    is_heard = seat is None or seat.rank == 0  # rank 0 speaks for all
-    quiet = quiet or not is_heard
-    with _naming(seat), _progress(quiet=quiet or dry_run or as_json) as progress:
+    has_bar = seat is None or seat.rank == 0  # that of all ranks
+    with (
+        _naming(seat),
+        _progress(quiet=quiet or dry_run or as_json or not has_bar) as progress,
+    ):
         report = run(
             source,
             target,
@@ -227,10 +229,11 @@ def convert(
             of=seat.size if seat else 1,
             run=seat.run if seat else "",
         )
+    is_heard = seat is None or seat.rank == report.published_by  # one speaks for all
     if as_json and is_heard:
         say_json(report.to_json())
         return
-    if not quiet:
+    if is_heard and not quiet:
         for line in lines(report):
             say(line)
         for text in report.notes:

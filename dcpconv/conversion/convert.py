@@ -220,10 +220,11 @@ def convert(
                     report,
                     shares=written.shares,
                     resumed=written.resumed,
+                    published_by=written.published_by,
                     notes=(*report.notes, *written.notes),
                 )
         printed: dict[str, Any] = {}
-        if fingerprint and not rank:
+        if fingerprint and rank == report.published_by:
             from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
 
             printed = printed_result(decided.job, jobs=jobs)

@@ -84,6 +84,7 @@ class ConversionReport:
         fingerprint_nbytes: Bytes of the result that were read for it.
         shares: What each rank wrote, where several processes wrote the result.
         resumed: Payload bytes of it that an earlier run of them had written.
+        published_by: The rank that made the result visible.
     """
 
     source: Side
@@ -107,6 +108,7 @@ class ConversionReport:
     fingerprint_nbytes: int = 0
     shares: tuple[RankShare, ...] = ()
     resumed: int = 0
+    published_by: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""

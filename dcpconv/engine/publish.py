@@ -14,7 +14,6 @@ opened it just before the first one published cannot take the published target f
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -24,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
+from dcpconv.engine.claiming import OWNER, claim
 from dcpconv.engine.copying import write_error
 from dcpconv.stores.schemes import refuse_scheme
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Source: linux/fs.h
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-_OWNER, _PREVIOUS = "owner", "previous"
+_PREVIOUS = "previous"
 RESULT, SHARES = "result", "shares"
 
 
@@ -58,11 +58,17 @@ class Staging:
     overwrite: bool
     keeping: bool = False
 
-    def publish(self, commit: Sequence[tuple[str, bytes]] = ()) -> None:
+    def publish(
+        self,
+        commit: Sequence[tuple[str, bytes]] = (),
+        *,
+        exchanging: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write the commit files, sync everything, and rename the result into place.
 
         Args:
             commit: ``(relative name, content)``, written in order after all else is on disk.
+            exchanging: Called just before ``path`` may become the old target.
 
         Raises:
             NoSpaceError: The disk is full.
@@ -77,7 +83,7 @@ class Staging:
         result = self.path / self.target.name if self.is_file else self.path
         previous = self.path.parent / _PREVIOUS
         try:
-            self._rename(result, previous)
+            self._rename(result, previous, exchanging)
         except OSError as error:
             raise TargetError(
                 "the result cannot be renamed into place",
@@ -86,10 +92,12 @@ class Staging:
             ) from error
         _sync(self.target.parent)
 
-    def _rename(self, result: Path, previous: Path) -> None:
+    def _rename(self, result: Path, previous: Path, exchanging: Callable[[], None]) -> None:
         if self.is_file or not _holds_something(self.target):
             result.replace(self.target)
-        elif exchange(result, self.target):
+            return
+        exchanging()
+        if exchange(result, self.target):
             # What lies in the staging directory now is the old target.
             _sync(self.target.parent)
         else:
@@ -144,29 +152,56 @@ def staging(
     try:
         with _no_room(target):
             _make_directories(target.parent)
-            lock = _claim(root, target)
-        staged: Staging | None = None
-        try:
-            result = root / RESULT
-            if not (result.is_dir() and goes_on(root)):
+            lock = claim(root, target)
+        stage = Staging(root / RESULT, target, is_file=is_file, overwrite=overwrite)
+        with _owned(stage, lock):
+            if not (stage.path.is_dir() and goes_on(root)):
                 _recover(root, target)
             # Another conversion may have finished between the first look and the lock.
             check_target(target, overwrite=overwrite, is_file=is_file, source=source)
             with _no_room(target):
-                result.mkdir(exist_ok=True)
-            staged = Staging(result, target, is_file=is_file, overwrite=overwrite)
-            yield staged
-        finally:
-            if staged is None or not staged.keeping:
-                _recover(root, target)
-            with suppress(OSError):
-                (root / _OWNER).unlink()
-                root.rmdir()
-            os.close(lock)
+                stage.path.mkdir(exist_ok=True)
+            yield stage
     finally:
         for path in made:  # the innermost first; one that holds anything stays
             with suppress(OSError):
                 path.rmdir()
+
+
+@contextmanager
+def inherited(target: Path, *, overwrite: bool, is_file: bool) -> Iterator[Staging]:
+    """Lend the staging directory of a process that has ended, as ``staging`` lends a new one.
+
+    Args:
+        target: As for ``staging``.
+        overwrite: As for ``staging``.
+        is_file: As for ``staging``.
+
+    Raises:
+        TargetExistsError: Another conversion has claimed it.
+        OSError: It is gone.
+    """
+    target = Path(os.path.realpath(target))
+    root = staging_directory(target)
+    lock = claim(root, target, inherits=True)
+    stage = Staging(root / RESULT, target, is_file=is_file, overwrite=overwrite)
+    with _owned(stage, lock):
+        yield stage
+
+
+@contextmanager
+def _owned(stage: Staging, lock: int) -> Iterator[None]:
+    """What is locked is gone when the block ends, or kept and free for another conversion."""
+    root = stage.path.parent
+    try:
+        yield
+    finally:
+        if not stage.keeping:
+            _recover(root, stage.target)
+        with suppress(OSError):
+            (root / OWNER).unlink()
+            root.rmdir()
+        os.close(lock)
 
 
 @contextmanager
@@ -276,63 +311,6 @@ def _holds_something(target: Path) -> bool:
     if target.is_dir():
         return next(target.iterdir(), None) is not None
     return target.exists()
-
-
-def _claim(root: Path, target: Path) -> int:
-    """Create and lock the staging directory; the lock lasts as long as the returned fd.
-
-    The directory and the owner file may be removed by the conversion that is just ending, at any
-    point before we hold the lock on a file that others can see; then we try again.
-    """
-    while True:
-        with suppress(FileExistsError):  # exist_ok looks again, and finds it gone by then
-            root.mkdir()
-        is_new = True
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            try:
-                fd = os.open(root / _OWNER, flags | os.O_EXCL, 0o666)
-            except FileExistsError:
-                is_new = False
-                fd = os.open(root / _OWNER, flags, 0o666)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            with suppress(OSError):
-                root.rmdir()  # nobody has claimed it: it is empty
-            raise
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                # Some network file systems have no locks; whoever created the file owns it then.
-                if error.errno == errno.EWOULDBLOCK or not is_new:
-                    raise _busy(fd, root, target) from error
-            if _is_same(fd, root / _OWNER):
-                os.ftruncate(fd, 0)
-                with suppress(OSError):  # for people; a disk without a free byte is told later
-                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _busy(fd: int, root: Path, target: Path) -> TargetExistsError:
-    owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-    return TargetExistsError(
-        "another conversion is writing this target",
-        [("target", target), ("process", owner or "unknown"), ("staging", root)],
-        hint="wait for it; if it died on another machine, remove the staging directory",
-    )
-
-
-def _is_same(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _recover(root: Path, target: Path) -> None:

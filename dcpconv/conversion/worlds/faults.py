@@ -28,15 +28,19 @@ def to_record(error: BaseException, *, rank: int, host: str) -> dict[str, Any]:
             "hint": error.hint,
             "keep": isinstance(error, GoneRankError),
         }
-    is_told = isinstance(error, KeyboardInterrupt) and error.args == (signal.SIGTERM,)
     how = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
     return {
-        "kind": GoneRankError.__name__ if is_told else RankError.__name__,
-        "headline": f"rank {rank} {'was told to end' if is_told else how}",
+        "kind": GoneRankError.__name__ if is_told(error) else RankError.__name__,
+        "headline": f"rank {rank} {'was told to end' if is_told(error) else how}",
         "facts": [["rank", f"{rank} on {host}"]],
-        "hint": "run the same again: it goes on with what is written" if is_told else None,
-        "keep": is_told,
+        "hint": "run the same again: it goes on with what is written" if is_told(error) else None,
+        "keep": is_told(error),
     }
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether a scheduler has told this process to end."""
+    return isinstance(error, KeyboardInterrupt) and error.args == (signal.SIGTERM,)
 
 
 def from_record(record: dict[str, Any]) -> DcpconvError:

@@ -6,7 +6,8 @@
     rank-N          what rank N does at this moment; written anew several times a second
     seat-TOKEN-N    taken by the process that is rank N of this run
     refused-TOKEN   why a process cannot be the rank that it says
-    end-N-TOKEN     what rank N moved, or why it failed; of rank 0, how all of it ended
+    end-N-TOKEN     what rank N moved, or why it failed; of the one that leads, how all of it ended
+    after-N-TOKEN   taken by the process that leads since rank N, which did, has ended
     done-N-TOKEN    the pieces that rank N has written and synced
 
 Nothing here needs a lock, a clock that agrees with another, or a file that two processes write.
@@ -35,13 +36,14 @@ class Beat:
 
     Attributes:
         token: Of the run that it takes part in.
-        state: How far it is; ``left`` once it has read how all of it ended.
+        state: How far it is; ``left`` once it waits no longer.
         count: One more each time: a rank whose count stands still does not run.
         nbytes: Payload bytes that it has written.
         host: Where it runs.
         space: Where its process id means something.
         pid: Its process.
         since: When that process started, as the kernel counts.
+        leads: Whether it looks after the others and publishes.
     """
 
     token: str
@@ -52,6 +54,7 @@ class Beat:
     space: str
     pid: int
     since: str | None
+    leads: bool = False
 
     @property
     def is_seen(self) -> bool:
@@ -76,13 +79,15 @@ class Meeting:
         path: The directory.
         seat: Which rank this is.
         token: Of this run.
+        leads: Whether this rank leads from the beginning.
     """
 
-    def __init__(self, path: Path, seat: Seat, token: str) -> None:
+    def __init__(self, path: Path, seat: Seat, token: str, *, leads: bool = False) -> None:
         self.path, self.seat, self.token = path, seat, token
         self._lock = threading.Lock()
         pid = os.getpid()
-        self._beat = Beat(token, "working", 0, 0, host(), process_space(), pid, started(pid))
+        since = started(pid)
+        self._beat = Beat(token, "working", 0, 0, host(), process_space(), pid, since, leads)
 
     def take_seat(self) -> None:
         """Become this rank, of which there is one.
@@ -93,11 +98,7 @@ class Meeting:
         """
         rank = self.seat.rank
         try:
-            fd = os.open(
-                self.path / f"seat-{self.token}-{rank}",
-                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-                0o666,
-            )
+            self._take(f"seat-{self.token}-{rank}")
         except FileExistsError as error:
             other = self.beat_of(rank)
             facts = [("process", f"{other.pid} on {other.host}")] if other else []
@@ -108,10 +109,37 @@ class Meeting:
             ) from error
         except OSError as error:
             raise write_error(error, self.path) from error
-        os.close(fd)
         self.beat()
 
-    def beat(self, state: State | None = None, nbytes: int | None = None) -> None:
+    def succeed(self, rank: int) -> bool:
+        """Lead from now on, after a rank that did; ``False`` where another process does.
+
+        Raises:
+            OSError: This process cannot write here.
+        """
+        try:
+            self._take(f"after-{rank}-{self.token}")
+        except FileExistsError:
+            return False
+        self.beat(leads=True)
+        return True
+
+    @property
+    def is_succeeded(self) -> bool:
+        """Whether another process leads after this one."""
+        return (self.path / f"after-{self.seat.rank}-{self.token}").exists()
+
+    def _take(self, name: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        os.close(os.open(self.path / name, flags, 0o666))
+
+    def beat(
+        self,
+        state: State | None = None,
+        nbytes: int | None = None,
+        *,
+        leads: bool | None = None,
+    ) -> None:
         """Say that this rank is alive, and how far.
 
         Raises:
@@ -124,6 +152,7 @@ class Meeting:
                 count=now.count + 1,
                 state=state or now.state,
                 nbytes=now.nbytes if nbytes is None else nbytes,
+                leads=now.leads if leads is None else leads,
             )
             record = {name: getattr(self._beat, name) for name in Beat.__slots__}
             text = json.dumps(record).encode()
@@ -193,7 +222,7 @@ def read_done(path: Path) -> list[dict[str, Any]]:
 
 def forget_others(path: Path, token: str) -> None:
     """Remove what other runs left; what they had done is in the plan by now."""
-    for pattern in ("done-*", "seat-*", "end-*", "refused-*"):
+    for pattern in ("done-*", "seat-*", "end-*", "after-*", "refused-*"):
         for file in path.glob(pattern):
             if token not in file.name:
                 file.unlink(missing_ok=True)

@@ -7,13 +7,13 @@ import secrets
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.worlds import watching
 from dcpconv.conversion.worlds.faults import GoneRankError
 from dcpconv.conversion.worlds.look import Look
-from dcpconv.conversion.worlds.meeting import read_beat, read_done, read_record
+from dcpconv.conversion.worlds.meeting import Beat, read_beat, read_done, read_record
 from dcpconv.conversion.worlds.seats import RankError, Seat, host
 from dcpconv.core.outline import Outline
 from dcpconv.engine import cutting
@@ -22,6 +22,9 @@ from dcpconv.engine.cutting import OutPiece
 from dcpconv.engine.publish import SHARES, Staging
 from dcpconv.engine.space import check_space, spared, writes_anywhere
 from dcpconv.families.side_files import disk_nbytes
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 _VERSION = 1
 """Of the plan file: a run does not go on with pieces that were cut in another way."""
@@ -70,11 +73,12 @@ class Plan:
 
 def unfinished(path: Path, look: Look) -> Plan | None:
     """The plan of a run that was killed, if it was for the same result."""
-    plan = _read_plan(path)
+    plan = read_plan(path)
     return plan if plan is not None and plan.look == look else None
 
 
-def _read_plan(path: Path) -> Plan | None:
+def read_plan(path: Path) -> Plan | None:
+    """The plan that is there, if any."""
     record = read_record(path / "plan")
     if record is None or record.get("version") != _VERSION:
         return None
@@ -145,17 +149,23 @@ def _border(path: Path) -> int:
 
 
 def wait_for_plan(path: Path, seat: Seat) -> Plan:
-    """The plan of a rank 0 that is alive: one that was killed left the same files."""
+    """The plan of a run whose leading rank is alive: one that was killed left the same files."""
     deadline = time.monotonic() + watching.PATIENCE
-    first = None
+    first: dict[int, Beat] = {}
     for _ in watching.pauses():
-        plan, beat = _read_plan(path), read_beat(path, 0)
-        if plan is not None and beat is not None and beat.token == plan.token:
-            if first is None or first.token != beat.token:
-                first = beat
-            is_here = beat.is_here and beat.state == "working"
-            if plan.run == seat.run and (is_here or beat.count != first.count):
-                return plan
+        plan, beat = read_plan(path), read_beat(path, 0)
+        if plan is not None and plan.run == seat.run and _is_of(beat, plan):
+            leaders = {0: beat}
+            for rank in range(1, plan.of) if beat.state in {"done", "left"} else ():
+                other = read_beat(path, rank)
+                if _is_of(other, plan) and other.leads:
+                    leaders[rank] = other
+            for rank, leader in leaders.items():
+                if rank not in first or first[rank].token != leader.token:
+                    first[rank] = leader
+                is_here = leader.is_here and leader.state in {"working", "done"}
+                if is_here or leader.count != first[rank].count:
+                    return plan
         if time.monotonic() > deadline:
             raise GoneRankError(
                 "rank 0 has not come",
@@ -167,6 +177,10 @@ def wait_for_plan(path: Path, seat: Seat) -> Plan:
                 hint="start all ranks at once; their targets must be one directory",
             )
     raise AssertionError
+
+
+def _is_of(beat: Beat | None, plan: Plan) -> TypeGuard[Beat]:
+    return beat is not None and beat.token == plan.token
 
 
 def require_same_number(plan: Plan, seat: Seat) -> None:

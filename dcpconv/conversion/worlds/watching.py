@@ -26,7 +26,8 @@ PATIENCE = 3600.0
 """Seconds that ranks wait for one that has not come: jobs of an array do not start together."""
 
 FAREWELL = 10.0
-"""Seconds that rank 0 waits at the end for ranks to read how it ended, before it cleans up."""
+"""Seconds that the rank that leads waits at the end for the others to read how it ended, before it
+cleans up."""
 
 
 @dataclass(slots=True)
@@ -40,23 +41,39 @@ class _Seen:
 class Watch:
     """Signs of life, and what they tell.
 
+    One rank leads: it looks after all others, and publishes.  The others look after that one.
+    Rank 0 leads from the beginning; where it ends once its share is done, another may go on.
+
+    Args:
+        meeting: Where the ranks meet.
+        progress: Called with the payload bytes that all ranks have written, where this one leads.
+        succeed: Called with the rank that led and has ended after its share; tells whether this one
+            leads from now on.  ``None`` where nobody may.
+
     Attributes:
         fault: The error that ends the conversion, once there is one.
-        verdict: How rank 0 says that it ended, for the others.
+        verdict: How the rank that leads says that it ended, for the others.
         nbytes: Payload bytes that this rank has written.
     """
 
-    def __init__(self, meeting: Meeting, *, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        meeting: Meeting,
+        *,
+        progress: Callable[[int], None],
+        succeed: Callable[[int], bool] | None = None,
+    ) -> None:
         self.meeting = meeting
         self.fault: DcpconvError | None = None
         self.verdict: dict[str, Any] | None = None
         self.nbytes = 0
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        seat = meeting.seat
-        now = time.monotonic()
-        others = range(1, seat.size) if seat.rank == 0 else (0,)
-        self._seen = {rank: _Seen(None, now) for rank in others}
+        self._leader: int | None = 0
+        self._led: list[int] = []
+        self._since = time.monotonic()
+        self._seen: dict[int, _Seen] = {}
         self._progress = progress
+        self._succeed = succeed
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dcpconv-watch", daemon=True)
 
@@ -67,6 +84,11 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank does."""
+        return self._leader == self.meeting.seat.rank
 
     def advance(self, nbytes: int) -> None:
         """Count what has been written; raises what ends the conversion, if anything does."""
@@ -79,33 +101,34 @@ class Watch:
         if self.fault is not None:
             raise self.fault
 
-    def wait_for_all(self) -> list[dict[str, Any]]:
-        """Wait until every other rank has done its share; returns what they say of it.
+    def wait(self) -> dict[str, Any] | None:
+        """Wait until the rank that leads says how it ended; ``None`` where this one leads, and all
+        others have done their shares.
 
         Raises:
-            DcpconvError: One has failed, or is gone.
-        """
-        for _ in pauses():
-            self.look()
-            self.require_all_well()
-            if all(seen.beat and seen.beat.state == "done" for seen in self._seen.values()):
-                ends = [end for rank in self._seen if (end := self.meeting.end_of(rank))]
-                if len(ends) == len(self._seen):
-                    return ends
-        raise AssertionError
-
-    def wait_for_verdict(self) -> dict[str, Any]:
-        """Wait until rank 0 says how it ended.
-
-        Raises:
-            DcpconvError: Badly.
+            DcpconvError: It ended badly, or a rank is gone.
         """
         for _ in pauses():
             self.look()
             self.require_all_well()
             if self.verdict is not None:
                 return self.verdict
+            if self.leads and all(map(self._has_done, self._others())):
+                return None
         raise AssertionError
+
+    def _has_done(self, rank: int) -> bool:
+        seen = self._seen.get(rank)
+        return (
+            seen is not None
+            and seen.beat is not None
+            and seen.beat.state in {"done", "left"}
+            and self.meeting.end_of(rank) is not None
+        )
+
+    def _others(self) -> list[int]:
+        seat = self.meeting.seat
+        return [rank for rank in range(seat.size) if rank != seat.rank]
 
     def _run(self) -> None:
         while True:
@@ -126,18 +149,27 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        for rank, seen in self._seen.items():
-            beat = self.meeting.beat_of(rank)
-            if beat is not None and beat != seen.beat:
-                seen.beat, seen.at = beat, now
-            self._judge(rank, seen, now)
-        if self.meeting.seat.rank == 0:
+        if self._leader is None:
+            self._find_leader(now)
+        elif self.leads:
+            for rank in self._others():
+                self._judge(rank, self._see(rank, now), now)
             if (refusal := self.meeting.refusal()) is not None:
                 raise from_record(refusal)
             written = (seen.beat.nbytes for seen in self._seen.values() if seen.beat)
             self._progress(self.nbytes + sum(written))
+        else:
+            self._follow(self._leader, self._see(self._leader, now), now)
+
+    def _see(self, rank: int, now: float) -> _Seen:
+        seen = self._seen.setdefault(rank, _Seen(None, now))
+        beat = self.meeting.beat_of(rank)
+        if beat is not None and beat != seen.beat:
+            seen.beat, seen.at = beat, now
+        return seen
 
     def _judge(self, rank: int, seen: _Seen, now: float) -> None:
+        """What this rank makes of another, as the one that leads, or of the one that does."""
         beat = seen.beat
         if beat is None:
             if now - seen.at > PATIENCE:
@@ -146,21 +178,51 @@ class Watch:
                     [("rank", rank), ("waited", f"{PATIENCE:.0f} s"), ("at", self.meeting.path)],
                     hint="start all ranks at once; their targets must be one directory",
                 )
-            return
-        if beat.state in {"failed", "published"}:
+        elif beat.state == "failed":
             record = self.meeting.end_of(rank)
-            if record is not None and beat.state == "failed":
+            if record is not None and "kind" in record:
                 raise from_record(record)
-            self.verdict = record
-        elif beat.state == "working" or (rank == 0 and beat.state == "done"):
-            silent = now - seen.at > LOST_AFTER
-            if beat.is_gone or silent:
-                how = "does not answer" if silent else "has ended without a word"
-                raise GoneRankError(
-                    f"rank {rank} {how}",
-                    [("rank", f"{rank} on {beat.host}"), ("process", beat.pid)],
-                    hint="run the same again: it goes on with what is written",
-                )
+        elif beat.state == "working" and _has_ended(seen, now):
+            raise _gone(beat, rank, now - seen.at)
+
+    def _follow(self, rank: int, seen: _Seen, now: float) -> None:
+        self._judge(rank, seen, now)
+        if seen.beat is None:
+            return
+        if seen.beat.state == "published":
+            record = self.meeting.end_of(rank)
+            self.verdict = record if record is not None and "shares" in record else None
+        elif seen.beat.state == "left" or (seen.beat.state == "done" and _has_ended(seen, now)):
+            if self._succeed is None:
+                raise _gone(seen.beat, rank, now - seen.at)
+            self._leader, self._since = None, now
+            self._led.append(rank)
+
+    def _find_leader(self, now: float) -> None:
+        """Follow the rank that leads by now, or lead."""
+        for rank in self._others():
+            beat = self._see(rank, now).beat
+            if beat is not None and beat.leads and rank not in self._led:
+                self._leader = rank
+                return
+        last = self._led[-1]
+        if self._succeed is not None and self._succeed(last):
+            self._leader = self.meeting.seat.rank
+        elif now - self._since > LOST_AFTER and (beat := self._seen[last].beat) is not None:
+            raise _gone(beat, last, now - self._since)
+
+
+def _has_ended(seen: _Seen, now: float) -> bool:
+    return seen.beat is not None and (seen.beat.is_gone or now - seen.at > LOST_AFTER)
+
+
+def _gone(beat: Beat, rank: int, silent: float) -> GoneRankError:
+    how = "does not answer" if silent > LOST_AFTER else "has ended without a word"
+    return GoneRankError(
+        f"rank {rank} {how}",
+        [("rank", f"{rank} on {beat.host}"), ("process", beat.pid)],
+        hint="run the same again: it goes on with what is written",
+    )
 
 
 def pauses() -> Iterator[None]:
@@ -174,10 +236,11 @@ def pauses() -> Iterator[None]:
 
 
 def wait_for_farewell(meeting: Meeting) -> None:
-    """Wait a little, as rank 0, until every other rank has read how it ended, or is gone."""
-    deadline = time.monotonic() + FAREWELL
+    """Wait a little, as the rank that leads, until every other one has read how it ended, or is
+    gone."""
+    seat, deadline = meeting.seat, time.monotonic() + FAREWELL
     for _ in pauses():
-        beats = [meeting.beat_of(rank) for rank in range(1, meeting.seat.size)]
+        beats = [meeting.beat_of(rank) for rank in range(seat.size) if rank != seat.rank]
         if all(beat and (beat.state in {"failed", "left"} or beat.is_gone) for beat in beats):
             return
         if time.monotonic() > deadline:

@@ -1,10 +1,10 @@
-"""One result, written by many processes: rank 0 decides and publishes, all of them write."""
+"""One result, written by many processes: rank 0 decides, all of them write, one publishes."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,20 +13,12 @@ from typing import Any
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.report import RankShare
 from dcpconv.conversion.request import guarded
-from dcpconv.conversion.summary import labels
-from dcpconv.conversion.worlds import watching
-from dcpconv.conversion.worlds.faults import to_record
+from dcpconv.conversion.worlds.faults import is_told, to_record
+from dcpconv.conversion.worlds.leading import Lead, moved_of, writing
 from dcpconv.conversion.worlds.look import compare, look_of
-from dcpconv.conversion.worlds.meeting import (
-    Meeting,
-    State,
-    forget_others,
-    set_up,
-    write_record,
-)
+from dcpconv.conversion.worlds.meeting import Meeting, forget_others, set_up, write_record
 from dcpconv.conversion.worlds.planning import (
     Plan,
-    length_of,
     prepare,
     require_same_number,
     unfinished,
@@ -34,12 +26,10 @@ from dcpconv.conversion.worlds.planning import (
 )
 from dcpconv.conversion.worlds.seats import RankError, Seat, host
 from dcpconv.conversion.worlds.watching import Watch
-from dcpconv.core.errors import DcpconvError
-from dcpconv.core.outline import Outline
 from dcpconv.engine import cutting
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.cutting import OutPiece
-from dcpconv.engine.execute import CastLoss, Moved, execute, refuse_overflow, together
+from dcpconv.engine.execute import Moved, execute, together
 from dcpconv.engine.publish import RESULT, SHARES, staging, staging_directory
 
 
@@ -52,12 +42,14 @@ class SharedResult:
         shares: What each rank wrote.
         resumed: Payload bytes that an earlier run had written.
         notes: What else a user should know.
+        published_by: The rank that made the result visible, and reports.
     """
 
     moved: Moved
     shares: tuple[RankShare, ...]
     resumed: int
     notes: tuple[str, ...]
+    published_by: int
 
 
 def write_shared(
@@ -95,7 +87,7 @@ def _lead(
     overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> SharedResult:
-    job, outline = decided.job, decided.outline
+    job = decided.job
     look = look_of(decided)
     with staging(
         job.target,
@@ -105,49 +97,15 @@ def _lead(
         goes_on=lambda root: unfinished(root / SHARES, look) is not None,
     ) as stage:
         path = stage.path.parent / SHARES
-        with _writing(path):
+        with writing(path):
             set_up(path, seat.size)
             plan = prepare(decided, stage, look, seat)
-        pieces = plan.pieces(outline)
-        resumed = sum(pieces[index].payload for index in plan.done)
-        total = sum(piece.payload for piece in pieces)
-        meeting = Meeting(path, seat, plan.token)
-        meeting.take_seat()
-        try:
-            with Watch(meeting, progress=lambda nbytes: progress(resumed + nbytes, total)) as watch:
-                with _writing(path):
-                    write_record(path / "plan", asdict(plan))
-                    forget_others(path, plan.token)
-                mine, share = _work(decided, plan, pieces, stage.path, watch, jobs=jobs)
-                ends = watch.wait_for_all()
-                written = _added_up(decided, plan, [mine, *(end["moved"] for end in ends)])
-                shares = [share, *(end["share"] for end in ends)]
-                _require_sizes(outline, stage.path)
-                beside = [(file.name, file.read()) for file in decided.side.files]
-                # What lies in the staging directory after the rename may be the old target.
-                (path / "plan").unlink()
-                stage.publish([*beside, *outline.commit])
-        except BaseException as error:
-            record = to_record(error, rank=seat.rank, host=host())
-            stage.keeping = record["keep"] and (path / "plan").exists()
-            _end(meeting, "failed", record)
-            raise
-        notes = (_WHOLE,) if plan.whole else ()
-        verdict = {"moved": asdict(written), "shares": shares, "resumed": resumed, "notes": notes}
-        _end(meeting, "published", verdict)
-        return _told(verdict)
-
-
-_WHOLE = (
-    "files on this file system are written by one process or not at all: each rank wrote whole ones"
-)
-
-
-def _end(meeting: Meeting, state: State, record: dict[str, Any]) -> None:
-    """Tell the others how it ended, and wait until they know."""
-    with suppress(OSError):
-        meeting.end(state, record)
-        watching.wait_for_farewell(meeting)
+            meeting = Meeting(path, seat, plan.token, leads=True)
+            meeting.take_seat()
+            write_record(path / "plan", asdict(plan))
+            forget_others(path, plan.token)
+        lead = Lead(decided, plan, meeting, stage=stage)
+        return _take_part(lead, jobs=jobs, progress=progress)
 
 
 def _follow(decided: Decided, seat: Seat, *, jobs: int | None) -> SharedResult:
@@ -161,26 +119,50 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None) -> SharedResult:
         with suppress(OSError):
             meeting.refuse(to_record(error, rank=seat.rank, host=host()))
         raise
-    watch = Watch(meeting, progress=lambda _: None)
+    lead = Lead(decided, plan, meeting, stage=None)
+    try:
+        return _take_part(lead, jobs=jobs, progress=lambda *_: None)
+    finally:
+        lead.close()
+
+
+def _take_part(
+    lead: Lead, *, jobs: int | None, progress: Callable[[int, int], None]
+) -> SharedResult:
+    """Write this rank's share, and publish where it leads once all have written theirs."""
+    decided, plan, meeting = lead.decided, lead.plan, lead.meeting
+    pieces = plan.pieces(decided.outline)
+    resumed = sum(pieces[index].payload for index in plan.done)
+    total = sum(piece.payload for piece in pieces)
+    watch = Watch(
+        meeting,
+        progress=lambda nbytes: progress(resumed + nbytes, total),
+        succeed=lead.succeed if lead.may_pass else None,
+    )
+    is_done = False
     try:
         with watch:
-            source = decided.job.catalog.source
-            look = look_of(decided)
-            compare(plan.look, look, source=source, rank=seat.rank, host=host())
-            pieces = plan.pieces(decided.outline)
-            mine, share = _work(decided, plan, pieces, path.parent / RESULT, watch, jobs=jobs)
-            with _writing(path):
+            if lead.stage is None:
+                source, rank = decided.job.catalog.source, meeting.seat.rank
+                compare(plan.look, look_of(decided), source=source, rank=rank, host=host())
+            mine, share = _work(decided, plan, pieces, meeting.path.parent / RESULT, watch, jobs)
+            with writing(meeting.path):
                 meeting.end("done", {"moved": mine, "share": share})
-            verdict = watch.wait_for_verdict()
+            is_done = True
+            verdict = watch.wait() or lead.publish()
     except BaseException as error:
+        if watch.leads:
+            lead.fail(error, is_done=is_done)
+            raise
         with suppress(OSError):
-            if error is watch.fault:
+            if error is watch.fault or (is_done and lead.may_pass and is_told(error)):
                 meeting.beat("left")
             else:
-                meeting.end("failed", to_record(error, rank=seat.rank, host=host()))
+                meeting.end("failed", to_record(error, rank=meeting.seat.rank, host=host()))
         raise
-    with suppress(OSError):
-        meeting.beat("left")
+    if not watch.leads:
+        with suppress(OSError):
+            meeting.beat("left")
     return _told(verdict)
 
 
@@ -190,7 +172,6 @@ def _work(
     pieces: tuple[OutPiece, ...],
     result: Path,
     watch: Watch,
-    *,
     jobs: int | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write this rank's pieces; returns what it moved, and its row of the report."""
@@ -222,17 +203,6 @@ def _work(
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """What it means that the ranks cannot meet."""
-    try:
-        yield
-    except DcpconvError:
-        raise
-    except OSError as error:
-        raise write_error(error, path) from error
-
-
-@contextmanager
 def _opened(result: Path) -> Iterator[int]:
     try:
         fd = os.open(result, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -244,37 +214,11 @@ def _opened(result: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _added_up(decided: Decided, plan: Plan, records: Iterable[dict[str, Any]]) -> Moved:
-    """What all ranks moved, earlier runs included.
-
-    Raises:
-        LossyCastError: Casts overflowed.
-    """
-    moved = together(map(_moved, [*plan.before, *records]), decided.outline)
-    if "overflow" not in decided.job.aim.source.said.allow:
-        refuse_overflow(moved.losses, labels(decided.planned, decided.outline))
-    return moved
-
-
-def _moved(record: dict[str, Any]) -> Moved:
-    losses = tuple(CastLoss(**loss) for loss in record["losses"])
-    return Moved(**{**record, "losses": losses})
-
-
-def _require_sizes(outline: Outline, result: Path) -> None:
-    wrong = [
-        ("file", f"{file.name}: {length_of(result / file.name):,} bytes, not {file.nbytes:,}")
-        for file in outline.files
-        if length_of(result / file.name) != file.nbytes
-    ]
-    if wrong:
-        raise DcpconvError("files of the result are not as long as planned", wrong)
-
-
 def _told(verdict: dict[str, Any]) -> SharedResult:
     return SharedResult(
-        moved=_moved(verdict["moved"]),
+        moved=moved_of(verdict["moved"]),
         shares=tuple(RankShare(**share) for share in verdict["shares"]),
         resumed=verdict["resumed"],
         notes=tuple(verdict["notes"]),
+        published_by=verdict["published_by"],
     )
