@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -187,12 +187,15 @@ def convert(
 
     dcpconv convert dump/checkpoints/0000001000 out/hf             # back, for evaluation
     """
-    from dcpconv.conversion.convert import convert as run
     from dcpconv.core.errors import DcpconvError
 
-    if form not in {None, "hf", "torch", "dcp"}:
-        raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])
     seat = _seat(rank, of)
+    with _naming(seat), _telling(None if dry_run else seat, target):
+        from dcpconv.conversion.convert import convert as run
+
+        if form not in {None, "hf", "torch", "dcp"}:
+            raise DcpconvError(f"there is no form {form!r}", [("expected", "hf, torch or dcp")])
+        most = parse_size(max_file_size)
     has_bar = seat is None or seat.rank == 0  # that of all ranks
     with (
         _naming(seat),
@@ -216,7 +219,7 @@ def convert(
             dequantize=dequantize,
             chunks=chunks,
             model_parallel=model_parallel,
-            max_file_size=parse_size(max_file_size),
+            max_file_size=most,
             jobs=jobs,
             engine=engine,  # type: ignore[arg-type]  # checked inside
             trust=trust,
@@ -293,6 +296,15 @@ def _seat(rank: int | None, of: int | None) -> Seat | None:
 
     seat = find_seat(rank, of, os.environ)
     return seat if seat.size > 1 else None
+
+
+def _telling(seat: Seat | None, target: str) -> AbstractContextManager[None]:
+    """Tells the other processes what fails."""
+    if seat is None:
+        return nullcontext()
+    from dcpconv.conversion.worlds.early import telling
+
+    return telling(target, seat)
 
 
 @contextmanager

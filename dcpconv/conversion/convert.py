@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded
+from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded, told
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
@@ -43,6 +43,7 @@ class Progress:
     total: int
 
 
+@told
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

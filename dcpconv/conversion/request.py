@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
@@ -19,6 +20,8 @@ from dcpconv.stores.schemes import is_remote
 if TYPE_CHECKING:
     from dcpconv.engine.placing import Ground
     from dcpconv.sources.adapters.naming import Weighed
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,25 @@ class Request:
         is_verbatim = all(change is None for change in (*changed, *stated))
         is_verbatim = is_verbatim and wanted.chunks == 1 and not said.sizes and not self.adapters
         return form if is_verbatim and {own, form} == {"torch", "dcp"} else None
+
+
+def told(convert: _Function) -> _Function:
+    """A function that takes ``target``, ``rank``, ``of`` and ``run``; where there are several
+    ranks, what fails in one before they have met is left for the others to find."""
+
+    @wraps(convert)
+    def telling_others(*args: Any, **options: Any) -> Any:
+        rank, of = options.get("rank", 0), options.get("of", 1)
+        if (of == 1 and rank == 0) or options.get("dry_run"):
+            return convert(*args, **options)
+        from dcpconv.conversion.worlds.early import telling  # noqa: PLC0415 - most are alone
+        from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415
+
+        target = options["target"] if "target" in options else args[1]
+        with telling(target, Seat(rank, of, options.get("run", ""))):
+            return convert(*args, **options)
+
+    return cast("_Function", telling_others)
 
 
 def guarded(source: Path, target: Path, files: Collection[str] = ()) -> Path | None:

@@ -6,6 +6,7 @@ Everything is written beside the target in ``.NAME.dcpconv-staging``::
     result/     what will become the target
     previous/   the old target, between the two renames of a file system that cannot exchange
     shares/     where the processes meet that write one result together
+    faults/     why some of them cannot come
 
 The lock belongs to a file that never becomes part of a result, so that a second converter that
 opened it just before the first one published cannot take the published target for a stale one.
@@ -14,24 +15,20 @@ opened it just before the first one published cannot take the published target f
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
-from dcpconv.engine.claiming import OWNER, claim
 from dcpconv.engine.copying import write_error
 from dcpconv.stores.schemes import refuse_scheme
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2  # Source: linux/fs.h
-_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
-_PREVIOUS = "previous"
-RESULT, SHARES = "result", "shares"
+_OWNER, _PREVIOUS = "owner", "previous"
+RESULT, SHARES, FAULTS = "result", "shares", "faults"
 
 
 class TargetError(DcpconvError, OSError):
@@ -97,6 +94,8 @@ class Staging:
             result.replace(self.target)
             return
         exchanging()
+        from dcpconv.engine.exchanging import exchange  # noqa: PLC0415 - only --overwrite does
+
         if exchange(result, self.target):
             # What lies in the staging directory now is the old target.
             _sync(self.target.parent)
@@ -152,7 +151,7 @@ def staging(
     try:
         with _no_room(target):
             _make_directories(target.parent)
-            lock = claim(root, target)
+            lock = _claim(root, target)
         stage = Staging(root / RESULT, target, is_file=is_file, overwrite=overwrite)
         with _owned(stage, lock):
             if not (stage.path.is_dir() and goes_on(root)):
@@ -172,18 +171,13 @@ def staging(
 def inherited(target: Path, *, overwrite: bool, is_file: bool) -> Iterator[Staging]:
     """Lend the staging directory of a process that has ended, as ``staging`` lends a new one.
 
-    Args:
-        target: As for ``staging``.
-        overwrite: As for ``staging``.
-        is_file: As for ``staging``.
-
     Raises:
         TargetExistsError: Another conversion has claimed it.
         OSError: It is gone.
     """
     target = Path(os.path.realpath(target))
     root = staging_directory(target)
-    lock = claim(root, target, inherits=True)
+    lock = _claim(root, target, inherits=True)
     stage = Staging(root / RESULT, target, is_file=is_file, overwrite=overwrite)
     with _owned(stage, lock):
         yield stage
@@ -198,8 +192,9 @@ def _owned(stage: Staging, lock: int) -> Iterator[None]:
     finally:
         if not stage.keeping:
             _recover(root, stage.target)
+        shutil.rmtree(root / FAULTS, ignore_errors=True)
         with suppress(OSError):
-            (root / OWNER).unlink()
+            (root / _OWNER).unlink()
             root.rmdir()
         os.close(lock)
 
@@ -264,31 +259,6 @@ def check_target(
         )
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step; ``False`` where the system or file system cannot.
-
-    Raises:
-        OSError: It can, but not these two.
-    """
-    if sys.platform != "linux":
-        return False
-    import ctypes  # noqa: PLC0415 - only --overwrite exchanges
-
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library older than the call
-        return False
-    code = call(
-        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
-    )
-    if code == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _NO_EXCHANGE:
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
 def _check_apart(target: Path, source: Path) -> None:
     if target == source:
         raise _unfit(target, "it is the source; the source is never changed")
@@ -311,6 +281,64 @@ def _holds_something(target: Path) -> bool:
     if target.is_dir():
         return next(target.iterdir(), None) is not None
     return target.exists()
+
+
+def _claim(root: Path, target: Path, *, inherits: bool = False) -> int:
+    """Create and lock the staging directory; the lock lasts as long as the returned fd.
+
+    The directory and the owner file may be removed by the conversion that is just ending, at any
+    point before we hold the lock on a file that others can see; then we try again.
+    Who ``inherits`` is known to do so, and takes the file of another where there are no locks.
+    """
+    while True:
+        with suppress(FileExistsError):  # exist_ok looks again, and finds it gone by then
+            root.mkdir()
+        is_new = True
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            try:
+                fd = os.open(root / _OWNER, flags | os.O_EXCL, 0o666)
+            except FileExistsError:
+                is_new = False
+                fd = os.open(root / _OWNER, flags, 0o666)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            with suppress(OSError):
+                root.rmdir()  # nobody has claimed it: it is empty
+            raise
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems have no locks; whoever created the file owns it then.
+                if error.errno == errno.EWOULDBLOCK or not (is_new or inherits):
+                    raise _busy(fd, root, target) from error
+            if _is_same(fd, root / _OWNER):
+                os.ftruncate(fd, 0)
+                with suppress(OSError):  # for people; a disk without a free byte is told later
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _busy(fd: int, root: Path, target: Path) -> TargetExistsError:
+    owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+    return TargetExistsError(
+        "another conversion is writing this target",
+        [("target", target), ("process", owner or "unknown"), ("staging", root)],
+        hint="wait for it; if it died on another machine, remove the staging directory",
+    )
+
+
+def _is_same(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _recover(root: Path, target: Path) -> None:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,17 @@ import pytest
 
 from dcpconv import convert
 from support.checkpoints.check_cases import llama_shapes, write_hf
-from support.worlds.conversions import SMALL, environment, script, start, tree
+from support.worlds.conversions import (
+    SMALL,
+    ends,
+    environment,
+    ranks,
+    script,
+    staged,
+    start,
+    tree,
+    until,
+)
 
 SLOW = """
 import time
@@ -58,48 +67,12 @@ def whole(source: Path) -> dict[str, bytes]:
     return tree(source.parent / "whole")
 
 
-def ranks(
-    source: Path, target: Path, programs: Iterable[str], *options: str
-) -> list[subprocess.Popen[str]]:
-    """One process per program; the last one is rank 0, which so comes last."""
-    listed = list(programs)
-    started = {
-        rank: start(
-            listed[rank],
-            *("convert", source, target, "--form", "dcp", "--json"),
-            *("--rank", str(rank), "--of", str(len(listed)), *options),
-        )
-        for rank in reversed(range(len(listed)))
-    }
-    return [started[rank] for rank in range(len(listed))]
-
-
-def ends(processes: Iterable[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
-    found = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        found.append((process.returncode, out, err))
-    return found
-
-
 def report(found: list[tuple[int, str, str]]) -> dict[str, Any]:
     """The one report of all ranks."""
     assert [code for code, _, _ in found] == [0] * len(found), found
     assert [out for _, out, _ in found[1:]] == [""] * (len(found) - 1)
     made: dict[str, Any] = json.loads(found[0][1])
     return made
-
-
-def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def staged(target: Path) -> Path:
-    return target.parent / f".{target.name}.dcpconv-staging"
 
 
 def has_noted(target: Path, count: int) -> bool:
@@ -278,9 +251,11 @@ def test_an_old_target_stays_whole(source: Path, whole: dict[str, bytes], tmp_pa
     old = write_hf(tmp_path / "old", llama_shapes(), files=2)
     convert(old, target, form="dcp")
     before = tree(target)
-    dies = "import os, signal\nfrom dcpconv.engine import publish\nexchange = publish.exchange\n"
+    dies = (
+        "import os, signal\nfrom dcpconv.engine import exchanging\nexchange = exchanging.exchange\n"
+    )
     dies += "def die(*paths):\n    exchange(*paths)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    dies += "publish.exchange = die\n"
+    dies += "exchanging.exchange = die\n"
     ends(ranks(source, target, [script(before=dies), script()], "--overwrite"))
     assert tree(target) == whole != before
     assert tree(staged(target) / "result") == before

@@ -1,7 +1,8 @@
 """What the rank that leads does for all: it publishes, tells how it ended, and cleans up.
 
 Rank 0 leads.  Where the ranks are jobs of an array and it has ended once its share was done, one of
-the others goes on: the one that gets the lock of the staging directory.
+the others goes on: the one that takes a file that nobody else has, and the lock of the staging
+directory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.summary import labels
 from dcpconv.conversion.worlds import watching
+from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import GoneRankError, is_told, to_record
 from dcpconv.conversion.worlds.meeting import Meeting, State
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
@@ -44,6 +46,7 @@ class Lead:
     ) -> None:
         self.decided, self.plan, self.meeting, self.stage = decided, plan, meeting, stage
         self.may_pass = not plan.run
+        self._has_claimed = False
         self._stack = ExitStack()
 
     def close(self) -> None:
@@ -51,14 +54,18 @@ class Lead:
         self._stack.close()
 
     def succeed(self, rank: int) -> bool:
-        """Lead from now on, after a rank that did; ``False`` where another process does.
+        """Lead from now on, after a rank that did; ``False`` where another process does, or that
+        one has not let go yet.
 
         Raises:
             DcpconvError: There is nothing to go on with.
         """
         wanted = self.decided.job.wanted
         is_file = self.decided.job.is_one_file
-        with ExitStack() as stack:
+        with writing(self.meeting.path), ExitStack() as stack:
+            self._has_claimed = self._has_claimed or self.meeting.claim_lead(rank)
+            if not self._has_claimed:
+                return False
             try:
                 stage = stack.enter_context(
                     inherited(wanted.path, overwrite=wanted.overwrite, is_file=is_file)
@@ -66,13 +73,9 @@ class Lead:
             except TargetExistsError:
                 self._require_plan()
                 return False
-            except OSError as error:
-                raise write_error(error, self.meeting.path) from error
             stage.keeping = True
             self._require_plan()
-            with writing(self.meeting.path):
-                if not self.meeting.succeed(rank):
-                    return False
+            self.meeting.beat(leads=True)
             stage.keeping = False
             self.stage = stage
             self._stack = stack.pop_all()
@@ -140,7 +143,7 @@ class Lead:
     def _end(self, state: State, record: dict[str, Any]) -> None:
         with suppress(OSError):
             self.meeting.end(state, record)
-            watching.wait_for_farewell(self.meeting)
+            this_start().has_met = watching.wait_for_farewell(self.meeting)
 
 
 _WHOLE = (

@@ -111,8 +111,8 @@ class Meeting:
             raise write_error(error, self.path) from error
         self.beat()
 
-    def succeed(self, rank: int) -> bool:
-        """Lead from now on, after a rank that did; ``False`` where another process does.
+    def claim_lead(self, rank: int) -> bool:
+        """Be the one to lead after a rank that did; ``False`` where another process is.
 
         Raises:
             OSError: This process cannot write here.
@@ -121,7 +121,6 @@ class Meeting:
             self._take(f"after-{rank}-{self.token}")
         except FileExistsError:
             return False
-        self.beat(leads=True)
         return True
 
     @property

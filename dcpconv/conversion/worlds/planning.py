@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.worlds import watching
+from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import GoneRankError
 from dcpconv.conversion.worlds.look import Look
 from dcpconv.conversion.worlds.meeting import Beat, read_beat, read_done, read_record
@@ -149,7 +150,13 @@ def _border(path: Path) -> int:
 
 
 def wait_for_plan(path: Path, seat: Seat) -> Plan:
-    """The plan of a run whose leading rank is alive: one that was killed left the same files."""
+    """The plan of a run whose leading rank is alive: one that was killed left the same files.
+
+    Raises:
+        GoneRankError: Rank 0 does not come.
+        DcpconvError: What it failed with before it could plan.
+    """
+    start = this_start()
     deadline = time.monotonic() + watching.PATIENCE
     first: dict[int, Beat] = {}
     for _ in watching.pauses():
@@ -166,6 +173,7 @@ def wait_for_plan(path: Path, seat: Seat) -> Plan:
                 is_here = leader.is_here and leader.state in {"working", "done"}
                 if is_here or leader.count != first[rank].count:
                     return plan
+        start.require_no_fault([0])
         if time.monotonic() > deadline:
             raise GoneRankError(
                 "rank 0 has not come",

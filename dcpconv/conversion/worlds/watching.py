@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import GoneRankError, from_record
 from dcpconv.conversion.worlds.meeting import Beat, Meeting
 from dcpconv.core.errors import DcpconvError
@@ -73,6 +74,7 @@ class Watch:
         self._since = time.monotonic()
         self._seen: dict[int, _Seen] = {}
         self._progress = progress
+        self._start = this_start()
         self._succeed = succeed
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dcpconv-watch", daemon=True)
@@ -172,6 +174,7 @@ class Watch:
         """What this rank makes of another, as the one that leads, or of the one that does."""
         beat = seen.beat
         if beat is None:
+            self._start.require_no_fault([rank])
             if now - seen.at > PATIENCE:
                 raise GoneRankError(
                     f"rank {rank} has not come",
@@ -235,13 +238,14 @@ def pauses() -> Iterator[None]:
         pause *= 1.2
 
 
-def wait_for_farewell(meeting: Meeting) -> None:
+def wait_for_farewell(meeting: Meeting) -> bool:
     """Wait a little, as the rank that leads, until every other one has read how it ended, or is
-    gone."""
+    gone; tells whether that is so."""
     seat, deadline = meeting.seat, time.monotonic() + FAREWELL
     for _ in pauses():
         beats = [meeting.beat_of(rank) for rank in range(seat.size) if rank != seat.rank]
         if all(beat and (beat.state in {"failed", "left"} or beat.is_gone) for beat in beats):
-            return
+            return True
         if time.monotonic() > deadline:
-            return
+            return False
+    raise AssertionError

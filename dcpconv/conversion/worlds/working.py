@@ -13,6 +13,7 @@ from typing import Any
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.report import RankShare
 from dcpconv.conversion.request import guarded
+from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import is_told, to_record
 from dcpconv.conversion.worlds.leading import Lead, moved_of, writing
 from dcpconv.conversion.worlds.look import compare, look_of
@@ -119,6 +120,8 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None) -> SharedResult:
         with suppress(OSError):
             meeting.refuse(to_record(error, rank=seat.rank, host=host()))
         raise
+    finally:
+        this_start().has_met = True
     lead = Lead(decided, plan, meeting, stage=None)
     try:
         return _take_part(lead, jobs=jobs, progress=lambda *_: None)

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,51 @@ def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
         text=True,
         env=environment(),
     )
+
+
+def rank_of(
+    source: Path, target: Path, program: str, rank: int, of: int, *options: str
+) -> subprocess.Popen[str]:
+    """One rank of a job array, which writes a DCP."""
+    return start(
+        program,
+        *("convert", source, target, "--form", "dcp", "--json"),
+        *("--rank", str(rank), "--of", str(of), *options),
+    )
+
+
+def ranks(
+    source: Path, target: Path, programs: Iterable[str], *options: str
+) -> list[subprocess.Popen[str]]:
+    """One process per program; the last one is rank 0, which so comes last."""
+    listed = list(programs)
+    started = {
+        rank: rank_of(source, target, listed[rank], rank, len(listed), *options)
+        for rank in reversed(range(len(listed)))
+    }
+    return [started[rank] for rank in range(len(listed))]
+
+
+def ends(processes: Iterable[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        found.append((process.returncode, out, err))
+    return found
+
+
+def until(what: Callable[[], object]) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def staged(target: Path) -> Path:
+    """The staging directory."""
+    return target.parent / f".{target.name}.dcpconv-staging"
 
 
 def tree(path: Path) -> dict[str, bytes]:

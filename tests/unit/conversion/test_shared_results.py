@@ -87,7 +87,10 @@ def test_a_rank_that_is_taken_is_refused(source: Path, tmp_path: Path) -> None:
     found = in_threads(source, tmp_path / "out", 3, each={2: {"rank": 1}})
     for error in refused(found, RankError):
         assert "rank 1 is taken by another process" in str(error)
-    assert left(tmp_path) == ["source"]
+    with pytest.raises(RankError, match="rank 1 is taken"):  # rank 2 comes late
+        convert(source, tmp_path / "out", rank=2, of=3)
+    convert(source, tmp_path / "out")
+    assert left(tmp_path) == ["out", "source"]
 
 
 def test_one_that_does_not_come_is_named(

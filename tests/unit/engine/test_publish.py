@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dcpconv.core.errors import NoSpaceError, TargetExistsError
-from dcpconv.engine import publish
-from dcpconv.engine.publish import TargetError, check_target, exchange, staging
+from dcpconv.engine import exchanging
+from dcpconv.engine.exchanging import exchange
+from dcpconv.engine.publish import TargetError, check_target, staging
 from dcpconv.engine.space import check_space
 from support.machine.mounts import tmpfs
 
@@ -46,7 +47,7 @@ def convert(target: Path, *, overwrite: bool = False) -> None:
 @contextmanager
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "exchange", lambda *_: False)
+        patch.setattr(exchanging, "exchange", lambda *_: False)
         yield
 
 
