@@ -213,6 +213,7 @@ def convert(
                     decided,
                     seat,
                     jobs=jobs,
+                    reads_back=fingerprint,
                     overwrite=overwrite,
                     progress=lambda done, total: progress and progress(Progress(done, total)),
                 )

@@ -6,6 +6,7 @@ under way.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 
@@ -31,6 +32,15 @@ def digest_of(data: bytes) -> bytes:
     """
     chunks = range(0, len(data), CHUNK)
     return _joined(blake3(data[start : start + CHUNK]).digest() for start in chunks)
+
+
+def digest_of_range(fd: int, start: int, stop: int) -> str:
+    """The digest of bytes of an open file, in hexadecimal; of as many as there are."""
+    hasher = blake3()
+    while start < stop and (data := os.pread(fd, min(CHUNK, stop - start), start)):
+        hasher.update(data)
+        start += len(data)
+    return str(hasher.hexdigest())
 
 
 def digest_of_text(lines: Iterable[str]) -> str:

@@ -173,7 +173,6 @@ def inherited(target: Path, *, overwrite: bool, is_file: bool) -> Iterator[Stagi
 
     Raises:
         TargetExistsError: Another conversion has claimed it.
-        OSError: It is gone.
     """
     target = Path(os.path.realpath(target))
     root = staging_directory(target)

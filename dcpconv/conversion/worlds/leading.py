@@ -20,6 +20,7 @@ from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import GoneRankError, is_told, to_record
 from dcpconv.conversion.worlds.meeting import Meeting, State
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
+from dcpconv.conversion.worlds.reading_back import require_digests
 from dcpconv.conversion.worlds.seats import host
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
@@ -36,15 +37,23 @@ class Lead:
         plan: What rank 0 decided.
         meeting: Where the ranks meet.
         stage: The staging directory, where this rank leads from the beginning.
+        reads_back: Whether what was written is read and compared before it is published.
 
     Attributes:
         may_pass: Whether another rank may go on where the one that leads has ended.
     """
 
     def __init__(
-        self, decided: Decided, plan: Plan, meeting: Meeting, *, stage: Staging | None
+        self,
+        decided: Decided,
+        plan: Plan,
+        meeting: Meeting,
+        *,
+        stage: Staging | None,
+        reads_back: bool,
     ) -> None:
         self.decided, self.plan, self.meeting, self.stage = decided, plan, meeting, stage
+        self.reads_back = reads_back
         self.may_pass = not plan.run
         self._has_claimed = False
         self._stack = ExitStack()
@@ -90,8 +99,11 @@ class Lead:
                 hint="is the target there? otherwise run the same again",
             )
 
-    def publish(self) -> dict[str, Any]:
+    def publish(self, *, jobs: int | None) -> dict[str, Any]:
         """Make the result visible once all shares are done; returns what to tell the others.
+
+        Args:
+            jobs: Threads to read with.
 
         Raises:
             LossyCastError: Casts overflowed.
@@ -99,6 +111,7 @@ class Lead:
         """
         decided, meeting, stage = self.decided, self.meeting, self._own_stage()
         ends = [meeting.end_of(rank) or {} for rank in range(meeting.seat.size)]
+        pieces = self.plan.pieces(decided.outline)
         written = _added_up(decided, self.plan, [end["moved"] for end in ends])
         if meeting.is_succeeded:
             raise GoneRankError(
@@ -108,12 +121,14 @@ class Lead:
             )
         if not _is_published(decided.outline, stage):
             _require_sizes(decided.outline, stage.path)
+            if self.reads_back:
+                by_rank = [self.plan.digests, *(end["digests"] for end in ends)]
+                require_digests(decided.outline, pieces, by_rank, stage.path, jobs=jobs)
             beside = [(file.name, file.read()) for file in decided.side.files]
             # What lies in the staging directory after the exchange is the old target.
             stage.publish(
                 [*beside, *decided.outline.commit], exchanging=(meeting.path / "plan").unlink
             )
-        pieces = self.plan.pieces(decided.outline)
         verdict = {
             "moved": asdict(written),
             "shares": [end["share"] for end in ends],

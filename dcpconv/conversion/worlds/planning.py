@@ -27,7 +27,7 @@ from dcpconv.families.side_files import disk_nbytes
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-_VERSION = 1
+_VERSION = 2
 """Of the plan file: a run does not go on with pieces that were cut in another way."""
 
 
@@ -46,6 +46,7 @@ class Plan:
         look: What rank 0 knows of the source and of the result.
         done: Pieces that an earlier run wrote.
         before: What that run moved.
+        digests: Of those pieces, where that run took them, by index.
         version: ``_VERSION``.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     look: Look
     done: list[int]
     before: list[dict[str, Any]]
+    digests: dict[str, str]
     version: int = _VERSION
 
     def pieces(self, outline: Outline) -> tuple[OutPiece, ...]:
@@ -107,6 +109,7 @@ def prepare(decided: Decided, stage: Staging, look: Look, seat: Seat) -> Plan:
             look=look,
             done=[],
             before=[],
+            digests={},
         )
     else:
         lengths = [length_of(path / file.name) for file in outline.files]
@@ -121,6 +124,7 @@ def prepare(decided: Decided, stage: Staging, look: Look, seat: Seat) -> Plan:
             of=seat.size,
             done=sorted(index for index in found if is_there[pieces[index].file]),
             before=[*old.before, *(note["moved"] for note in notes)],
+            digests={**old.digests, **{k: v for note in notes for k, v in note["digests"].items()}},
         )
         reserved += sum(_occupied(path / file.name) for file in outline.files)
     check_space(decided.job.target, disk_nbytes(outline, decided.side), reflinkable=reserved)

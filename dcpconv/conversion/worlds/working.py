@@ -25,6 +25,7 @@ from dcpconv.conversion.worlds.planning import (
     unfinished,
     wait_for_plan,
 )
+from dcpconv.conversion.worlds.reading_back import digests_of
 from dcpconv.conversion.worlds.seats import RankError, Seat, host
 from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.engine import cutting
@@ -58,6 +59,7 @@ def write_shared(
     seat: Seat,
     *,
     jobs: int | None,
+    reads_back: bool,
     overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> SharedResult:
@@ -67,6 +69,7 @@ def write_shared(
         decided: The conversion, decided by this rank as by every other.
         seat: Which rank this is.
         jobs: Threads of this rank.
+        reads_back: Take digests of what was written, and compare them before it is published.
         overwrite: Replace an existing target.
         progress: Called on rank 0 with payload bytes done, and all there are.
 
@@ -76,8 +79,10 @@ def write_shared(
         DcpconvError: What one process raises; in all ranks where one of them fails.
     """
     if seat.rank:
-        return _follow(decided, seat, jobs=jobs)
-    return _lead(decided, seat, jobs=jobs, overwrite=overwrite, progress=progress)
+        return _follow(decided, seat, jobs=jobs, reads_back=reads_back)
+    return _lead(
+        decided, seat, jobs=jobs, reads_back=reads_back, overwrite=overwrite, progress=progress
+    )
 
 
 def _lead(
@@ -85,6 +90,7 @@ def _lead(
     seat: Seat,
     *,
     jobs: int | None,
+    reads_back: bool,
     overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> SharedResult:
@@ -105,11 +111,11 @@ def _lead(
             meeting.take_seat()
             write_record(path / "plan", asdict(plan))
             forget_others(path, plan.token)
-        lead = Lead(decided, plan, meeting, stage=stage)
+        lead = Lead(decided, plan, meeting, stage=stage, reads_back=reads_back)
         return _take_part(lead, jobs=jobs, progress=progress)
 
 
-def _follow(decided: Decided, seat: Seat, *, jobs: int | None) -> SharedResult:
+def _follow(decided: Decided, seat: Seat, *, jobs: int | None, reads_back: bool) -> SharedResult:
     path = staging_directory(decided.job.target) / SHARES
     plan = wait_for_plan(path, seat)
     meeting = Meeting(path, seat, plan.token)
@@ -122,7 +128,7 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None) -> SharedResult:
         raise
     finally:
         this_start().has_met = True
-    lead = Lead(decided, plan, meeting, stage=None)
+    lead = Lead(decided, plan, meeting, stage=None, reads_back=reads_back)
     try:
         return _take_part(lead, jobs=jobs, progress=lambda *_: None)
     finally:
@@ -148,11 +154,14 @@ def _take_part(
             if lead.stage is None:
                 source, rank = decided.job.catalog.source, meeting.seat.rank
                 compare(plan.look, look_of(decided), source=source, rank=rank, host=host())
-            mine, share = _work(decided, plan, pieces, meeting.path.parent / RESULT, watch, jobs)
+            result = meeting.path.parent / RESULT
+            mine = _work(
+                decided, plan, pieces, result, watch, jobs=jobs, reads_back=lead.reads_back
+            )
             with writing(meeting.path):
-                meeting.end("done", {"moved": mine, "share": share})
+                meeting.end("done", mine)
             is_done = True
-            verdict = watch.wait() or lead.publish()
+            verdict = watch.wait() or lead.publish(jobs=jobs)
     except BaseException as error:
         if watch.leads:
             lead.fail(error, is_done=is_done)
@@ -175,12 +184,15 @@ def _work(
     pieces: tuple[OutPiece, ...],
     result: Path,
     watch: Watch,
+    *,
     jobs: int | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write this rank's pieces; returns what it moved, and its row of the report."""
+    reads_back: bool,
+) -> dict[str, Any]:
+    """Write this rank's pieces; returns what it moved, its row of the report, and digests."""
     outline, catalog, seat = decided.outline, decided.job.catalog, watch.meeting.seat
     begun = time.perf_counter()
     some: list[Moved] = []
+    taken: dict[str, str] = {}
     with _opened(result) as fd:
         mine = plan.share(pieces, seat.rank)
         for indices, stints in cutting.steps(outline, pieces, mine, nbytes=cutting.STEP):
@@ -199,10 +211,13 @@ def _work(
                 stints=stints,
                 made=None if plan.whole else fd,
             )
-            watch.meeting.note_done({"pieces": indices, "moved": asdict(moved)})
+            digests = digests_of(outline, pieces, indices, fd) if reads_back else {}
+            note = {"pieces": indices, "moved": asdict(moved), "digests": digests}
+            watch.meeting.note_done(note)
+            taken |= digests
             some.append(moved)
     share = RankShare(seat.rank, host(), watch.nbytes, time.perf_counter() - begun)
-    return asdict(together(some, outline)), asdict(share)
+    return {"moved": asdict(together(some, outline)), "share": asdict(share), "digests": taken}
 
 
 @contextmanager

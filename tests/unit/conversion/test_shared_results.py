@@ -13,8 +13,10 @@ from dcpconv import convert
 from dcpconv.conversion.convert import Progress
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.worlds.faults import GoneRankError
+from dcpconv.conversion.worlds.meeting import Meeting, State
 from dcpconv.conversion.worlds.seats import RankError, host
 from dcpconv.core.errors import DcpconvError, NoSpaceError, SourceChangedError, TargetExistsError
+from dcpconv.engine.publish import RESULT
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, tree
 
@@ -177,4 +179,34 @@ def test_rank_0_takes_the_fingerprint(source: Path, tmp_path: Path) -> None:
 def test_a_dry_run_meets_nobody(source: Path, tmp_path: Path) -> None:
     report = convert(source, tmp_path / "out", rank=1, of=2, dry_run=True)
     assert report.is_dry_run
+    assert left(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_digests_are_compared_where_a_fingerprint_is_asked_for(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asked: bool
+) -> None:
+    """A byte that changes once its rank has read it back."""
+    end = Meeting.end
+
+    def flip(meeting: Meeting, state: State, record: dict[str, Any]) -> None:
+        if meeting.seat.rank == 1 and state == "done":
+            (name,) = (meeting.path.parent / RESULT).glob("*.distcp")
+            data = bytearray(name.read_bytes())
+            data[-1] ^= 1
+            with name.open("r+b") as file:
+                file.seek(len(data) - 1)
+                file.write(data[-1:])
+        end(meeting, state, record)
+
+    monkeypatch.setattr(Meeting, "end", flip)
+    found = in_threads(source, tmp_path / "out", 2, form="dcp", fingerprint=asked)
+    if not asked:
+        assert all(isinstance(one, ConversionReport) for one in found), found
+        return
+    for error in refused(found, DcpconvError):
+        assert error.headline == "what was written to the result does not read back the same"
+        ((piece,),) = [[value for label, value in error.facts if label == "piece"]]
+        assert str(piece).startswith("__0_0.distcp: bytes ")
+        assert str(piece).endswith(", rank 1")
     assert left(tmp_path) == ["source"]
