@@ -46,7 +46,7 @@ class Seat:
             raise RankError(
                 "the torch engine holds the whole model in one process",
                 [("rank", f"{self.rank} of {self.size}")],
-                hint="leave --engine torch out, or start one process",
+                hint="run it as one process; many can convert its result further",
             )
 
 
