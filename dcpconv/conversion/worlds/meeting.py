@@ -124,6 +124,18 @@ class Meeting:
         return True
 
     @property
+    def leads(self) -> bool:
+        """Whether this rank says that it leads."""
+        return self._beat.leads
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier process was this rank, and has ended once its share was done."""
+        beat, end = self.beat_of(self.seat.rank), self.end_of(self.seat.rank)
+        has_ended = beat is not None and (beat.state == "left" or beat.is_gone)
+        return has_ended and end is not None and "moved" in end
+
+    @property
     def is_succeeded(self) -> bool:
         """Whether another process leads after this one."""
         return (self.path / f"after-{self.seat.rank}-{self.token}").exists()

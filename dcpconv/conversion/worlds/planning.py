@@ -191,6 +191,24 @@ def wait_for_plan(path: Path, seat: Seat) -> Plan:
     raise AssertionError
 
 
+def is_led_by_another(path: Path, seat: Seat) -> bool:
+    """Whether a run goes on whose rank 0 has ended: this one is started anew, and comes back."""
+    plan = read_plan(path)
+    if plan is None or plan.run or seat.run or plan.of != seat.size:
+        return False
+    first: dict[int, Beat] = {}
+    deadline = time.monotonic() + 4 * watching.BEAT
+    for _ in watching.pauses():
+        beats = {rank: read_beat(path, rank) for rank in range(1, plan.of)}
+        leaders = {rank: b for rank, b in beats.items() if _is_of(b, plan) and b.leads}
+        for rank, beat in leaders.items():
+            if beat.is_here or beat.count != first.setdefault(rank, beat).count:
+                return True
+        if not leaders or time.monotonic() > deadline:
+            return False
+    raise AssertionError
+
+
 def _is_of(beat: Beat | None, plan: Plan) -> TypeGuard[Beat]:
     return beat is not None and beat.token == plan.token
 

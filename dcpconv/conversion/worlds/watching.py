@@ -69,8 +69,10 @@ class Watch:
         self.verdict: dict[str, Any] | None = None
         self.nbytes = 0
         self._lock, self._looking = threading.Lock(), threading.Lock()
-        self._leader: int | None = 0
-        self._led: list[int] = []
+        # A rank 0 that comes back has been followed by another.
+        has_come_back = meeting.seat.rank == 0 and not meeting.leads
+        self._leader: int | None = None if has_come_back else 0
+        self._led: list[int] = [0] if has_come_back else []
         self._since = time.monotonic()
         self._seen: dict[int, _Seen] = {}
         self._progress = progress
@@ -211,8 +213,12 @@ class Watch:
         last = self._led[-1]
         if self._succeed is not None and self._succeed(last):
             self._leader = self.meeting.seat.rank
-        elif now - self._since > LOST_AFTER and (beat := self._seen[last].beat) is not None:
-            raise _gone(beat, last, now - self._since)
+        elif now - self._since > LOST_AFTER:
+            raise GoneRankError(
+                f"rank {last} has ended, and nobody leads after it",
+                [("rank", last), ("at", self.meeting.path)],
+                hint="run the same again: it goes on with what is written",
+            )
 
 
 def _has_ended(seen: _Seen, now: float) -> bool:

@@ -20,6 +20,7 @@ from dcpconv.conversion.worlds.look import compare, look_of
 from dcpconv.conversion.worlds.meeting import Meeting, forget_others, set_up, write_record
 from dcpconv.conversion.worlds.planning import (
     Plan,
+    is_led_by_another,
     prepare,
     require_same_number,
     unfinished,
@@ -78,7 +79,8 @@ def write_shared(
         SourceChangedError: The source looks different to another rank.
         DcpconvError: What one process raises; in all ranks where one of them fails.
     """
-    if seat.rank:
+    path = staging_directory(decided.job.target) / SHARES
+    if seat.rank or is_led_by_another(path, seat):
         return _follow(decided, seat, jobs=jobs, reads_back=reads_back)
     return _lead(
         decided, seat, jobs=jobs, reads_back=reads_back, overwrite=overwrite, progress=progress
@@ -121,7 +123,10 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None, reads_back: bool)
     meeting = Meeting(path, seat, plan.token)
     try:
         require_same_number(plan, seat)
-        meeting.take_seat()
+        if is_done := meeting.is_done:
+            meeting.beat("done")
+        else:
+            meeting.take_seat()
     except RankError as error:
         with suppress(OSError):
             meeting.refuse(to_record(error, rank=seat.rank, host=host()))
@@ -130,13 +135,17 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None, reads_back: bool)
         this_start().has_met = True
     lead = Lead(decided, plan, meeting, stage=None, reads_back=reads_back)
     try:
-        return _take_part(lead, jobs=jobs, progress=lambda *_: None)
+        return _take_part(lead, jobs=jobs, progress=lambda *_: None, is_done=is_done)
     finally:
         lead.close()
 
 
 def _take_part(
-    lead: Lead, *, jobs: int | None, progress: Callable[[int, int], None]
+    lead: Lead,
+    *,
+    jobs: int | None,
+    progress: Callable[[int, int], None],
+    is_done: bool = False,
 ) -> SharedResult:
     """Write this rank's share, and publish where it leads once all have written theirs."""
     decided, plan, meeting = lead.decided, lead.plan, lead.meeting
@@ -148,18 +157,16 @@ def _take_part(
         progress=lambda nbytes: progress(resumed + nbytes, total),
         succeed=lead.succeed if lead.may_pass else None,
     )
-    is_done = False
     try:
         with watch:
             if lead.stage is None:
                 source, rank = decided.job.catalog.source, meeting.seat.rank
                 compare(plan.look, look_of(decided), source=source, rank=rank, host=host())
-            result = meeting.path.parent / RESULT
-            mine = _work(
-                decided, plan, pieces, result, watch, jobs=jobs, reads_back=lead.reads_back
-            )
-            with writing(meeting.path):
-                meeting.end("done", mine)
+            if not is_done:
+                result, reads_back = meeting.path.parent / RESULT, lead.reads_back
+                mine = _work(decided, plan, pieces, result, watch, jobs=jobs, reads_back=reads_back)
+                with writing(meeting.path):
+                    meeting.end("done", mine)
             is_done = True
             verdict = watch.wait() or lead.publish(jobs=jobs)
     except BaseException as error:

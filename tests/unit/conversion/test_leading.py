@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from dcpconv import convert
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.worlds.faults import GoneRankError
 from dcpconv.conversion.worlds.leading import Lead
-from dcpconv.conversion.worlds.meeting import Meeting, State
+from dcpconv.conversion.worlds.meeting import Meeting, State, read_beat
 from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.core.errors import TargetExistsError
-from dcpconv.engine.publish import Staging, inherited, staging
+from dcpconv.engine.publish import SHARES, Staging, inherited, staging, staging_directory
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, tree
 
@@ -225,3 +227,63 @@ def test_what_was_left_is_inherited_by_one(tmp_path: Path) -> None:
         stage.publish()
     assert tree(target) == {"file": b"data"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_started_anew_comes_back(
+    rank: int,
+    source: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    published: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its share is done; it ends like the others."""
+    target = tmp_path / "out"
+    back: list[ConversionReport] = []
+    others = {0, 1, 2} - {rank}
+    has_come = threading.Event()
+    end, wait = Meeting.end, Watch.wait
+
+    def again() -> None:
+        back.append(convert(source, target, form="dcp", rank=rank, of=3))
+
+    thread = threading.Thread(target=again)
+
+    def last(meeting: Meeting, state: State, record: dict[str, Any]) -> None:
+        if meeting.seat.rank == 2 and state == "done":
+            deadline = time.monotonic() + 60
+            while not has_left(target, rank) or not any(leads(target, one) for one in others):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            thread.start()
+            assert has_come.wait(60)
+        end(meeting, state, record)
+
+    def told_once(watch: Watch) -> dict[str, Any] | None:
+        if watch.meeting.seat.rank == rank:
+            if threading.current_thread() is not thread:
+                raise KeyboardInterrupt(signal.SIGTERM)
+            has_come.set()
+        return wait(watch)
+
+    monkeypatch.setattr(Meeting, "end", last)
+    monkeypatch.setattr(Watch, "wait", told_once)
+    found = in_threads(source, target, 3, form="dcp")
+    thread.join()
+    assert isinstance(found[rank], KeyboardInterrupt)
+    assert isinstance(found[2], ConversionReport), found
+    assert replace(back[0], seconds=0.0) == replace(found[2], seconds=0.0)
+    assert sum(published.values()) == 1
+    assert tree(target) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def leads(target: Path, rank: int) -> bool:
+    beat = read_beat(staging_directory(target) / SHARES, rank)
+    return beat is not None and beat.leads
+
+
+def has_left(target: Path, rank: int) -> bool:
+    beat = read_beat(staging_directory(target) / SHARES, rank)
+    return beat is not None and beat.state == "left"
