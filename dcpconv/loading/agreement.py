@@ -33,6 +33,7 @@ from dcpconv.loading.world import World
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.live_models import live_model
 from dcpconv.sources.understanding import Source, understand
+from dcpconv.stores.remote import RemotePath
 
 
 def agree(
@@ -88,6 +89,7 @@ def agree(
         world,
         read=None if request.read == "auto" else request.read,
         hosts=seen.hosts,
+        is_cached=not isinstance(seen.source.catalog.path, RemotePath),
         nbytes=agreement.nbytes,
         place=place_in(agreement.supplied.targets),
     )

@@ -120,7 +120,7 @@ def look(
         if world.rank:
             source = rebased(source, old, old, {})
         return Seen(source, hosts, digest, beside=beside)
-    if isinstance(old, RemotePath):  # a store has no copies, and every range is of the same version
+    if isinstance(old, RemotePath):  # a store has no copies; all ask for the versions rank 0 listed
         return Seen(source, hosts, digest, beside=beside)
     if isinstance(path, Exception):
         failure = path
@@ -240,11 +240,12 @@ def _or_raise(path: Path | Exception) -> Path:
 
 
 def _own_failure(path: Path | Exception, opener: Opener) -> Exception:
-    """What this rank would have raised, where rank 0 has failed."""
-    try:
-        opener(_or_raise(path))
-    except Exception as error:  # noqa: BLE001 - all ranks hear of it
-        return error
+    """What this rank would have raised, where rank 0 has failed; a store is asked by one rank."""
+    if not isinstance(path, RemotePath):
+        try:
+            opener(_or_raise(path))
+        except Exception as error:  # noqa: BLE001 - all ranks hear of it
+            return error
     return DcpconvError("rank 0 cannot open the checkpoint")
 
 

@@ -11,7 +11,7 @@ in an error and not in a process group that times out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -22,20 +22,24 @@ import torch
 from torch import Tensor
 
 from dcpconv.core.dtypes import DType
+from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import Fill
 from dcpconv.engine.tensors import memory
 from dcpconv.loading.groups import broadcast, subgroup
 from dcpconv.loading.landing import Destination
-from dcpconv.loading.reading import Readable, box_of, read_pieces
+from dcpconv.loading.reading import Readable, box_of, read_pieces, wanted
 from dcpconv.loading.regions import Need, Wish
 from dcpconv.loading.replicas import TILE, Piece, Tile, has_short_rows, in_turns
 from dcpconv.loading.world import World
+from dcpconv.stores.ahead import Ahead, Wanted
 from dcpconv.stores.local import Sources
 
 BUFFERS = 4
 """Tiles in memory per rank: two that are read or sent, two that are received or stored."""
 AHEAD = 2
 """Tiles that a rank reads before it is their turn; and tiles on their way at a time."""
+FETCHED = 64 << 20
+"""Bytes of a store's objects that are on their way or there before a tile is read from them."""
 
 
 Places = Mapping[Wish, Sequence[Destination]]
@@ -103,9 +107,12 @@ class Exchange:
         turns = in_turns(len(tiles), readers)
         with ThreadPoolExecutor(self.jobs, "exchange") as pool:
             passing = _Passing(self, link, tiles, turns, places, pool)
-            for number, reader in turns:
-                passing.send(number, reader)
-            passing.finish(leave=0)
+            try:
+                for number, reader in turns:
+                    passing.send(number, reader)
+                passing.finish(leave=0)
+            finally:
+                passing.close()
         for found in places.values():
             for place in found:
                 place.close()
@@ -146,7 +153,7 @@ class Exchange:
         """Wait for a thread that stores what was received."""
         self._free.put(self._free.get())
 
-    def read_tile(self, tile: Tile, into: Tensor, to: Places) -> Tensor:
+    def read_tile(self, tile: Tile, into: Tensor, to: Places) -> None:
         """Fill a tile from the files, and store this rank's own part of it."""
         try:
             if self.failure is None:
@@ -157,7 +164,15 @@ class Exchange:
                     self.progress(tile.nbytes)
         except Exception as error:  # noqa: BLE001 - kept until all ranks have agreed
             self._fail(error)
-        return into
+
+    def wanted(self, tile: Tile) -> Iterator[Wanted]:
+        """What a tile is read from; nothing where that cannot be told, which reading will say."""
+        try:
+            for piece in tile.pieces:
+                box, _ = self._box(piece.wish)
+                yield from wanted(box, piece.start, piece.stop)
+        except DcpconvError:
+            return
 
     def _read(self, tile: Tile, into: Tensor) -> None:
         host = into if into.device.type == "cpu" else torch.empty_like(into, device="cpu")
@@ -233,7 +248,11 @@ class _Passing:
         self._places = places
         self._pool = pool
         self._me = exchange.world.rank
-        self._to_read = deque(number for number, reader in turns if reader == self._me)
+        mine = {id(tiles[number]): number for number, reader in turns if reader == self._me}
+        self._numbers = mine
+        own = [tiles[number] for number in mine.values()]
+        self._to_read = Ahead(exchange.sources, own, exchange.wanted, most=FETCHED)
+        self._next: Tile | None = None
         self._reads: dict[int, Future[Tensor]] = {}
         self._sent: deque[tuple[Any, Tile, Tensor, bool]] = deque()
 
@@ -271,15 +290,23 @@ class _Passing:
             elif not is_mine:
                 self._pool.submit(exchange.store_received, tile, room, self._places)
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        self._to_read.close()
+
     def _read_ahead(self) -> None:
-        while self._to_read and len(self._reads) < AHEAD:
-            tile = self._tiles[self._to_read[0]]
-            room = self._room(tile)
-            if room is None:
+        while len(self._reads) < AHEAD:
+            tile = self._next = self._next or next(self._to_read, None)
+            room = self._room(tile) if tile is not None else None
+            if tile is None or room is None:
                 return
-            number = self._to_read.popleft()
-            read = self._exchange.read_tile
-            self._reads[number] = self._pool.submit(read, tile, room, self._places)
+            self._next = None
+            self._reads[self._numbers[id(tile)]] = self._pool.submit(self._read, tile, room)
+
+    def _read(self, tile: Tile, room: Tensor) -> Tensor:
+        self._exchange.read_tile(tile, room, self._places)
+        self._to_read.done(tile)
+        return room
 
     def _room(self, tile: Tile) -> Tensor | None:
         place = self._exchange.in_place(tile, self._places)

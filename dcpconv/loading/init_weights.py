@@ -78,8 +78,8 @@ def load_init_weights(
     Args:
         model: Plain, or under DDP, FSDP1, FSDP2, tensor parallelism, ``torch.compile``, activation
             checkpointing, in any combination.
-        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, or a hub
-            id.
+        source: A safetensors directory or file, a ``torch.save`` file, a DCP directory, a URL of a
+            bucket or a server, or a hub id.
         to: Naming of the model.  By default that of the source if it spells the model's FQNs,
             else the one whose table does; where no table knows them, keys must be equal.
         from_: Naming of the source, where its keys leave a choice.
@@ -106,9 +106,9 @@ def load_init_weights(
             HSDP, norms beside tensor parallelism) each reads a part and sends it to the others;
             what nobody else holds is read directly.  ``host``: the same within every host.
             ``rank0``: rank 0 reads everything, for sources that other nodes cannot see.  ``auto``:
-            ``all`` on one host, whose page cache is faster than any process group; on several
-            ``once`` if storage would otherwise have to deliver what is wanted more than twice,
-            and the report's notes say so.
+            ``all`` on one host, whose page cache is faster than any process group, and ``host``
+            for a URL; on several hosts ``once`` if storage would otherwise have to deliver what is
+            wanted more than twice, and the report's notes say so.
         engine: ``direct`` reads into the parameters' own memory.  ``torch`` goes through
             ``get_model_state_dict``, ``dcp.load`` and ``set_model_state_dict``, every rank reading
             its own shards.  ``auto`` takes ``torch`` where a module of any rank has hooks for its

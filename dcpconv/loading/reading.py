@@ -210,9 +210,12 @@ def read_landings(
 
 
 def _wanted(unit: _Unit) -> Iterable[Wanted]:
-    """What of its sources a unit reads; factors beside them are read when needed."""
-    box = unit.landing.box
-    return () if isinstance(box, Derived) else of_box(plain_box(box), unit.start, unit.stop)
+    return wanted(unit.landing.box, unit.start, unit.stop)
+
+
+def wanted(box: Readable, start: int, stop: int) -> Iterable[Wanted]:
+    """What of its sources an interval reads; factors beside them are read when needed."""
+    return () if isinstance(box, Derived) else of_box(plain_box(box), start, stop)
 
 
 def _units(landing: Landing, direct: int) -> Iterator[_Unit]:

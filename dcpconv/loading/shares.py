@@ -65,6 +65,7 @@ def share_out(
     *,
     read: Sharing | None,
     hosts: Sequence[str],
+    is_cached: bool,
     nbytes: Callable[[Wish], int],
     place: Callable[[Wish], tuple[str, int]],
 ) -> Shares:
@@ -75,6 +76,7 @@ def share_out(
         world: The ranks.
         read: Which ranks are to read; ``None`` decides by the bytes that storage has to deliver.
         hosts: Of every rank.
+        is_cached: Whether a host that has read a byte reads it again for nothing.
         nbytes: Bytes of a wish.
         place: File and byte of a wish's tensor, to read forwards.
 
@@ -82,14 +84,14 @@ def share_out(
         LostRankError: A rank does not answer.
     """
     if read is None and len(set(hosts)) == 1:
-        read = "all"
+        read = "all" if is_cached else "host"
     if read == "all" or world.size == 1:
         return Shares("all", tuple(needs))
     wishes = dict.fromkeys(need.wish for need in needs)
     groups = groups_of(world.gather(lots_of(wishes, nbytes)))
     note = ""
     if read is None:
-        read, note = chosen(groups, hosts)
+        read, note = chosen(groups, hosts, is_cached=is_cached)
     mine: dict[str, list[Wish]] = {}
     for wish in wishes:
         mine.setdefault(lot_of(wish.key), []).append(wish)
@@ -107,11 +109,15 @@ def share_out(
     return Shares(read, own, tuple(sent), note)
 
 
-def chosen(groups: Sequence[Group], hosts: Sequence[str]) -> tuple[Sharing, str]:
+def chosen(
+    groups: Sequence[Group], hosts: Sequence[str], *, is_cached: bool
+) -> tuple[Sharing, str]:
     """Whether ranks on several hosts read each their own, or send to each other; and why."""
     once, per_host = storage_reads(groups, hosts)
-    how: Sharing = "once" if per_host > MOST_READS * once else "all"
-    what = "ranks send to each other" if how == "once" else "every rank reads its shards"
+    how: Sharing = "all" if is_cached else "host"
+    what = "every rank reads its shards" if is_cached else "ranks of a host send to each other"
+    if per_host > MOST_READS * once:
+        how, what = "once", "ranks send to each other"
     times = f"{per_host / once:.2f} x" if once else "none of"
     return how, (
         f"read={how!r}: {what}; one read per host would be {times} the {size(once)} that are"

@@ -21,7 +21,7 @@ from dcpconv.core.catalog import Chunk, Extent, Identity, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, FP4, DType
 from dcpconv.families.keymaps import Keymap, keymaps
 from dcpconv.sources.understanding import Source
-from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.remote import Origin, RemotePath
 
 
 def pack(source: Source, beside: object = None, entries: Iterable[TensorEntry] = ()) -> bytes:
@@ -142,6 +142,12 @@ class _Packing(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, numbers: Mapping[int, int]) -> None:
         super().__init__(stream, protocol=5)
         self._numbers = numbers
+
+    def reducer_override(self, obj: object) -> Any:
+        """A store goes along with what is known of its objects: nobody asks for that again."""
+        if isinstance(obj, RemotePath):
+            return RemotePath, (obj.origin, obj.key)
+        return obj.told() if isinstance(obj, Origin) else NotImplemented
 
     def persistent_id(self, obj: object) -> int | tuple[str, str] | None:
         """What stands for an object that the other side has, or makes of the columns."""

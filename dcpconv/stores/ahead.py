@@ -47,14 +47,21 @@ class Ahead(Generic[T]):
         sources: Where the files are; on this machine nothing is fetched.
         work: Pieces of work, by where their bytes are as far as that can be.
         wants: Bytes that a piece of work will read; reading others is slower, and no error.
+        most: Bytes to be ahead.
     """
 
     def __init__(
-        self, sources: Sources, work: Iterable[T], wants: Callable[[T], Iterable[Wanted]]
+        self,
+        sources: Sources,
+        work: Iterable[T],
+        wants: Callable[[T], Iterable[Wanted]],
+        *,
+        most: int = AHEAD,
     ) -> None:
         self._sources = sources
         self._work = iter(work)
         self._wants = wants
+        self._most = most
         self._ready: deque[tuple[T, _Window]] = deque()
         self._windows: dict[int, _Window] = {}
         self._ahead = 0
@@ -67,7 +74,7 @@ class Ahead(Generic[T]):
         if not self._sources.is_remote:
             return next(self._work)
         # Never waits: whoever holds the lock may be the one that others have to get past.
-        while self._ahead < AHEAD or not self._ready:
+        while self._ahead < self._most or not self._ready:
             if not self._open_window():
                 break
         if not self._ready:

@@ -13,14 +13,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 from dcpconv.core.errors import NotACheckpointError, TargetExistsError
 from dcpconv.stores.hub import complaints
-from dcpconv.stores.store import Buffer, Info, Store, TransientError
+from dcpconv.stores.store import Buffer, Info, Store, Told, TransientError
 
 _NAME = re.compile(
     r"(?:hf://)?(?:(?P<kind>datasets|buckets|models)/)?"
@@ -151,6 +151,14 @@ class HubStore(Store):
             return self.info(key)  # a commit does not change
         with complaints(self.name.asked):
             return self._ask().get(key)
+
+    def told(self) -> Told:
+        return replace(super().told(), listed={"": self.files()}, revision=self._commit)
+
+    def learn(self, told: Told) -> None:
+        files = told.listed[""]
+        self.root, self._commit = told.root, told.revision
+        self._files = {key: info for key, info in files.items() if info is not None}
 
     def url(self, key: str) -> str:
         """Where a file is served, at the commit that was listed."""

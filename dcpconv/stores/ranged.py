@@ -35,7 +35,7 @@ class Heading:
     Attributes:
         offset: Where they begin; the payload begins where they end.
         nbytes: How many they are.
-        check: Raises what is wrong with them.
+        check: Raises what is wrong with them; can be pickled.
     """
 
     offset: int
@@ -104,6 +104,11 @@ class Ranged:
         with self._lock:
             self._headings.append(heading)
             self._is_sorted = False
+
+    @property
+    def headings(self) -> tuple[Heading, ...]:
+        """What is to be checked."""
+        return tuple(self._headings)
 
     def widened(self, offset: int, nbytes: int) -> list[Range]:
         """The ranges to fetch for the payloads in one, and for the headings before them."""

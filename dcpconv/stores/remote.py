@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PosixPath, PurePath
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -20,8 +20,8 @@ from dcpconv.core.errors import DcpconvError, FormatError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from dcpconv.stores.ranged import Ranged
-    from dcpconv.stores.store import Info, Store
+    from dcpconv.stores.ranged import Heading, Ranged
+    from dcpconv.stores.store import Info, Store, Told
 
 # What reads from stores is imported when the first of them is named.
 
@@ -35,11 +35,13 @@ class Origin:
     Args:
         store: Where the bytes are.
         reopen: Finds the path of a URL, in another process.
+        url: What it was opened by.
     """
 
-    def __init__(self, store: Store, reopen: Callable[[str], Path]) -> None:
+    def __init__(self, store: Store, reopen: Callable[[str], Path], url: str = "") -> None:
         self.store = store
         self.reopen = reopen
+        self.url = url
         self._ranged: dict[str, Ranged] = {}
 
     def ranged(self, key: str) -> Ranged:
@@ -57,6 +59,28 @@ class Origin:
 
             found = self._ranged.setdefault(key, Ranged(self.store, key, info))
         return found
+
+    def told(self) -> tuple[Callable[..., Origin], tuple[Any, ...]]:
+        """As ``__reduce__``: the same in another process, which asks for nothing that is known
+        here, reads the versions that were listed here, and checks what is to be checked."""
+        headings = {key: one.headings for key, one in self._ranged.items() if one.headings}
+        # A short name of a hub's could be a path of the other process's host.
+        url = self.url if "://" in self.url else self.store.address("")
+        return _reopened, (self.reopen, url, self.store.told(), headings)
+
+
+def _reopened(
+    reopen: Callable[[str], RemotePath],
+    url: str,
+    told: Told,
+    headings: Mapping[str, Iterable[Heading]],
+) -> Origin:
+    origin = reopen(url).origin
+    origin.store.learn(told)
+    for key, some in headings.items():
+        for heading in some:
+            origin.ranged(key).expect(heading)
+    return origin
 
 
 class RemotePath(PosixPath):

@@ -155,8 +155,9 @@ def path_of(name: str | os.PathLike[str]) -> Path:
         refuse_unserved(text)
     elif not is_hub_id(text):
         return Path(name)
-    store, key = _store(_with_both_slashes(text, scheme), scheme)
-    return RemotePath(Origin(store, path_of), key)
+    url = _with_both_slashes(text, scheme)
+    store, key = _store(url, scheme)
+    return RemotePath(Origin(store, path_of, url), key)
 
 
 def target_of(name: str | os.PathLike[str]) -> Path:

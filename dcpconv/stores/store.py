@@ -47,6 +47,23 @@ class Info:
         return device, number, self.nbytes, self.modified
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one process knows of the objects of a store.
+
+    Attributes:
+        root: What it calls the store.
+        listed: Names below prefixes, as ``Store.entries`` has them.
+        known: Objects that it has looked at by their keys.
+        revision: What the store was at, where it has versions of its own.
+    """
+
+    root: str
+    listed: Mapping[str, Mapping[str, Info | None]]
+    known: Mapping[str, Info | None]
+    revision: str | None = None
+
+
 class TransientError(Exception):
     """One request failed in a way that may pass: too many requests, a cut connection.
 
@@ -130,6 +147,14 @@ class Store(ABC):
         """What was listed may have changed."""
         self.listed.clear()
         self._known.clear()
+
+    def told(self) -> Told:
+        """What has been asked so far, for other processes that are to read the same objects."""
+        return Told(self.root, dict(self.listed), dict(self._known))
+
+    def learn(self, told: Told) -> None:
+        """Takes over what another process has asked: nothing of it is asked again."""
+        self.root, self.listed, self._known = told.root, dict(told.listed), dict(told.known)
 
     def look_at(self, key: str) -> Info | None:
         """What an object is now; ``None`` where there is none."""

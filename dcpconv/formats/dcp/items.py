@@ -162,6 +162,23 @@ def _archive(window: _Window, item: Extent) -> Archive:
     return read_archive(window.read, item.nbytes, f"{item.file}, item at byte {item.offset}")
 
 
+@dataclass(frozen=True, slots=True)
+class _SameHead:
+    """What an item has to begin with, as others of its type and shape do."""
+
+    head: bytes
+    file: str
+    offset: int
+
+    def __call__(self, found: bytes) -> None:
+        if found != self.head:
+            raise FormatError(
+                "item does not begin as others of its type and shape do",
+                [("file", self.file), ("item", f"at byte {self.offset}")],
+                hint="copy the checkpoint to a disk and try again there: items are read there",
+            )
+
+
 class _Window:
     """Reads inside one item of one file, and keeps the last piece read for the items after it."""
 
@@ -197,15 +214,7 @@ class _Window:
         from dcpconv.stores.ranged import Heading  # noqa: PLC0415 - files here need none
 
         item = self._item
-
-        def check(found: bytes) -> None:
-            if found != head:
-                raise FormatError(
-                    "item does not begin as others of its type and shape do",
-                    [("file", self._path / item.file), ("item", f"at byte {item.offset}")],
-                    hint="copy the checkpoint to a disk and try again there: items are read there",
-                )
-
+        check = _SameHead(head, str(self._path / item.file), item.offset)
         self._file.expect(Heading(item.offset, len(head), check))
         return True
 

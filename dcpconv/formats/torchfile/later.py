@@ -16,6 +16,25 @@ from dcpconv.core.errors import FormatError
 from dcpconv.stores.ranged import Heading
 
 
+@dataclass(frozen=True, slots=True)
+class _AsListed:
+    """What the header of a record has to say."""
+
+    parse: Callable[[bytes], tuple[bytes, int]]
+    where: str
+    name: bytes
+    offset: int
+    nbytes: int
+
+    def __call__(self, raw: bytes) -> None:
+        if self.parse(raw) != (self.name, self.nbytes):
+            raise FormatError(
+                "record's header is not what the directory says of it",
+                [("file", self.where), ("record", repr(self.name)), ("at", f"byte {self.offset}")],
+                hint="copy the file to a disk and try again there: this tells more",
+            )
+
+
 @dataclass(slots=True)
 class Later:
     """What is known of an archive whose headers nobody has looked at.
@@ -53,13 +72,6 @@ class Later:
         if not self.is_so or offset - header <= len(name):
             return look()
 
-        def check(raw: bytes) -> None:
-            if self.parse(raw) != (name, offset - header):
-                raise FormatError(
-                    "record's header is not what the directory says of it",
-                    [("file", self.where), ("record", repr(name)), ("at", f"byte {header}")],
-                    hint="copy the file to a disk and try again there: this tells more",
-                )
-
+        check = _AsListed(self.parse, self.where, name, header, offset - header)
         self.expect(Heading(header, offset - header, check))
         return offset, nbytes

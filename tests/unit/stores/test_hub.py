@@ -17,7 +17,10 @@ from dcpconv import check, convert
 from dcpconv.core.errors import FormatError, NotACheckpointError, TargetExistsError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.reading import read_adapter
+from dcpconv.sources.packing import pack, unpack
+from dcpconv.sources.understanding import understand
 from dcpconv.stores.hub import HubError
+from dcpconv.stores.local import Sources
 from dcpconv.stores.schemes import is_hub_id, path_of
 from support.checkpoints.adapters import assert_near, factors, merged, peft_tensors, save_peft
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
@@ -280,3 +283,21 @@ def test_a_repository_that_somebody_else_wrote_to_stays_as_it_is(
     with pytest.raises(TargetExistsError, match="somebody else wrote"):
         convert(model, "hf://org/tiny", form="hf")
     assert [file.name for file in empty.directory.iterdir()] == [".gitattributes"]
+
+
+def test_another_rank_reads_what_the_first_has_listed_and_lists_nothing(hub: Hub) -> None:
+    source = understand(path_of("org/tiny"))
+    packed = pack(source)
+    hub.asked.clear()
+    there, _ = unpack(packed)
+    assert str(there.catalog.path) == "org/tiny"
+    assert there.catalog.tensors == source.catalog.tensors
+    entry = next(iter(there.catalog.tensors.values()))
+    extent = entry.chunks[0].extent
+    with Sources.of(there.catalog) as sources, sources.open(extent.file) as file:
+        data = bytearray(extent.nbytes)
+        file.read(extent.offset, [memoryview(data)], len(data))
+        sources.require_unchanged()
+    whole = (hub.directory / extent.file).read_bytes()
+    assert data == whole[extent.offset : extent.offset + extent.nbytes]
+    assert hub.asked == [f"GET /org/tiny/resolve/{COMMIT}/{extent.file}"]
