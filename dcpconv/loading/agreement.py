@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.tensors import dtype_of
+from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.loading.account import Offer, match, offer_of, offered_as
 from dcpconv.loading.buffers import Restored, restore_buffers
 from dcpconv.loading.catalogs import Opened, Seen, look, require_alike
@@ -36,6 +37,7 @@ from dcpconv.sources.understanding import Source, understand
 from dcpconv.stores.remote import RemotePath
 
 
+@without_garbage_collection()
 def agree(
     model: nn.Module,
     request: LoadRequest,

@@ -60,14 +60,14 @@ def needs_of(place: Place, key: str) -> Iterator[Need]:
     Raises:
         DcpconvError: It is distributed in a way that has no boxes.
     """
-    shape = place.shape
+    tensor = place.tensor
+    shape = tuple(tensor.shape) if place.flat is None else place.flat.shape
     zeros = (0,) * len(shape)
     if place.flat is not None:
         start, stop = place.flat.interval
         if start < stop:
             yield Need(Wish(key, zeros, shape, start, stop), place, zeros)
         return
-    tensor = place.tensor
     boxes = _boxes(tensor, place) if isinstance(tensor, DTensor) else held_boxes(shape, ())
     for box in boxes:
         numel = math.prod(box.sizes)

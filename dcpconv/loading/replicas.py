@@ -69,24 +69,30 @@ def lot_of(key: str) -> str:
     return _NUMBER.sub("#", key)
 
 
-def lots_of(wishes: Iterable[Wish], nbytes: Callable[[Wish], int]) -> dict[str, Lot]:
+def in_lots(wishes: Iterable[Wish]) -> dict[str, list[Wish]]:
+    """Regions by the lot that their keys belong to."""
+    found: dict[str, list[Wish]] = {}
+    for wish in wishes:
+        found.setdefault(lot_of(wish.key), []).append(wish)
+    return found
+
+
+def lots_of(held: Mapping[str, Iterable[Wish]], nbytes: Callable[[Wish], int]) -> dict[str, Lot]:
     """What a rank tells of the regions that it holds.
 
     Args:
-        wishes: Its regions, each once.
+        held: Its regions, each once, by lot.
         nbytes: Bytes to read for one.
     """
-    lines: dict[str, list[str]] = {}
-    sums: dict[str, int] = {}
-    for wish in wishes:
-        name = lot_of(wish.key)
-        line = f"{wish.key} {wish.offsets} {wish.sizes} {wish.start} {wish.stop}"
-        lines.setdefault(name, []).append(line)
-        sums[name] = sums.get(name, 0) + nbytes(wish)
-    return {
-        name: Lot(blake2b("\n".join(sorted(found)).encode(), digest_size=12).digest(), sums[name])
-        for name, found in lines.items()
-    }
+    return {name: _lot(wishes, nbytes) for name, wishes in held.items()}
+
+
+def _lot(wishes: Iterable[Wish], nbytes: Callable[[Wish], int]) -> Lot:
+    lines, total = list[str](), 0
+    for one in wishes:
+        lines.append(f"{one.key} {one.offsets} {one.sizes} {one.start} {one.stop}")
+        total += nbytes(one)
+    return Lot(blake2b("\n".join(sorted(lines)).encode(), digest_size=12).digest(), total)
 
 
 def groups_of(told: Sequence[Mapping[str, Lot]]) -> tuple[Group, ...]:

@@ -11,7 +11,7 @@ from dcpconv.loading.replicas import (
     Group,
     Sharing,
     groups_of,
-    lot_of,
+    in_lots,
     lots_of,
     sharing,
     storage_reads,
@@ -87,14 +87,11 @@ def share_out(
         read = "all" if is_cached else "host"
     if read == "all" or world.size == 1:
         return Shares("all", tuple(needs))
-    wishes = dict.fromkeys(need.wish for need in needs)
-    groups = groups_of(world.gather(lots_of(wishes, nbytes)))
+    mine = in_lots(dict.fromkeys(need.wish for need in needs))
+    groups = groups_of(world.gather(lots_of(mine, nbytes)))
     note = ""
     if read is None:
         read, note = chosen(groups, hosts, is_cached=is_cached)
-    mine: dict[str, list[Wish]] = {}
-    for wish in wishes:
-        mine.setdefault(lot_of(wish.key), []).append(wish)
     sent: list[Share] = []
     taken: set[str] = set()
     for group, ranks, readers in sharing(groups, hosts, read):
@@ -104,8 +101,8 @@ def share_out(
         found = [wish for name in group.lots for wish in mine.get(name, ())] if holds else []
         found.sort(key=lambda one: (place(one), one.offsets, one.start))
         sent.append(Share(ranks, readers, tuple(found), is_told=not {*ranks} <= {*group.ranks}))
-        taken.update(group.lots if holds else ())
-    own = tuple(need for need in needs if lot_of(need.wish.key) not in taken)
+        taken.update(wish.key for wish in found)
+    own = tuple(need for need in needs if need.wish.key not in taken)
     return Shares(read, own, tuple(sent), note)
 
 

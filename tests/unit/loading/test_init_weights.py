@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcpconv.core import errors
-from dcpconv.loading import staging
+from dcpconv.loading import agreement, staging
 from dcpconv.loading.init_weights import load_init_weights
 from support.checkpoints import tiles
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
@@ -290,3 +291,21 @@ def test_what_the_naming_cannot_say_needs_to_be_allowed(llama: Path, tmp_path: P
 def test_words_it_does_not_know_are_refused(llama: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="dtype="):
         load_init_weights(build(meta=True), llama, **options)
+
+
+def test_the_collector_rests_while_ranks_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(filled().state_dict(), tmp_path / "odd.pt")
+    seen: list[bool] = []
+    judge = agreement.judge
+
+    def judged(*arguments: Any) -> Any:
+        seen.append(gc.isenabled())
+        return judge(*arguments)
+
+    monkeypatch.setattr(agreement, "judge", judged)
+    gc.enable()
+    load_init_weights(Odd(), tmp_path / "odd.pt")
+    assert seen == [False]
+    assert gc.isenabled()

@@ -13,6 +13,7 @@ from dcpconv.loading.replicas import (
     TILE,
     Group,
     groups_of,
+    in_lots,
     in_turns,
     lots_of,
     sharing,
@@ -74,13 +75,13 @@ def by_comparison(wishes: Sequence[Sequence[Wish]]) -> Counter[tuple[int, ...]]:
 def test_digests_tell_what_comparing_all_regions_tells(name: str) -> None:
     wishes = [PLACEMENTS[name](rank) for rank in range(4)]
     random.Random(3).shuffle(wishes[2])  # ranks need not list regions in one order
-    groups = groups_of([lots_of(some, nbytes) for some in wishes])
+    groups = groups_of([lots_of(in_lots(some), nbytes) for some in wishes])
     assert {group.ranks: group.nbytes for group in groups} == by_comparison(wishes)
 
 
 def test_the_told_do_not_grow_with_layers() -> None:
-    few = lots_of([shard(f"layers.{n}.w", 0, 1) for n in range(3)], nbytes)
-    many = lots_of([shard(f"layers.{n}.w", 0, 1) for n in range(3000)], nbytes)
+    few = lots_of(in_lots(shard(f"layers.{n}.w", 0, 1) for n in range(3)), nbytes)
+    many = lots_of(in_lots(shard(f"layers.{n}.w", 0, 1) for n in range(3000)), nbytes)
     assert [*few] == [*many] == ["layers.#.w"]
     assert few["layers.#.w"].digest != many["layers.#.w"].digest
 
