@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from dcpconv.loading.terms import Addition, Agreement, LoadRequest, Supplied
 from dcpconv.loading.verdict import judge
 from dcpconv.loading.world import World
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.adapters.naming import Weighed, weighed
+from dcpconv.sources.adapters.reading import look_at_adapter, with_whole_paths
+from dcpconv.sources.adapters.record import Adapter
 from dcpconv.sources.live_models import live_model
 from dcpconv.sources.understanding import Source, understand
 from dcpconv.stores.remote import RemotePath
@@ -68,11 +72,13 @@ def agree(
     except Exception as error:  # noqa: BLE001 - all ranks hear of it below
         failure = error
     seen = _look_at_source(request, world, found)
-    if isinstance(seen, Exception):
-        failure = failure or seen
-    elif failure is None:
+    adapters = [_look_at_adapter(text, request, world) for text in request.options.adapters]
+    failure = failure or next(
+        (one for one in (seen, *adapters) if isinstance(one, Exception)), None
+    )
+    if failure is None and not isinstance(seen, Exception):
         try:
-            offer, supplied = _supplied(model, request, found, seen.source)
+            offer, supplied = _supplied(model, request, found, seen.source, _weighed(adapters))
             agreement = _account(model, request, found, restored, offer, supplied)
             if add is not None:
                 agreement = _with_addition(agreement, add(agreement, seen.beside))
@@ -82,6 +88,9 @@ def agree(
     if agreement is None or isinstance(seen, Exception):
         raise AssertionError("no rank failed, yet this one has nothing to go by")
     require_alike(seen, world)
+    for one in adapters:
+        if not isinstance(one, Exception):
+            require_alike(one, world)
     unexpected = judge(agreement, request, world)
     agreement = replace(agreement, unexpected=unexpected)
     if request.by_state_dict:
@@ -120,20 +129,54 @@ def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place,
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
 
-def _look_at_source(request: LoadRequest, world: World, found: Sequence[Place]) -> Seen | Exception:
-    def understood(path: Path) -> Opened:
+def _look_at_source(
+    request: LoadRequest, world: World, found: Sequence[Place]
+) -> Seen[Source] | Exception:
+    def understood(path: Path) -> Opened[Source]:
         parameters = {place.fqns[0]: place.shape for place in found if place.is_parameter}
         return Opened(understand(path, request.options.said(), shapes=parameters or None))
 
     opener = request.opener or understood
-    return look(request.source, opener, world, only_first=request.read == "rank0")
+    return look(
+        request.source,
+        opener,
+        world,
+        only_first=request.read == "rank0",
+        adapters=len(request.options.adapters),
+    )
+
+
+def _look_at_adapter(text: str, request: LoadRequest, world: World) -> Seen[Adapter] | Exception:
+    def opened(path: Path) -> Opened[Adapter]:
+        _, weight = weighed(text)
+        return Opened(look_at_adapter(path), weight)
+
+    name = text
+    with suppress(DcpconvError):  # the opener raises it, where all ranks hear of it
+        name, _ = weighed(text)
+    return look(name, opened, world, only_first=request.read == "rank0")
+
+
+def _weighed(seen: Sequence[Seen[Adapter] | Exception]) -> tuple[Weighed, ...]:
+    """All adapters, with the weights that rank 0 was told."""
+    return tuple(
+        Weighed(with_whole_paths(one.source), one.beside)
+        for one in seen
+        if not isinstance(one, Exception)
+    )
 
 
 def _supplied(
-    model: nn.Module, request: LoadRequest, found: Sequence[Place], source: Source
+    model: nn.Module,
+    request: LoadRequest,
+    found: Sequence[Place],
+    source: Source,
+    adapters: Sequence[Weighed],
 ) -> tuple[Offer, Supplied]:
     wanted = {fqn: place.shape for place in found for fqn in place.fqns}
-    supply = supply_of(source, request.options, wanted=wanted, live=live_model(model))
+    supply = supply_of(
+        source, request.options, adapters=adapters, wanted=wanted, live=live_model(model)
+    )
     for target in supply.coverage.targets:
         nothing = (0,) * len(target.shape)
         if any(piece.entry.factors for piece in target.pieces):

@@ -1,4 +1,4 @@
-"""One look at the checkpoint for all ranks: rank 0 opens it, the others are told.
+"""One look at a checkpoint or an adapter for all ranks: rank 0 opens it, the others are told.
 
 Every header on shared storage is opened once per job.  On each other host one rank looks whether
 its files are those that rank 0 saw: the same inode, size and time mean shared storage.  Where they
@@ -13,31 +13,34 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from dcpconv.core.catalog import Catalog, Identity, TensorEntry
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.loading.sampling import Sampled, sample
 from dcpconv.loading.world import World, hostname, portable
+from dcpconv.sources.adapters.record import Adapter
 from dcpconv.sources.packing import pack, rebased, unpack
 from dcpconv.sources.understanding import Source
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.schemes import is_remote, path_of
 
+Found = TypeVar("Found", Source, Adapter)
+
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Generic[Found]):
     """What a rank knows of the checkpoint.
 
     Attributes:
-        source: The checkpoint, under the path that it has here.
+        source: The checkpoint, or an adapter, under the path that it has here.
         hosts: Of every rank.
         digest: Equal where the same checkpoint is seen.
         files: Size and sampled bytes of every file, where they were compared.
         beside: What the opener knows beside the weights.
     """
 
-    source: Source
+    source: Found
     hosts: tuple[str, ...]
     digest: str
     files: tuple[Sampled, ...] = ()
@@ -45,8 +48,8 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A checkpoint that has been opened.
+class Opened(Generic[Found]):
+    """A checkpoint, or an adapter, that has been opened.
 
     Attributes:
         source: Its weights.
@@ -54,12 +57,12 @@ class Opened:
         entries: Tensors in there.
     """
 
-    source: Source
+    source: Found
     beside: Any = None
     entries: tuple[TensorEntry, ...] = ()
 
 
-Opener = Callable[[Path], Opened]
+Opener = Callable[[Path], Opened[Found]]
 """Opens a checkpoint; called on rank 0, and where a host has copies of its files."""
 
 
@@ -79,8 +82,13 @@ class View:
 
 
 def look(
-    name: str | os.PathLike[str], opener: Opener, world: World, *, only_first: bool
-) -> Seen | Exception:
+    name: str | os.PathLike[str],
+    opener: Opener[Found],
+    world: World,
+    *,
+    only_first: bool,
+    adapters: int = 0,
+) -> Seen[Found] | Exception:
     """The checkpoint as rank 0 understands it, and whether this host has the same; an error is
     returned, since all ranks are to hear of it.
 
@@ -90,16 +98,21 @@ def look(
         opener: Opens it.
         world: The ranks.
         only_first: Whether only rank 0 sees the files.
+        adapters: How many will be looked at next, as many on every rank.
 
     Raises:
+        DcpconvError: Ranks have different numbers of adapters.
         LostRankError: A rank does not answer.
     """
-    told = world.gather((hostname(), _absolute(name)))
-    hosts = tuple(host for host, _ in told)
+    told = world.gather((hostname(), _absolute(name), adapters))
+    hosts = tuple(host for host, *_ in told)
+    if len(counts := {count for *_, count in told}) > 1:
+        facts = [("adapters", f"{min(counts)} on some ranks, {max(counts)} on others")]
+        raise DcpconvError("the ranks were told to merge different adapters", facts)
     first = told.index(told[world.rank])
     path = _located(name)
     told_by_first: tuple[bytes, Path, str] | None = None
-    opened: Opened | None = None
+    opened: Opened[Found] | None = None
     failure: Exception | None = None
     if world.rank == 0:
         try:
@@ -107,7 +120,7 @@ def look(
             if world.size == 1:
                 return Seen(opened.source, hosts, "", beside=opened.beside)
             packed = pack(opened.source, opened.beside, opened.entries)
-            told_by_first = packed, _or_raise(path), _digest(opened.source.catalog, ())
+            told_by_first = packed, _or_raise(path), _digest(opened.source, ())
         except Exception as error:  # noqa: BLE001 - all ranks hear of it
             failure = error
         opened = None  # what was packed takes less memory: equal shapes are one
@@ -129,14 +142,14 @@ def look(
 
 
 def _compared(
-    seen: Seen,
+    seen: Seen[Found],
     old: Path,
     path: Path | Exception,
-    opener: Opener,
+    opener: Opener[Found],
     world: World,
     first: int,
     failure: Exception | None,
-) -> Seen | Exception:
+) -> Seen[Found] | Exception:
     """What is here beside what rank 0 saw; every rank takes part."""
     source, beside = seen.source, seen.beside
     is_copy = False
@@ -154,7 +167,7 @@ def _compared(
                 opened = opener(_or_raise(path))
                 source, beside = opened.source, opened.beside
             sampled = sample(source.catalog)
-            view = View(hostname(), _digest(source.catalog, sampled), sampled)
+            view = View(hostname(), _digest(source, sampled), sampled)
         except Exception as error:  # noqa: BLE001 - all ranks hear of it
             failure = error
     views = world.gather(view.digest if view else "") if copies else []
@@ -165,7 +178,7 @@ def _compared(
     return replace(seen, source=source, digest=digest, files=files, beside=beside)
 
 
-def require_alike(seen: Seen, world: World) -> None:
+def require_alike(seen: Seen[Found], world: World) -> None:
     """Every rank sees the same checkpoint.
 
     Raises:
@@ -239,7 +252,7 @@ def _or_raise(path: Path | Exception) -> Path:
     return path
 
 
-def _own_failure(path: Path | Exception, opener: Opener) -> Exception:
+def _own_failure(path: Path | Exception, opener: Opener[Found]) -> Exception:
     """What this rank would have raised, where rank 0 has failed; a store is asked by one rank."""
     if not isinstance(path, RemotePath):
         try:
@@ -263,10 +276,12 @@ def _same_files(here: Catalog, there: Catalog) -> dict[str, Identity] | None:
     return found or None
 
 
-def _digest(catalog: Catalog, files: Sequence[Sampled]) -> str:
+def _digest(source: Source | Adapter, files: Sequence[Sampled]) -> str:
     """Of what is stored, not of what is wanted: ranks of a pipeline want different things."""
     hasher = hashlib.sha256()
-    for key, entry in sorted(catalog.tensors.items()):
+    for update in source.updates if isinstance(source, Adapter) else ():
+        hasher.update(f"{update.key} {update.scale}\n".encode())
+    for key, entry in sorted(source.catalog.tensors.items()):
         places = [(chunk.offsets, chunk.extent) for chunk in entry.chunks]
         hasher.update(f"{key} {entry.dtype} {entry.shape} {places}\n".encode())
     for file in files:

@@ -16,7 +16,7 @@ from dcpconv.plan.block_scales import with_products
 from dcpconv.plan.coverage import Coverage, Target
 from dcpconv.plan.in_memory import cover_in_memory, spells_like_files
 from dcpconv.plan.offering import trained_apart, widened
-from dcpconv.sources.adapters.naming import read_adapters
+from dcpconv.sources.adapters.naming import Weighed, read_adapters
 from dcpconv.sources.live_models import LiveModel
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.said import Said
@@ -128,6 +128,7 @@ def prepare(
     return supply_of(
         understand(source, options.said(), shapes=wanted),
         options,
+        adapters=read_adapters(options.adapters),
         wanted=wanted,
         live=live,
         whole=whole,
@@ -138,20 +139,21 @@ def supply_of(
     understood: Source,
     options: Options,
     *,
+    adapters: Sequence[Weighed] = (),
     wanted: Shapes | None = None,
     live: LiveModel | None = None,
     whole: bool = False,
 ) -> Supply:
-    """The same for a source that has been opened."""
+    """The same for a source and adapters that have been opened."""
     if (
         live is not None
         and wanted is not None
         and options.names_no_table
         and spells_like_files(understood.weights, live)
     ):
-        return _in_memory(understood, options, live, wanted)
+        return _in_memory(understood, adapters, live, wanted)
     going = aim(understood, to=options.to, form="dcp", wanted=wanted)
-    going, merged = merged_into(going, read_adapters(options.adapters), undone="nothing was loaded")
+    going, merged = merged_into(going, adapters, undone="nothing was loaded")
     spec, apart = trained_apart(going.weights, going.spec)
     going = replace(going, spec=spec)
     going.require_expressible(undone="nothing was loaded", allow_by="allow=[NAME]")
@@ -161,11 +163,11 @@ def supply_of(
     return Supply(going.source.catalog, going.weights, widened(coverage), going.root, notes)
 
 
-def _in_memory(source: Source, options: Options, live: LiveModel, wanted: Shapes) -> Supply:
+def _in_memory(
+    source: Source, adapters: Sequence[Weighed], live: LiveModel, wanted: Shapes
+) -> Supply:
     """What a model of transformers makes of its own published files."""
-    going, merged = merged_into(
-        aim_at(source, None), read_adapters(options.adapters), undone="nothing was loaded"
-    )
+    going, merged = merged_into(aim_at(source, None), adapters, undone="nothing was loaded")
     coverage = with_products(cover_in_memory(going.weights, live, wanted), going.source, PRODUCT)
     if coverage.refused:
         raise NotExpressibleError(

@@ -22,6 +22,7 @@ from dcpconv.loading.shares import Shares
 from dcpconv.loading.supply import Options, Supply
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.fills import fill_of
+from dcpconv.sources.understanding import Source
 
 ReadMode = Literal["auto", "all", "host", "once", "rank0"]
 LoadEngine = Literal["auto", "direct", "torch"]
@@ -55,7 +56,7 @@ class LoadRequest:
     device: torch.device | None
     by_state_dict: bool = False
     huge_pages: bool = False
-    opener: Opener | None = None
+    opener: Opener[Source] | None = None
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.training.moments import moment_targets, regrouped
 from dcpconv.plan.training.reading import read_training_state
 from dcpconv.plan.training.state import Group, TrainingState, holds_tensor, read_scalar
+from dcpconv.sources.understanding import Source
 
 __all__ = ["TrainingReport", "load_training_state"]
 
@@ -115,7 +116,7 @@ def load_training_state(
     world = World.of(process_group, load=os.fspath(source))
     hooks = own_state_dict(model)
 
-    def opened(path: Path) -> Opened:
+    def opened(path: Path) -> Opened[Source]:
         state = read_training_state(path, from_=from_, assets=assets, sizes=sizes)
         return _opened(state)
 
@@ -147,7 +148,7 @@ def load_training_state(
     )
 
 
-def _opened(state: TrainingState) -> Opened:
+def _opened(state: TrainingState) -> Opened[Source]:
     """A run's weights as a source, with extents relative to the run's root, and the run."""
     catalog = replace(state.model.catalog, path=state.root, identities=state.identities)
     weights = replace(state.model.weights, catalog=catalog)

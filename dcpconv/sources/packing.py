@@ -1,4 +1,4 @@
-"""A ``Source`` as few bytes, for the other processes of a job: they open no file themselves.
+"""A ``Source`` or ``Adapter`` as few bytes, for the other processes of a job: they open no file.
 
 Tensors are most of it.  Those that lie in their files without changes on the way travel as columns
 of numbers; a table of keys that comes with the package travels as its name, because which table a
@@ -15,16 +15,21 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcpconv.core.catalog import Chunk, Extent, Identity, TensorEntry
 from dcpconv.core.dtypes import BY_NAME, FP4, DType
 from dcpconv.families.keymaps import Keymap, keymaps
+from dcpconv.sources.adapters.record import Adapter
 from dcpconv.sources.understanding import Source
 from dcpconv.stores.remote import Origin, RemotePath
 
+Packed = TypeVar("Packed", Source, Adapter)
 
-def pack(source: Source, beside: object = None, entries: Iterable[TensorEntry] = ()) -> bytes:
+
+def pack(
+    source: Source | Adapter, beside: object = None, entries: Iterable[TensorEntry] = ()
+) -> bytes:
     """The source, about 20 bytes per tensor where keys repeat as those of layers do.
 
     Args:
@@ -41,7 +46,7 @@ def pack(source: Source, beside: object = None, entries: Iterable[TensorEntry] =
     return zlib.compress(stream.getbuffer(), 1)
 
 
-def unpack(data: bytes) -> tuple[Source, Any]:
+def unpack(data: bytes) -> tuple[Any, Any]:
     """What was packed, and what beside it, by a process of the same job: it is unpickled."""
     unpacking = _Unpacking(io.BytesIO(zlib.decompress(data)))
     unpacking.plain = _entries(*unpacking.load())
@@ -49,7 +54,7 @@ def unpack(data: bytes) -> tuple[Source, Any]:
     return source, beside
 
 
-def rebased(source: Source, old: Path, new: Path, identities: Mapping[str, Identity]) -> Source:
+def rebased(source: Packed, old: Path, new: Path, identities: Mapping[str, Identity]) -> Packed:
     """The same checkpoint under another path.
 
     Args:
@@ -68,6 +73,8 @@ def rebased(source: Source, old: Path, new: Path, identities: Mapping[str, Ident
     catalog = replace(
         catalog, path=moved(catalog.path), source=moved(catalog.source), identities=identities
     )
+    if isinstance(source, Adapter):
+        return replace(source, path=moved(source.path), catalog=catalog)
     return replace(source, catalog=catalog, weights=replace(source.weights, catalog=catalog))
 
 

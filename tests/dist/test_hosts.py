@@ -97,6 +97,39 @@ def test_one_rank_of_each_host_opens_its_copies(world: list[dict[str, Outcome]])
     assert {*first} == {*second} != set()
 
 
+@pytest.mark.parametrize("scene", ["adapter/shared", "adapter/rank0"])
+def test_one_rank_opens_an_adapter_that_all_hosts_see(
+    world: list[dict[str, Outcome]], scene: str
+) -> None:
+    first, *others = values(world, scene)
+    assert others == [[], [], []]
+    assert Counter(first) == {"adapter_model.safetensors": 1, "adapter_config.json": 1}
+
+
+def test_one_rank_of_each_host_opens_its_copy_of_an_adapter(
+    world: list[dict[str, Outcome]],
+) -> None:
+    first, beside, second, last = values(world, "adapter/copies")
+    assert beside == last == []
+    assert {*first} == {*second} == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("scene", "text"),
+    [
+        ("adapter/differs", "another config or other options"),
+        ("adapter/more", "1 on some ranks, 2 on others"),
+    ],
+)
+def test_ranks_that_would_merge_something_else_are_told(
+    world: list[dict[str, Outcome]], scene: str, text: str
+) -> None:
+    found = [rank[scene] for rank in world]
+    assert all(outcome.error for outcome in found)
+    assert len({outcome.text for outcome in found}) == 1
+    assert text in found[0].text
+
+
 def test_other_files_on_one_host_are_told(world: list[dict[str, Outcome]]) -> None:
     found = [rank["differs"] for rank in world]
     assert {outcome.error for outcome in found} == {"FormatError"}

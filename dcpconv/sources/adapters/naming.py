@@ -41,12 +41,16 @@ def read_adapters(names: AdapterName | Sequence[AdapterName]) -> tuple[Weighed, 
     """
     return tuple(
         Weighed(read_adapter(path_of(name)), weight)
-        for name, weight in map(_weighed, adapter_names(names))
+        for name, weight in map(weighed, adapter_names(names))
     )
 
 
-def _weighed(text: str) -> tuple[str, float]:
-    """``DIR:0.5`` as its two parts; a name with a colon that is there is a name."""
+def weighed(text: str) -> tuple[str, float]:
+    """``DIR:0.5`` as its two parts; a name with a colon that is there is a name.
+
+    Raises:
+        DcpconvError: The weight is infinite, or no number.
+    """
     name, _, number = text.rpartition(":")
     if not name or (not is_remote(text) and Path(text).exists()):
         return text, 1.0

@@ -65,7 +65,16 @@ def require_whole(path: Path, catalog: Catalog) -> None:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """What an adapter says, from headers and its config.
+    """What an adapter says, to be read along with a base: with whole paths.
+
+    Raises:
+        DcpconvError: As ``look_at_adapter``.
+    """
+    return with_whole_paths(look_at_adapter(path))
+
+
+def look_at_adapter(path: Path) -> Adapter:
+    """What an adapter says, from headers and its config; its files are named as it names them.
 
     Raises:
         NotACheckpointError: There is no adapter.
@@ -78,7 +87,7 @@ def read_adapter(path: Path) -> Adapter:
     config = _config_of(path)
     fields = read_config(config) if config is not None else {}
     settled = lora_fields(fields, file=config) if config is not None else None
-    catalog = _absolute(open_adapter(path))
+    catalog = open_adapter(path)
     require_whole(path, catalog)
     keys = {key: bare(key).removeprefix("module.") for key in catalog.tensors}
     if any(MINIMIND.fullmatch(key) for key in keys.values()):
@@ -108,20 +117,32 @@ def _config_of(path: Path) -> Path | None:
     return next((place / CONFIG for place in places if (place / CONFIG).is_file()), None)
 
 
-def _absolute(catalog: Catalog) -> Catalog:
-    """The catalog with whole paths: its tensors are read along with those of a base elsewhere."""
-    here = catalog.path
+def with_whole_paths(adapter: Adapter) -> Adapter:
+    """The adapter with files that are found from anywhere: its base lies elsewhere."""
+    here = adapter.catalog.path
     root = here.address if isinstance(here, RemotePath) else os.path.realpath(here)
 
     def whole(chunk: Chunk) -> Chunk:
         extent = replace(chunk.extent, file=f"{root}/{chunk.extent.file}")
         return replace(chunk, extent=extent)
 
-    tensors = {
-        key: replace(entry, chunks=tuple(map(whole, entry.chunks)))
-        for key, entry in catalog.tensors.items()
-    }
-    return replace(catalog, tensors=tensors)
+    def moved(entry: TensorEntry) -> TensorEntry:
+        return replace(entry, chunks=tuple(map(whole, entry.chunks)))
+
+    tensors = {key: moved(entry) for key, entry in adapter.catalog.tensors.items()}
+    updates = tuple(
+        replace(
+            one,
+            a=moved(one.a),
+            b=moved(one.b),
+            magnitude=moved(one.magnitude) if one.magnitude else None,
+            bias=moved(one.bias) if one.bias else None,
+        )
+        for one in adapter.updates
+    )
+    given = {key: moved(entry) for key, entry in adapter.given.items()}
+    catalog = replace(adapter.catalog, tensors=tensors)
+    return replace(adapter, catalog=catalog, updates=updates, given=given)
 
 
 @dataclass(slots=True)

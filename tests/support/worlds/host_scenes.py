@@ -33,6 +33,7 @@ from support.worlds.sharded_models import (
     fsdp2,
     fsdp2_over_tp,
     hsdp,
+    lingua_weights,
     local_tensors,
     tp,
 )
@@ -50,6 +51,24 @@ def prepare(directory: Path) -> None:
     shutil.copytree(directory / "bf16", directory / "other-2")
     for host in (0, 1, 3):
         shutil.copytree(directory / "hf-untied", directory / f"other-{host}")
+    _prepare_adapters(directory)
+
+
+def _prepare_adapters(directory: Path) -> None:
+    """An adapter, a copy for every host, one that is scaled otherwise there, and what one process
+    makes of it."""
+    from dcpconv import convert
+    from support.checkpoints.adapters import factors, peft_tensors, save_peft
+    from support.checkpoints.families import hf_tensors
+
+    base = directory / "hf-untied"
+    tensors = peft_tensors(factors(hf_tensors(base), ("q_proj", "down_proj")))
+    save_peft(directory / "adapter", tensors)
+    for host in range(RANKS):
+        shutil.copytree(directory / "adapter", directory / f"adapter-copy-{host}")
+        save_peft(directory / f"adapter-other-{host}", tensors, lora_alpha=host + 1)
+    convert(base, directory / "adapted-hf", form="hf", adapter=directory / "adapter")
+    torch.save(hf_tensors(directory / "adapted-hf"), directory / "adapted.pt")
 
 
 def host_of(rank: int, hosts: int) -> int:
@@ -156,6 +175,43 @@ def _planning(name: str, hosts: int, *, own: bool = False) -> Scene:
     return scene
 
 
+def _adapting(name: str, hosts: int, *, own: bool = False, read: Read = "auto") -> Scene:
+    """Which files of an adapter are opened before anything moves."""
+
+    def scene(directory: Path) -> Any:
+        host = host_of(dist.get_rank(), hosts)
+        adapter = directory / (f"{name}-{host}" if own else name)
+        found: list[str] = []
+        original = moving._materialise
+
+        def stop_counting(*arguments: Any) -> None:
+            found.extend(path for path in opened if str(adapter) in path)
+            original(*arguments)
+
+        model = fsdp2()(build(meta=True))
+        with (
+            on_hosts(hosts),
+            patch.object(moving, "_materialise", stop_counting),
+            _opens() as opened,
+        ):
+            load_init_weights(model, directory / "hf-untied", adapter=adapter, read=read)
+        right = expected(directory)
+        weights = lingua_weights(torch.load(directory / "adapted.pt"))
+        with torch.no_grad():
+            for fqn, parameter in right.named_parameters():
+                parameter.copy_(weights[fqn])
+        _equal(model, fsdp2()(right))
+        return [Path(path).name for path in found]
+
+    return scene
+
+
+def _some_have_more(directory: Path) -> Any:
+    """One rank merges an adapter more than the others."""
+    names = [directory / "adapter"] * (1 + (dist.get_rank() == 1))
+    load_init_weights(fsdp2()(build(meta=True)), directory / "hf-untied", adapter=names)
+
+
 def _differs(directory: Path) -> Any:
     """Another checkpoint on one of the hosts."""
     host = host_of(dist.get_rank(), RANKS)
@@ -230,6 +286,11 @@ SCENES: dict[int, dict[str, Scene]] = {
         "once/fsdp2": _loads(fsdp2(), "once", 4),
         "opens/shared": _planning("hf-untied", 2),
         "opens/copies": _planning("copy", 2, own=True),
+        "adapter/shared": _adapting("adapter", 2),
+        "adapter/copies": _adapting("adapter-copy", 2, own=True),
+        "adapter/rank0": _adapting("adapter", 2, read="rank0"),
+        "adapter/differs": _adapting("adapter-other", 4, own=True),
+        "adapter/more": _some_have_more,
         "differs": _differs,
         "hub/unreachable": _unreachable,
         "over-cpu/all": _over_cpu("all"),

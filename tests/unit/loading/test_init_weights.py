@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dcpconv.core import errors
 from dcpconv.loading import agreement, staging
 from dcpconv.loading.init_weights import load_init_weights
+from dcpconv.loading.shares import share_out
 from support.checkpoints import tiles
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 from support.worlds.sharded_models import build, lingua_weights
@@ -298,13 +299,12 @@ def test_the_collector_rests_while_ranks_plan(
 ) -> None:
     torch.save(filled().state_dict(), tmp_path / "odd.pt")
     seen: list[bool] = []
-    judge = agreement.judge
 
-    def judged(*arguments: Any) -> Any:
+    def shared_out(*arguments: Any, **options: Any) -> Any:
         seen.append(gc.isenabled())
-        return judge(*arguments)
+        return share_out(*arguments, **options)
 
-    monkeypatch.setattr(agreement, "judge", judged)
+    monkeypatch.setattr(agreement, "share_out", shared_out)
     gc.enable()
     load_init_weights(Odd(), tmp_path / "odd.pt")
     assert seen == [False]
