@@ -1,6 +1,7 @@
 """Read source bytes straight into the memory of live tensors, with several threads.
 
-Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer.
+Memory that matches (CPU, contiguous, the source's dtype) is read into directly and costs no buffer;
+small tensors that follow each other in a file share one system call, wherever each of them lands.
 Everything else goes through the tiles of ``staging``: a cast, a strided tensor, a CUDA device.
 Weights in scaled blocks are read as fp32, the type in which they are multiplied out.  Buffers are
 at most ``3 * BUFFER`` per thread, twice as much for casts on their way to a device, plus one row
@@ -19,7 +20,7 @@ from functools import cached_property
 from torch import Tensor
 
 from dcpconv.core.outline import Fill
-from dcpconv.engine.boxes import Box, ByteRun, read_runs
+from dcpconv.engine.boxes import MAX_IOVECS, Box, ByteRun, read_apart, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
 from dcpconv.engine.tensors import dtype_of, memory
@@ -31,6 +32,13 @@ from dcpconv.stores.local import Sources
 _DIRECT = 32 << 20
 """Bytes that a thread reads at a time where no buffer is needed: enough to keep it busy, few enough
 that threads finish together."""
+
+_SMALL = 512 << 10
+"""Bytes of a run that is read together with its neighbours: taking a run by itself costs as much
+work as moving about so many bytes."""
+
+_MOST = MAX_IOVECS // 2
+"""Runs that are read together, so that with the gaps between them they are one system call."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Landing:
         """Whether the memory has another dtype than what is read."""
         return dtype_of(self.into) is not self.fill.target_dtype
 
-    @property
+    @cached_property
     def is_direct(self) -> bool:
         """Whether bytes can be read into the memory as they are."""
         into = self.into
@@ -79,6 +87,24 @@ class _Unit:
     start: int
     stop: int
     into: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as they are read."""
+        return (self.stop - self.start) * self.landing.box.itemsize
+
+    @property
+    def run(self) -> tuple[str, int] | None:
+        """File and first byte, where it is one run of a file."""
+        box = self.landing.box
+        if not isinstance(box, Box) or box.is_relabelled or len(box.fill.parts) != 1:
+            return None
+        (part,) = box.fill.parts
+        return part.file, part.offset + (self.start - part.target) * box.itemsize
+
+
+_Units = tuple[_Unit, ...]
+"""What a thread takes at a time: one unit, or small ones that follow each other in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +191,12 @@ def read_landings(
     """
     direct = WINDOW if sources.is_remote else _DIRECT
     in_order = sorted(landings, key=lambda landing: place_of(landing.fill))
-    listed = [unit for landing in in_order for unit in _units(landing, direct)]
+    units = [unit for landing in in_order for unit in _units(landing, direct)]
     if sources.is_remote:  # neighbours are fetched together
-        listed.sort(key=lambda unit: next(iter(_wanted(unit)), ("", 0, 0)))
+        units.sort(key=lambda unit: next(iter(_wanted((unit,))), ("", 0, 0)))
+        listed: list[_Units] = [(unit,) for unit in units]
+    else:
+        listed = [*_together(units)]
     work = Ahead(sources, listed, _wanted)
     lock, errors = threading.Lock(), list[BaseException]()
     losses: dict[str, tuple[int, int]] = {}
@@ -181,17 +210,18 @@ def read_landings(
             beyond.begin()
             while not errors and not (stop is not None and stop.is_set()):
                 with lock:
-                    unit = next(work, None)
-                if unit is None:
+                    some = next(work, None)
+                if some is None:
                     break
-                lost = _perform(unit, sources, beyond if is_beyond(unit.into) else near)
-                if any(lost):
-                    with lock:
-                        over, under = losses.get(unit.landing.key, (0, 0))
-                        losses[unit.landing.key] = (over + lost[0], under + lost[1])
-                work.done(unit)
+                desk = beyond if is_beyond(some[0].into) else near
+                for unit, lost in zip(some, _perform(some, sources, desk), strict=True):
+                    if any(lost):
+                        with lock:
+                            over, under = losses.get(unit.landing.key, (0, 0))
+                            losses[unit.landing.key] = (over + lost[0], under + lost[1])
+                work.done(some)
                 if progress is not None:
-                    progress((unit.stop - unit.start) * unit.landing.box.itemsize)
+                    progress(sum(unit.nbytes for unit in some))
             beyond.finish()
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
@@ -209,8 +239,9 @@ def read_landings(
     return losses
 
 
-def _wanted(unit: _Unit) -> Iterable[Wanted]:
-    return wanted(unit.landing.box, unit.start, unit.stop)
+def _wanted(some: _Units) -> Iterable[Wanted]:
+    for unit in some:
+        yield from wanted(unit.landing.box, unit.start, unit.stop)
 
 
 def wanted(box: Readable, start: int, stop: int) -> Iterable[Wanted]:
@@ -238,25 +269,79 @@ def _units(landing: Landing, direct: int) -> Iterator[_Unit]:
         yield _Unit(landing, start, start + part.numel(), part)
 
 
-def _perform(unit: _Unit, sources: Sources, desk: Desk) -> tuple[int, int]:
-    """Read one unit; returns ``(overflowed, underflowed)``."""
-    box, landing = unit.landing.box, unit.landing
-    if landing.is_direct:
-        view = memory(unit.into)
-        box.read(unit.start, unit.stop, sources=sources, into=view, scratch=desk.scratch)
-        return 0, 0
-    numel, source = unit.stop - unit.start, landing.fill.target_dtype
-    desk.next_tile()
-    read = desk.tile("read", numel * source.itemsize)
-    box.read(unit.start, unit.stop, sources=sources, into=memory(read), scratch=desk.scratch)
-    lost = (0, 0)
-    if landing.is_cast:
-        target = dtype_of(unit.into)
-        is_plain = desk.device is None and unit.into.is_contiguous()
-        made = unit.into if is_plain else desk.tile("cast", numel * target.itemsize)
-        lost = cast(memory(read), memory(made), source_dtype=source, target_dtype=target)
-        if is_plain:
-            return lost
-        read = made
-    desk.deliver(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
+def _together(units: Iterable[_Unit]) -> Iterator[_Units]:
+    """Small runs that follow each other in a file as one piece of work, others by themselves."""
+    some: list[_Unit] = []
+    file, total = "", 0
+    for unit in units:
+        nbytes = max(unit.nbytes, unit.into.nbytes)
+        run = unit.run if nbytes <= _SMALL else None
+        if some and (
+            run is None
+            or run[0] != file
+            or total + nbytes > BUFFER // 2
+            or len(some) == _MOST
+            or is_beyond(unit.into) != is_beyond(some[0].into)
+        ):
+            yield tuple(some)
+            some, total = [], 0
+        if run is None:
+            yield (unit,)
+            continue
+        file = run[0]
+        some.append(unit)
+        total += nbytes
+    if some:
+        yield tuple(some)
+
+
+def _perform(some: _Units, sources: Sources, desk: Desk) -> list[tuple[int, int]]:
+    """Read units; returns ``(overflowed, underflowed)`` of each."""
+    aside = [not unit.landing.is_direct for unit in some]
+    if any(aside):
+        desk.next_tile()
+    sizes = [
+        (unit.stop - unit.start) * unit.landing.fill.target_dtype.itemsize if is_aside else 0
+        for unit, is_aside in zip(some, aside, strict=True)
+    ]
+    tiles = desk.tiles("read", sizes)
+    rooms = [
+        memory(tile if is_aside else unit.into)
+        for unit, tile, is_aside in zip(some, tiles, aside, strict=True)
+    ]
+    if len(some) == 1:
+        (unit,), (room,) = some, rooms
+        box = unit.landing.box
+        box.read(unit.start, unit.stop, sources=sources, into=room, scratch=desk.scratch)
+    else:
+        runs = [(unit.run or ("", 0), room) for unit, room in zip(some, rooms, strict=True)]
+        file = runs[0][0][0]
+        read_apart(file, ((offset, room) for (_, offset), room in runs), sources=sources)
+    return _deliver(some, tiles, aside, desk)
+
+
+def _deliver(
+    some: _Units, tiles: Sequence[Tensor], aside: Sequence[bool], desk: Desk
+) -> list[tuple[int, int]]:
+    """Bring what was read into a buffer to where it belongs."""
+    is_made = [
+        unit.landing.is_cast and not (desk.device is None and unit.into.is_contiguous())
+        for unit in some
+    ]
+    made = desk.tiles(
+        "cast", [unit.into.nbytes if one else 0 for unit, one in zip(some, is_made, strict=True)]
+    )
+    lost = [(0, 0)] * len(some)
+    for number, (unit, tile) in enumerate(zip(some, tiles, strict=True)):
+        if not aside[number]:
+            continue
+        read = tile
+        if unit.landing.is_cast:
+            read = made[number] if is_made[number] else unit.into
+            source, target = unit.landing.fill.target_dtype, dtype_of(unit.into)
+            lost[number] = cast(
+                memory(tile), memory(read), source_dtype=source, target_dtype=target
+            )
+        if read is not unit.into:
+            desk.deliver(read.view(unit.into.dtype).view(unit.into.shape), unit.into)
     return lost

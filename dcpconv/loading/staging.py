@@ -7,8 +7,9 @@ has ended.  Every thread has a ring and a stream of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 BUFFER = 4 << 20
 """Bytes of a staging buffer."""
+
+_ALIGNED = 16
+"""Bytes that what shares a buffer begins at multiples of: every element type can be looked at
+there."""
 
 RING = 3
 """Tiles in the ring of a thread: one that is read, one that waits for the device, one that is
@@ -100,7 +105,7 @@ class Desk:
 
     device: Device | None = None
     _tiles: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    _copies: dict[int, Copied] = field(default_factory=dict)
+    _copies: dict[int, list[Copied]] = field(default_factory=dict)
     _turn: int = 0
     _scratch: memoryview | None = None
 
@@ -115,12 +120,11 @@ class Desk:
         return self._scratch
 
     def next_tile(self) -> None:
-        """Turn to a tile that nothing is being copied from."""
+        """Turn to tiles that nothing is being copied from."""
         if self.device is None:
             return
         self._turn = (self._turn + 1) % RING
-        copied = self._copies.pop(self._turn, None)
-        if copied is not None:
+        for copied in self._copies.pop(self._turn, ()):
             copied.synchronize()
 
     def tile(self, use: str, nbytes: int) -> Tensor:
@@ -132,12 +136,19 @@ class Desk:
             tile = self._tiles[key] = make(max(nbytes, BUFFER))
         return tile[:nbytes]
 
+    def tiles(self, use: str, sizes: Sequence[int]) -> list[Tensor]:
+        """The same for several, one behind the other; of those without bytes nothing is made."""
+        ends = [*accumulate(size + -size % _ALIGNED for size in sizes)]
+        whole = self.tile(use, ends[-1]) if ends[-1] else _plain(0)
+        starts = (0, *ends)
+        return [whole[start : start + n] for start, n in zip(starts, sizes, strict=False)]
+
     def deliver(self, source: Tensor, into: Tensor) -> None:
-        """Put a tile where it belongs; on a device it is under way when this returns."""
+        """Put a tile where it belongs, or part of one; on a device it is then under way."""
         if self.device is None:
             into.copy_(source)
         else:
-            self._copies[self._turn] = self.device.copy(source, into)
+            self._copies.setdefault(self._turn, []).append(self.device.copy(source, into))
 
     def finish(self) -> None:
         """Wait for copies that are still under way."""

@@ -107,6 +107,25 @@ def test_every_byte_arrives_although_copies_are_late(
         assert used[0].most_under_way > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "cast"])
+def test_small_tensors_share_tiles_although_copies_are_late(
+    tmp_path: Path, devices: list[Late], dtype: torch.dtype
+) -> None:
+    right = {f"w.{n}": torch.randn(30 + n % 7, 10) for n in range(4000)}
+    torch.save(right, tmp_path / "weights.pt")
+    model = nn.Module()
+    empty = [torch.zeros(weight.shape, dtype=dtype) for weight in right.values()]
+    model.add_module("w", nn.ParameterList(empty))
+    load_init_weights(model, tmp_path / "weights.pt", jobs=1)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, right[key].to(dtype)), key
+    (device,) = devices
+    kinds = 1 if dtype is torch.float32 else 2
+    assert len(device.made) <= kinds * RING
+    assert max(device.made) <= BUFFER
+    assert len(device.copies) == 4000
+
+
 def test_a_tile_is_not_read_into_before_it_has_been_copied() -> None:
     device = Late()
     desk = Desk(device)
