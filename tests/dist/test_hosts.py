@@ -159,3 +159,7 @@ def test_part_of_a_job_loads_by_itself(world: list[dict[str, Outcome]]) -> None:
     assert nothing is nothing_either is None
     assert first + second == WHOLE
     assert first > 0 < second
+
+
+def test_part_of_a_job_merges_an_adapter_by_itself(world: list[dict[str, Outcome]]) -> None:
+    assert values(world, "adapter/part-of-the-job") == [None, 30, None, 30]

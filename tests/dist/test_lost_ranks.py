@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from support.worlds import lost_ranks
-from support.worlds.lost_ranks import PAIRS
+from support.worlds.lost_ranks import PAIRS, SOURCES
 from support.worlds.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lost")
-    torch.save(lost_ranks.model_of_two_tiles().state_dict(), directory / "weights.pt")
+    lost_ranks.prepare(directory)
     run_ranks(lost_ranks.__file__, 2 * len(PAIRS), directory, timeout_s=150)
     return directory
 
@@ -26,7 +25,7 @@ def test_the_other_rank_ends_with_our_error(heard: Path, pair: str) -> None:
     found = json.loads((heard / f"{pair}.json").read_text())
     assert found["error"] == "LostRankError", found
     assert "a rank was lost while loading" in found["text"]
-    assert f"load      {heard / 'weights.pt'}" in found["text"]
+    assert f"load      {heard / SOURCES[pair]}" in found["text"]
     # In the middle of torch's own collectives all ranks have come: which one went cannot be told.
     lost = "cannot be told" if pair == "stock" else "rank 1 of 2"
     assert f"lost      {lost}" in found["text"]

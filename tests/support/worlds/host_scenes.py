@@ -206,6 +206,20 @@ def _adapting(name: str, hosts: int, *, own: bool = False, read: Read = "auto") 
     return scene
 
 
+def _adapting_in_part_of_the_job(directory: Path) -> Any:
+    """Ranks 1 and 3 merge an adapter by themselves."""
+    group = dist.new_group([1, 3])
+    if dist.get_rank() not in {1, 3}:
+        return None
+    model = build(meta=True)
+    names = {"adapter": directory / "adapter", "process_group": group}
+    report = load_init_weights(model, directory / "hf-untied", **names)
+    weights = lingua_weights(torch.load(directory / "adapted.pt"))
+    for fqn, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[fqn]), fqn
+    return len(report.loaded)
+
+
 def _some_have_more(directory: Path) -> Any:
     """One rank merges an adapter more than the others."""
     names = [directory / "adapter"] * (1 + (dist.get_rank() == 1))
@@ -290,6 +304,7 @@ SCENES: dict[int, dict[str, Scene]] = {
         "adapter/copies": _adapting("adapter-copy", 2, own=True),
         "adapter/rank0": _adapting("adapter", 2, read="rank0"),
         "adapter/differs": _adapting("adapter-other", 4, own=True),
+        "adapter/part-of-the-job": _adapting_in_part_of_the_job,
         "adapter/more": _some_have_more,
         "differs": _differs,
         "hub/unreachable": _unreachable,

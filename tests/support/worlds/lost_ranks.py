@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv.loading import agreement, moving
 from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
+from dcpconv.loading.training_state import load_training_state
 
 TIMEOUT_S = 30
 """Of the pairs' groups; a survivor that waited for longer would not end with the test."""
@@ -32,7 +35,7 @@ def _dies(*_args: Any, **_options: Any) -> NoReturn:
 
 
 def _hangs(*_args: Any, **_options: Any) -> NoReturn:
-    time.sleep(3 * TIMEOUT_S)
+    time.sleep(2 * TIMEOUT_S)
     os._exit(0)
 
 
@@ -40,14 +43,45 @@ def _replace(owner: Any, name: str, way: Callable[..., Any]) -> Callable[[], Non
     return lambda: setattr(owner, name, way)
 
 
+ADAPTER = "adapter"
+"""Named as one of the options: where it lies is known to the ranks alone."""
+
 PAIRS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     "deciding": (_replace(agreement, "_look_at_source", _dies), {}),
     "reading": (_replace(moving, "_read", _dies), {"read": "all"}),
     "sending": (_replace(Exchange, "_read", _dies), {"read": "once"}),
     "stock": (_replace(CheckpointReader, "read_data", _dies), {"engine": "torch"}),
     "hanging": (_replace(moving, "_read", _hangs), {"read": "all"}),
+    "adapting": (_replace(agreement, "_look_at_adapter", _dies), {ADAPTER: "adapter"}),
+    "hanging-sending": (_replace(Exchange, "_read", _hangs), {"read": "once"}),
+    "training": (_replace(moving, "_send", _dies), {"read": "once"}),
 }
 """How the second of a pair is lost, and how the pair loads."""
+
+
+SOURCES = {name: "run" if name == "training" else "weights.pt" for name in PAIRS}
+"""What each pair loads."""
+
+
+def prepare(directory: Path) -> None:
+    """Weights, an adapter for them, and a run that goes on from them."""
+    from safetensors.torch import save_file
+
+    model = model_of_two_tiles()
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.save(model.state_dict(), directory / "weights.pt")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    save({"model": weights, "optim": moments}, checkpoint_id=directory / "run", no_dist=True)
+    pair = {"lora_A": torch.ones(2, 1300), "lora_B": torch.ones(1300, 2)}
+    adapter = directory / "adapter"
+    adapter.mkdir()
+    tensors = {f"base_model.model.0.{name}.weight": tensor for name, tensor in pair.items()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def model_of_two_tiles() -> torch.nn.Module:
@@ -68,10 +102,16 @@ def main() -> None:
         lose()
     model = model_of_two_tiles()
     found = {"error": "", "text": ""}
+    if ADAPTER in options:
+        options = {ADAPTER: directory / options[ADAPTER]}
+    group = groups[rank // 2]
     try:
-        load_init_weights(
-            model, directory / "weights.pt", process_group=groups[rank // 2], **options
-        )
+        if name == "training":
+            optimizer = torch.optim.AdamW(model.parameters())
+            source = directory / SOURCES[name]
+            load_training_state(model, optimizer, source, process_group=group, **options)
+        else:
+            load_init_weights(model, directory / "weights.pt", process_group=group, **options)
     except Exception as error:  # noqa: BLE001 - its class is what the test looks at
         found = {"error": type(error).__name__, "text": str(error)}
     (directory / f"{name}.json").write_text(json.dumps(found))

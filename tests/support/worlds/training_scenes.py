@@ -93,6 +93,12 @@ def prepare(directory: Path) -> None:
     state = {"model": weights, "optim": moments, "step": STEPS, "epoch": 1}
     save(state, checkpoint_id=directory / "run", no_dist=True)
     torch.save({"model": weights, "optim": moments}, directory / "right.pt")
+    twice = {
+        key: {kind: 2 * value for kind, value in kinds.items()}
+        for key, kinds in moments["state"].items()
+    }
+    other = {"model": weights, "optim": {**moments, "state": twice}}
+    save(other, checkpoint_id=directory / "run-twice", no_dist=True)
     for name in ("lacking", "strange", "missing-weight"):
         broken: dict[str, Any] = {
             "model": dict(weights),
@@ -220,6 +226,26 @@ def _two_stages(directory: Path) -> Any:
     return len(optimizer.state)
 
 
+def _two_groups(directory: Path) -> Any:
+    """Pairs of ranks go on with two runs; no moment of one is sent to the other."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = dist.get_rank() // 2
+    model = build(meta=False)
+    optimizer = optimizer_of(model)
+    report = load_training_state(
+        model,
+        optimizer,
+        directory / ("run", "run-twice")[pair],
+        process_group=groups[pair],
+        read="once",
+    )
+    right = torch.load(directory / "right.pt")["optim"]["state"]
+    for name, parameter in model.named_parameters():
+        for kind, value in right[name].items():
+            assert torch.equal(optimizer.state[parameter][kind], (1 + pair) * value), (name, kind)
+    return report.weights.nbytes_read
+
+
 SCENES: dict[int, dict[str, Scene]] = {
     ranks: {
         f"resumes/{name}/{read}": _resumes(name, wrap, read)
@@ -238,6 +264,7 @@ SCENES[2] |= {
     "another-class": _another_class,
     "two-stages": _two_stages,
 }
+SCENES[4] |= {"two-groups": _two_groups}
 
 if __name__ == "__main__":
     take_part(SCENES)
