@@ -1,8 +1,12 @@
 """Buffers between a file and memory that it cannot be read into: casts, strides, other devices.
 
 Tiles on their way to a CUDA device are pinned and go round in a ring: while one is copied, on a
-stream beside the one that computes, the next is read.  A tile is used again once the copy out of it
-has ended.  Every thread has a ring and a stream of its own.
+stream beside the one that computes, the next is read.  A tile is used again once all copies out of
+it have ended.  Every thread has a ring and a stream of its own.
+
+Pinned tiles are torch's own and not in huge pages.  A ring is faulted in once per thread, 12 MiB or
+3,072 small pages, and then used for all that the thread reads, while huge pages are for memory that
+is filled once.  They would take memory of our own, registered with the driver, past torch's cache.
 """
 
 from __future__ import annotations
