@@ -32,7 +32,7 @@ MAX_SLICES = 1 << 14
 """Slices kept per buffer, 200 bytes each."""
 
 _CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-_JUNK = memoryview(bytearray(MAX_GAP))  # gaps are read into it by every thread and by nobody out
+JUNK = memoryview(bytearray(MAX_GAP))  # gaps are read into it by every thread and by nobody out
 
 ByteRun = tuple[int, int, int]
 """``(source offset, target offset, nbytes)``."""
@@ -252,32 +252,6 @@ def read_runs(
             _perform(source, 0, _reads(found), into=into, base=base)
 
 
-def read_apart(file: str, runs: Iterable[tuple[int, memoryview]], *, sources: Sources) -> None:
-    """Fill buffers that lie anywhere with bytes of one file, neighbours in it together.
-
-    Args:
-        file: The file.
-        runs: ``(source offset, buffer)``, forwards.
-        sources: Where it is open.
-    """
-    begin = end = 0
-    views: list[memoryview] = []
-    with sources.open(file) as source:
-        for offset, view in runs:
-            gap = offset - end
-            if views and (gap < 0 or gap > MAX_GAP or len(views) > MAX_IOVECS - 2):
-                source.read(begin, views, end - begin)
-                views = []
-            if not views:
-                begin = offset
-            elif gap:
-                views.append(_JUNK[:gap])
-            views.append(view)
-            end = offset + len(view)
-        if views:
-            source.read(begin, views, end - begin)
-
-
 def _end(part: Part) -> int:
     return part.target + 1 + sum((count - 1) * step for count, _, step in part.loops)
 
@@ -338,7 +312,7 @@ def _perform(
 
 def _slices(into: memoryview, base: int, pieces: Pieces) -> list[memoryview]:
     return [
-        into[base + target : base + target + length] if target >= 0 else _JUNK[:length]
+        into[base + target : base + target + length] if target >= 0 else JUNK[:length]
         for target, length in pieces
     ]
 

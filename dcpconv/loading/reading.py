@@ -20,7 +20,8 @@ from functools import cached_property
 from torch import Tensor
 
 from dcpconv.core.outline import Fill
-from dcpconv.engine.boxes import MAX_IOVECS, Box, ByteRun, read_apart, read_runs
+from dcpconv.engine.apart import read_apart
+from dcpconv.engine.boxes import MAX_IOVECS, Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
 from dcpconv.engine.tensors import dtype_of, memory

@@ -117,4 +117,3 @@ def test_every_stage_of_a_pipeline_gets_its_own(
 def test_two_groups_go_on_with_two_runs(worlds: dict[int, list[dict[str, Outcome]]]) -> None:
     reads = values(worlds, 4, "two-groups")
     assert [sum(reads[:2]), sum(reads[2:])] == [WHOLE, WHOLE]
-    assert all(reads)
