@@ -33,6 +33,12 @@ STRUCTURES: Mapping[str, list[dict[str, Any]]] = {
         {"moe_layer_end_index": 3},
         {"moe_layer_interval": 2},
     ],
+    "gemma4_text": [
+        {"num_kv_shared_layers": 1},
+        {"hidden_size_per_layer_input": 0},
+        {"num_global_key_value_heads": None},
+        {"layer_types": None},
+    ],
     "granitemoeshared": [{"shared_intermediate_size": 0}],
     "deepseek_v3": [
         {"q_lora_rank": None},

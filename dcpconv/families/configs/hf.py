@@ -31,11 +31,15 @@ _READERS: Mapping[str, str] = {
     "mixtures": "mixture_reading",
     "classics": "classics_reading",
     "hybrids": "hybrid_reading",
+    "by_kind": "by_kind_reading",
     "gpt_oss": "gpt_oss",
     "muse_glimmer": "muse_glimmer",
 }
 """Class, or the module that knows it -> the one that reads what only they say; it has
 ``own_names``, ``own_values`` and ``layer_words``."""
+
+_BY_KIND = frozenset({"gemma3_text", "gemma4_text"})
+"""Classes that are written as they are read and whose layers of two kinds turn otherwise."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
@@ -106,7 +110,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
                 used=_spellings() | (own.own_names(config) if own else frozenset()),
                 harmless_if=known.allows if known else None,
             ),
-            *_rope_strangers(config, is_by_kind=config.model_type == "gemma3_text"),
+            *_rope_strangers(config, is_by_kind=config.model_type in _BY_KIND),
             *unheeded,
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},

@@ -82,7 +82,7 @@ class HfConfig(Record, extra="allow"):
         names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
     num_experts_per_tok: Count | None = field(
-        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk")
+        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
     )
     moe_intermediate_size: Size | None = None
     n_shared_experts: int | None = field(

@@ -225,6 +225,19 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     },
     "phimoe": {"num_local_experts": 5},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 24,
+        "num_global_key_value_heads": 3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+        "vocab_size_per_layer_input": 137,
+        "hidden_size_per_layer_input": 7,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 52,
+        "pad_token_id": 0,
+    },
 }
 """What each ``model_type`` adds to ``SIZES``; its ``head_dim`` is 16 where the config has one."""
 

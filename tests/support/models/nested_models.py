@@ -127,6 +127,37 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16, "pad_token_id": 0},
         {},
     ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {
+            **TEXT,
+            "global_head_dim": 24,
+            "num_global_key_value_heads": 3,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": 137,
+            "hidden_size_per_layer_input": 7,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 52,
+            "pad_token_id": 0,
+        },
+        {
+            "vision_config": {
+                **{n: v for n, v in SIGLIP.items() if n not in {"image_size", "num_channels"}},
+                "num_key_value_heads": 2,
+                "head_dim": 12,
+                "position_embedding_size": 16,
+            },
+            "audio_config": {
+                "hidden_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "subsampling_conv_channels": [4, 2],
+                "output_proj_dims": 20,
+            },
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {**TEXT, "model_type": "mistral", "sliding_window": None},

@@ -68,6 +68,9 @@ KINDS: dict[str, Any] = {
     "step": 2,
     "start": 1,
     "dense": 2,
+    "none_at_all": 0,
+    "yes": True,
+    "no": False,
 }
 
 
@@ -85,6 +88,10 @@ KINDS: dict[str, Any] = {
         ("every 3 from start * 2", {2}),
         ("every step from step - 1", {1, 3}),
         ("first dense", {0, 1}),
+        ("last dense", {3, 4}),
+        ("last none_at_all", set()),
+        ("other if yes", {0, 3}),
+        ("other if no", set()),
         ("not other", {1, 2, 4}),
     ],
 )
@@ -99,10 +106,14 @@ def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["none", "none: a", "types: a", "every none from 1", "first none", "types", "not other"]
+    "rule",
+    [
+        *("none", "none: a", "types: a", "every none from 1", "first none", "last none", "types"),
+        *("not other", "other if step", "listed_kind if none"),
+    ],
 )
 def test_a_kind_that_no_field_tells_is_not_known(rule: str) -> None:
-    declared = Declared(kinds={"kind": (rule,), "other": ("none",)})
+    declared = Declared(kinds={"kind": (rule,), "other": ("none",), "listed_kind": ("listed",)})
     model = Measured(spec_of("plain", n_layers=6, stated=KINDS), [declared])
     assert not model.knows("kind")
     assert model.knows("untied")
@@ -122,9 +133,10 @@ def test_what_is_no_kind_is_told(rule: str) -> None:
         check_kind(rule, ())
 
 
-def test_the_rest_of_a_kind_that_is_not_there_is_told() -> None:
+@pytest.mark.parametrize("rule", ["not b", "b if c"])
+def test_the_rest_of_a_kind_that_is_not_there_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match=re.escape("no kind 'b'")):
-        check_kind("not b", {"a"})
+        check_kind(rule, {"a"})
 
 
 def test_layers_of_a_kind_have_sizes_of_their_own() -> None:
