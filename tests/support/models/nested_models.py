@@ -158,6 +158,29 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
             },
         },
     ),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {
+            **TEXT,
+            "rms_norm_eps": 1e-5,
+            "intermediate_size": 52,
+            "intermediate_size_mlp": 152,
+            "num_local_experts": 5,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 4,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        },
+        {
+            "vision_config": {
+                **SIGLIP,
+                "intermediate_size": 96,
+                "vision_output_dim": 20,
+                "projector_input_dim": 20,
+                "projector_output_dim": 20,
+            },
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {**TEXT, "model_type": "mistral", "sliding_window": None},
