@@ -4,7 +4,7 @@ Both follow from fields of the parameter file, by rules of one line each::
 
     axis = "linear_num_key_heads"                     a field; a dot leads into a mapping
     axis = "mamba_num_heads * mamba_head_dim"         a product; / must leave no rest
-    axis = "num_layers - 1"                           with a number more or less at its end
+    axis = "num_layers - 1"                           with a number or field more or less at its end
     kind = "layer_types: full_attention"              a field with a word, or letter, per layer
     kind = "attn_layer_indices"                       a field that lists layers, counted from 0
     kind = "linear_attn_config.kda_layers from 1"     the same, counted from 1
@@ -13,6 +13,7 @@ Both follow from fields of the parameter file, by rules of one line each::
     kind = "last num_kv_shared_layers"                as many at the end
     kind = "not attention"                            the layers that another kind leaves over
     kind = "attention if attention_k_eq_v"            those of another kind, or none of them
+    kind = "attention if gating: per-element"         the same, by a word
 
 A field that is a list gives every layer a size of its own.
 """
@@ -32,13 +33,13 @@ _FIELD = (
     r"(?!(?:not|every|first|last|from|if)\b)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
 )
 _NUMBER_OR_FIELD = rf"(?:\d+|{_FIELD})"
-_SIZE = re.compile(rf"{_NUMBER_OR_FIELD}(?: [*/] {_NUMBER_OR_FIELD})*(?: [+-] \d+)?")
+_SIZE = re.compile(rf"{_NUMBER_OR_FIELD}(?: [*/] {_NUMBER_OR_FIELD})*(?: [+-] {_NUMBER_OR_FIELD})?")
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "not": re.compile(r"not (?P<kind>[a-z_]+)"),
     "every": re.compile(rf"every (?P<step>{_NUMBER_OR_FIELD}) from (?P<start>{_SIZE.pattern})"),
     "first": re.compile(rf"first (?P<count>{_FIELD})"),
     "last": re.compile(rf"last (?P<count>{_FIELD})"),
-    "if": re.compile(rf"(?P<kind>[a-z_]+) if (?P<field>{_FIELD})"),
+    "if": re.compile(rf"(?P<kind>[a-z_]+) if (?P<field>{_FIELD})(?:: (?P<words>[^,\s]+))?"),
     "words": re.compile(rf"(?P<field>{_FIELD}): (?P<words>[^,\s]+(?:, [^,\s]+)*)"),
     "listed": re.compile(rf"(?P<field>{_FIELD})(?: from (?P<start>\d+))?"),
 }
@@ -129,7 +130,7 @@ class Measured:
             if form in {"not", "if"}:
                 other = said["kind"] or ""
                 found = self._layers_of(other, declared) if other in declared.kinds else None
-                is_so = form == "not" or _switch(said["field"] or "", self.spec.stated)
+                is_so = form == "not" or _switch(said, self.spec.stated)
                 if found is not None and is_so is not None:
                     others = frozenset(range(count)) - found if form == "not" else found
                     return others if is_so else frozenset()
@@ -216,7 +217,8 @@ def _parsed(rule: str) -> tuple[str, Mapping[str, str | None]]:
             return form, found.groupdict()
     raise LayoutError(
         f"cannot read the rule {rule!r}: 'FIELD: WORD', 'FIELD', 'FIELD from 1',"
-        " 'every FIELD from FIELD', 'first FIELD', 'last FIELD', 'not KIND' or 'KIND if FIELD'"
+        " 'every FIELD from FIELD', 'first FIELD', 'last FIELD', 'not KIND', 'KIND if FIELD' or"
+        " 'KIND if FIELD: WORD'"
     )
 
 
@@ -246,10 +248,10 @@ def _listed(
     return [int(layer) - start for layer in value]
 
 
-def _switch(path: str, fields: Fields) -> bool | None:
-    """A field that says yes or no; ``None`` where it is not there."""
-    value = _field(path, fields)
-    return None if value is None else bool(value)
+def _switch(said: Mapping[str, str | None], fields: Fields) -> bool | None:
+    """Whether a field says yes, or a word; ``None`` where it is not there."""
+    value, word = _field(said["field"] or "", fields), said["words"]
+    return None if value is None else bool(value) if word is None else value == word
 
 
 def _number(path: str, fields: Fields, layer: int | None) -> int | None:

@@ -99,6 +99,33 @@ REFUSED = [
         },
         id="gemma4_text",
     ),
+    pytest.param(
+        "mimo_v2_flash",
+        {},
+        {
+            *("experts", "layer_types", "partial_rotary", "sinks", "sizes_by_layer"),
+            *("sliding_window", "value_scale"),
+        },
+        id="mimo_v2_flash",
+    ),
+    pytest.param(
+        "laguna",
+        {"moe_router_logit_softcapping": 3.0},
+        {
+            *("experts", "layer_types", "partial_rotary", "qk_norm", "router_softcap"),
+            *("sizes_by_layer", "sliding_window", "softplus_gate"),
+        },
+        id="laguna",
+    ),
+    pytest.param(
+        "cohere2_moe",
+        {"expert_selection_fn": "sigmoid"},
+        {
+            *("averaged_experts", "experts", "layer_types", "logits_scaling", "no_rope_layers"),
+            *("norm", "parallel_residual", "sigmoid_scores", "sliding_window"),
+        },
+        id="cohere2_moe",
+    ),
 ]
 
 
@@ -111,8 +138,51 @@ def test_what_another_class_computes_otherwise_is_refused_by_name(
         with pytest.raises(NotExpressibleError) as raised:
             convert(source, tmp_path / "out", to=to)
         refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
-        assert refused == names - ({"activation", "rope_scaling"} if to == "hf-llama" else set())
+        held = {"activation", "rope_scaling"} if to == "hf-llama" else set()
+        assert refused == names - held
     assert not (tmp_path / "out").exists()
+
+
+PUBLISHED = {
+    "hybrid_layer_pattern": [0, 1, 1],
+    "moe_layer_freq": [0, 1, 1],
+    "layernorm_epsilon": 1e-5,
+    "add_full_attention_sink_bias": False,
+    "add_swa_attention_sink_bias": True,
+    "attention_chunk_size": 7,
+    "sliding_window_size": 7,
+    "swa_num_attention_heads": 6,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "swa_v_head_dim": 10,
+    "swa_rope_theta": 10_000.0,
+    "routed_scaling_factor": None,
+}
+"""What MiMo's own file says, in the sizes of the tiny model."""
+
+
+def test_the_published_words_of_mimo_have_to_say_what_its_class_does(tmp_path: Path) -> None:
+    source = save_hf(tiny("mimo_v2_flash"), tmp_path / "hf")
+    file = source / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, **PUBLISHED}))
+    assert read_spec(source).unaccounted == ()
+    assert check(source, to="hf-memory")
+    for name, value in PUBLISHED.items():
+        if name in {"sliding_window_size", "routed_scaling_factor"}:
+            continue
+        other = value[::-1] if isinstance(value, list) else not value
+        file.write_text(json.dumps({**fields, **PUBLISHED, name: other}))
+        assert read_spec(source).unaccounted == (f"{name}: {other!r}",)
+
+
+def test_layers_that_predict_ahead_are_kept_beside(tmp_path: Path) -> None:
+    source = save_hf(tiny("mimo_v2_flash"), tmp_path / "hf")
+    ahead = {"model.mtp.layers.0.eh_proj.weight": torch.arange(6.0)}
+    save_file({**hf_tensors(source), **ahead}, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory")
+    convert(tmp_path / "dcp", tmp_path / "back", form="hf")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
 
 
 def test_keys_that_borrowing_layers_do_not_use_are_dropped_with_a_reason(tmp_path: Path) -> None:

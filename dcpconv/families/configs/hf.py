@@ -38,7 +38,7 @@ _READERS: Mapping[str, str] = {
 """Class, or the module that knows it -> the one that reads what only they say; it has
 ``own_names``, ``own_values`` and ``layer_words``."""
 
-_BY_KIND = frozenset({"gemma3_text", "gemma4_text"})
+_BY_KIND = frozenset({"gemma3_text", "gemma4_text", "laguna", "mimo_v2_flash"})
 """Classes that are written as they are read and whose layers of two kinds turn otherwise."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")

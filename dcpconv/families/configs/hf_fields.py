@@ -105,7 +105,11 @@ class HfConfig(Record, extra="allow"):
     moe_layer_end_index: int = -1
     moe_layer_interval: Count = 1
     routed_scaling_factor: Positive = field(
-        default=1.0, names=("routed_scaling_factor", "router_scaling_factor", "route_scale")
+        default=1.0,
+        names=(
+            *("routed_scaling_factor", "router_scaling_factor", "route_scale"),
+            "moe_routed_scaling_factor",
+        ),
     )
     n_group: Count | None = None
     topk_group: Count | None = None

@@ -79,6 +79,11 @@ _BY_KIND = {
     "num_kv_shared_layers": 1,
     "vocab_size_per_layer_input": 11,
     "hidden_size_per_layer_input": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "v_head_dim": 5,
+    "num_attention_heads_per_layer": [6, 4] * 6,
+    "gating": "per-element",
 }
 _WEIGHED = Experts(
     count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
@@ -153,6 +158,13 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "stated": {**_GATED_DELTA, "vision_config": _VISION},
     },
     "by-kind": {"qk_norm": True, "experts": _MOE, "stated": _BY_KIND, **_BIASES},
+    "by-kind-some-dense": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "parallel_residual": True,
+        "stated": _BY_KIND,
+        "qkv_bias": True,
+        "o_bias": True,
+    },
     "latent": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
         "latent": _LATENT,

@@ -32,6 +32,8 @@ FIELDS = {
         ("heads * dim / 4", 6),
         ("heads * dim - 1", 23),
         ("heads + 2", 5),
+        ("2 * heads + dim", 14),
+        ("heads + none", None),
         ("heads - 4", None),
         ("2 * ssm.state.size", 10),
         ("inner", 4),
@@ -54,7 +56,9 @@ def test_a_list_gives_every_layer_its_own() -> None:
     assert [size_of("ffn / 5", FIELDS, layer) for layer in (0, 1, 2, 3)] == [2, 4, 6, None]
 
 
-@pytest.mark.parametrize("rule", ["", "heads*dim", "heads * ", "-1", "heads + dim", "a..b", "a "])
+@pytest.mark.parametrize(
+    "rule", ["", "heads*dim", "heads * ", "-1", "heads + dim * 2", "a..b", "a "]
+)
 def test_what_is_no_size_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match="cannot read the size"):
         check_size(rule)
@@ -70,6 +74,7 @@ KINDS: dict[str, Any] = {
     "dense": 2,
     "none_at_all": 0,
     "yes": True,
+    "word": "b",
     "no": False,
 }
 
@@ -92,6 +97,8 @@ KINDS: dict[str, Any] = {
         ("last none_at_all", set()),
         ("other if yes", {0, 3}),
         ("other if no", set()),
+        ("other if word: b", {0, 3}),
+        ("other if word: c", set()),
         ("not other", {1, 2, 4}),
     ],
 )
