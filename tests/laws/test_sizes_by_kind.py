@@ -109,6 +109,12 @@ REFUSED = [
         id="mimo_v2_flash",
     ),
     pytest.param(
+        "longcat_flash",
+        {},
+        {"double_layers", "experts", "idle_experts", "latent_attention", "latent_scales"},
+        id="longcat_flash",
+    ),
+    pytest.param(
         "laguna",
         {"moe_router_logit_softcapping": 3.0},
         {
@@ -183,6 +189,25 @@ def test_layers_that_predict_ahead_are_kept_beside(tmp_path: Path) -> None:
     convert(source, tmp_path / "dcp", form="dcp", to="hf-memory")
     convert(tmp_path / "dcp", tmp_path / "back", form="hf")
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
+def test_longcat_wants_projections_of_idle_experts_as_its_class_does(tmp_path: Path) -> None:
+    """Nothing looks at them, but transformers stacks them with the others."""
+    source = save_hf(tiny("longcat_flash"), tmp_path / "hf")
+    tensors = hf_tensors(source)
+    idle = {key for key in tensors if ".experts.5." in key or ".experts.6." in key}
+    assert len(idle) == 8
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if key not in idle},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load_hf(source)
+    missing = check(source, to="hf-memory").missing
+    assert {fault.key for fault in missing} == {
+        f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2)
+    }
 
 
 def test_keys_that_borrowing_layers_do_not_use_are_dropped_with_a_reason(tmp_path: Path) -> None:

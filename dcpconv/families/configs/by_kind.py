@@ -11,6 +11,7 @@ from dataclasses import replace
 from dcpconv.families.configs.model_type import (
     BIASES,
     GEMMA,
+    LATENT,
     SIGMOID,
     ModelType,
     Routing,
@@ -95,13 +96,19 @@ def _cohere2(fields: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _longcat(fields: Mapping[str, object]) -> Mapping[str, object]:
-    """Source: ``attribute_map`` and ``num_hidden_layers`` of ``LongcatFlashConfig``."""
-    names = {
-        "ffn_hidden_size": "intermediate_size",
-        "expert_ffn_hidden_size": "moe_intermediate_size",
-    }
-    found = {**fields, **{names[n]: value for n, value in fields.items() if n in names}}
-    return {**found, "num_hidden_layers": 2 * _count(fields, "num_layers")}
+    """What the class calls otherwise, under both names.
+
+    Source: ``attribute_map`` and ``num_hidden_layers`` of ``LongcatFlashConfig``.
+    """
+    found = dict(fields)
+    if "num_layers" not in fields:
+        found["num_layers"] = _count(fields) // 2 if "num_hidden_layers" in fields else 28
+    for own, name, default in (
+        ("ffn_hidden_size", "intermediate_size", 12_288),
+        ("expert_ffn_hidden_size", "moe_intermediate_size", 2048),
+    ):
+        found[own] = found[name] = fields.get(own, fields.get(name, default))
+    return {**found, "num_hidden_layers": 2 * _count(found, "num_layers")}
 
 
 def _after_dense(dense: int, count: int) -> list[str]:
@@ -237,6 +244,37 @@ BY_KIND: Mapping[str, ModelType] = {
         routing=Routing(shared="whole", dense="any"),
         expresses=BIASES,
         completes=_cohere2,
+        is_copied=True,
+    ),
+    "longcat_flash": ModelType(
+        "LongcatFlashForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131_072,
+            "rope_theta": 10_000_000.0,
+            "n_routed_experts": 512,
+            "zero_expert_num": 256,
+            "moe_topk": 12,
+            "routed_scaling_factor": 6.0,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        routing=Routing(selection_bias=True, scaled=True),
+        expresses=LATENT | {"latent_bias", "o_bias"},
+        allows={
+            "attention_method": ("MLA",),
+            "mla_scale_kv_lora": (True,),
+            "mla_scale_q_lora": (True,),
+            "router_bias": (False,),
+            "zero_expert_type": ("identity",),
+        },
+        completes=_longcat,
         is_copied=True,
     ),
 }

@@ -165,6 +165,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "qkv_bias": True,
         "o_bias": True,
     },
+    "double": {
+        "experts": _MOE,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": {"num_layers": 2, "n_routed_experts": 3, "zero_expert_num": 2},
+    },
     "latent": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
         "latent": _LATENT,

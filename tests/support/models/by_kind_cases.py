@@ -15,6 +15,7 @@ MANY: dict[str, dict[str, Any]] = {
         "enable_moe_block": True,
     },
     "mimo_v2_flash": {"num_hidden_layers": 13, "layer_types": None, "n_routed_experts": 12},
+    "longcat_flash": {"num_hidden_layers": 22, "num_layers": 11, "n_routed_experts": 12},
     "laguna": {
         "num_hidden_layers": 11,
         "num_attention_heads_per_layer": [6, 4, 2, 6, 4, 2, 6, 4, 2, 6, 4],
@@ -44,6 +45,20 @@ _SWITCHES: dict[str, dict[str, dict[str, Any]]] = {
         "all-full": {"layer_types": ["full_attention"] * 3},
         "dense-between": {"mlp_layer_types": ["sparse", "dense", "sparse"]},
         "as-scored": {"norm_topk_prob": False},
+    },
+    "longcat_flash": {
+        "biased": {"attention_bias": True, "tie_word_embeddings": True},
+        "no-idle-experts": {"zero_expert_num": 0},
+        "yarn": {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
     },
     "laguna": {
         "a-gate-per-channel": {"gating": "per-element"},

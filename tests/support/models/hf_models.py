@@ -247,6 +247,17 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
         "sliding_window": 8,
     },
+    "longcat_flash": {
+        **_LATENT,
+        "num_hidden_layers": 4,
+        "num_layers": 2,
+        "head_dim": 8,
+        "ffn_hidden_size": 152,
+        "expert_ffn_hidden_size": 52,
+        "n_routed_experts": 5,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
     "laguna": {
         "head_dim": 16,
         "num_attention_heads_per_layer": [6, 4, 6],
