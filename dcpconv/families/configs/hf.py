@@ -41,6 +41,11 @@ _READERS: Mapping[str, str] = {
 _BY_KIND = frozenset({"gemma3_text", "gemma4_text", "laguna", "mimo_v2_flash"})
 """Classes that are written as they are read and whose layers of two kinds turn otherwise."""
 
+_OTHERWISE = {"kimi_k2": "deepseek_v3"}
+"""What the code beside a published file calls a class that transformers has.
+
+Source: moonshotai/Kimi-K2-Instruct ``config.json``, whose ``architectures`` name that class."""
+
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
 
@@ -168,7 +173,7 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
     if "max_sequence_length" in merged:  # what early exports call it
         merged.setdefault("max_position_embeddings", merged.pop("max_sequence_length"))
     if isinstance(model_type, str):
-        merged["model_type"] = model_type
+        model_type = merged["model_type"] = _OTHERWISE.get(model_type, model_type)
         known = MODEL_TYPES.get(str(_language(merged)))
         inner = merged.get(TEXT)
         holder = merged if not isinstance(inner, Mapping) else dict(inner)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
+from support.models.hf_models import MODEL_TYPES
 from support.models.layers import randomise
 
 TEXT: Mapping[str, object] = {
@@ -181,6 +182,28 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
             },
         },
     ),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        {
+            **_WITHOUT_HEAD_DIM,
+            **MODEL_TYPES["deepseek_v3"],
+            "model_type": "deepseek_v3",
+            "topk_method": "noaux_tc",
+        },
+        {
+            "vision_config": {
+                "hidden_size": 48,
+                "intermediate_size": 56,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "patch_size": 4,
+                "pos_emb_height": 5,
+                "pos_emb_width": 5,
+            },
+            "projection_hidden_size": 48,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {**TEXT, "model_type": "mistral", "sliding_window": None},
@@ -205,7 +228,7 @@ def small(model_type: str, /, *, seed: int = 0, **overrides: object) -> Any:
     """The model of this type in ``NESTED``, with other fields of its language model."""
     class_name, text, towers = NESTED[model_type]
     outside = {k: v for k, v in overrides.items() if k == "tie_word_embeddings" and towers}
-    return nested(class_name, model_type, {**text, **overrides}, seed=seed, **towers, **outside)
+    return nested(class_name, model_type, {**text, **overrides}, seed=seed, **{**towers, **outside})
 
 
 def nested(
