@@ -1,4 +1,4 @@
-"""Meta's own Llama 4 on a CPU, from the package ``llama-models`` on ``fairscale`` of one rank."""
+"""Meta's own Llama 3 and 4 on a CPU: the package ``llama-models`` on ``fairscale`` of one rank."""
 
 from __future__ import annotations
 
@@ -42,6 +42,21 @@ class MetaLlama4(nn.Module):
         from llama_models.llama4.datatypes import TransformerInput
 
         found: Tensor = self.model(TransformerInput(tokens=tokens, tokens_position=0)).logits
+        return found
+
+
+class MetaLlama3(nn.Module):
+    """The same of Llama 3, for sequences as long as the file says."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        from llama_models.llama3.args import ModelArgs
+        from llama_models.llama3.model import Transformer
+
+        super().__init__()
+        self.model = Transformer(ModelArgs(**{**params, "max_batch_size": 4}))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.model(tokens, 0)
         return found
 
 
