@@ -106,6 +106,18 @@ def test_the_language_model_alone_computes_the_same_and_the_tower_comes_back(
     assert_same(dict(fresh.state_dict()), dict(alone.state_dict()))
 
 
+def test_one_file_has_no_place_for_towers_and_the_note_says_how_to_get_them(tmp_path: Path) -> None:
+    source = save_hf(small("llama4"), tmp_path / "hf")
+    report = convert(source, tmp_path / "text.pth", to="hf-llama4_text")
+    (note,) = [note for note in report.notes if "no place" in note]
+    assert "--only multi_modal_projector or vision_model converts them" in note
+    convert(source, tmp_path / "tower.pth", only="vision_model")
+    keys = hf_tensors(source).keys()
+    assert torch.load(tmp_path / "tower.pth", weights_only=True).keys() == {
+        key for key in keys if key.startswith("vision_model.")
+    }
+
+
 @pytest.mark.parametrize("model_type", ["mistral3", "llava"])
 def test_lingua_holds_a_plain_language_model_of_a_tower(tmp_path: Path, model_type: str) -> None:
     hf = small(model_type)

@@ -249,8 +249,8 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     },
     "longcat_flash": {
         **_LATENT,
-        "num_hidden_layers": 4,
-        "num_layers": 2,
+        "num_hidden_layers": 6,
+        "num_layers": 3,
         "head_dim": 8,
         "ffn_hidden_size": 152,
         "expert_ffn_hidden_size": 52,
