@@ -275,7 +275,7 @@ _ELSEWHERE: Mapping[str, str] = {
         "cohere gemma"
     ),
     "hybrids": ("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3_text qwen3_next"),
-    "by_kind": "gemma4_text mimo_v2_flash longcat_flash cohere2_moe laguna",
+    "by_kind": "gemma4_text mimo_v2_flash laguna cohere2_moe longcat_flash",
     "towers": (
         "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 gemma4 kimi_k25 llama4 mistral3 "
         "internvl llava"
