@@ -37,7 +37,9 @@ def with_aside(
         return outline, ()
     count = len(coverage.aside)
     if is_one_file:
-        only = f"--only {table.aside_module} converts them by themselves"
+        parts = (table.part_of(target.key) for target in coverage.aside)
+        names = dict.fromkeys(p.prefix.rstrip(".") if p else table.aside_module for p in parts)
+        only = f"--only {' or '.join(names)} converts them by themselves"
         return outline, (f"{count} tensors have no place in one file with the others; {only}",)
     tensors = make_plan(replace(coverage, targets=coverage.aside), path_of=lambda key: (key,))
     file = safetensors.one_file(table.aside_file, tensors, modulus=modulus)

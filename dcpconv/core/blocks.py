@@ -16,6 +16,18 @@ Count = Annotated[int, field(ge=1, le=100_000)]
 Positive = Annotated[float, field(gt=0)]
 
 
+SPECIAL = frozenset(
+    {
+        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
+        *("scaled_inputs", "sparse_mixer", "temperature"),
+        *("borrowed_keys", "keys_as_values", "layer_scalars", "mixed_experts", "per_layer_inputs"),
+        *("sizes_by_layer", "value_norm", "value_scale", "softplus_gate", "router_softcap"),
+        *("averaged_experts", "sigmoid_scores", "double_layers", "idle_experts", "latent_scales"),
+    }
+)
+"""Names of features that one class of transformers alone has."""
+
+
 class RopeScaling(Record):
     """How rotary frequencies are stretched beyond the length a model was first trained for.
 

@@ -4,13 +4,16 @@ Both follow from fields of the parameter file, by rules of one line each::
 
     axis = "linear_num_key_heads"                     a field; a dot leads into a mapping
     axis = "mamba_num_heads * mamba_head_dim"         a product; / must leave no rest
-    axis = "num_layers - 1"                           with a number more or less at its end
+    axis = "num_layers - 1"                           with a number or field more or less at its end
     kind = "layer_types: full_attention"              a field with a word, or letter, per layer
     kind = "attn_layer_indices"                       a field that lists layers, counted from 0
     kind = "linear_attn_config.kda_layers from 1"     the same, counted from 1
     kind = "every attn_layer_period from attn_layer_offset"
     kind = "first first_k_dense_replace"              as many layers from the first
+    kind = "last num_kv_shared_layers"                as many at the end
     kind = "not attention"                            the layers that another kind leaves over
+    kind = "attention if attention_k_eq_v"            those of another kind, or none of them
+    kind = "attention if gating: per-element"         the same, by a word
 
 A field that is a list gives every layer a size of its own.
 """
@@ -26,13 +29,17 @@ from dcpconv.core.spec import Declared, ModelSpec
 Fields = Mapping[str, object]
 """A parameter file, as ``json.load`` gives it."""
 
-_FIELD = r"(?!(?:not|every|first|from)\b)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+_FIELD = (
+    r"(?!(?:not|every|first|last|from|if)\b)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+)
 _NUMBER_OR_FIELD = rf"(?:\d+|{_FIELD})"
-_SIZE = re.compile(rf"{_NUMBER_OR_FIELD}(?: [*/] {_NUMBER_OR_FIELD})*(?: [+-] \d+)?")
+_SIZE = re.compile(rf"{_NUMBER_OR_FIELD}(?: [*/] {_NUMBER_OR_FIELD})*(?: [+-] {_NUMBER_OR_FIELD})?")
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "not": re.compile(r"not (?P<kind>[a-z_]+)"),
     "every": re.compile(rf"every (?P<step>{_NUMBER_OR_FIELD}) from (?P<start>{_SIZE.pattern})"),
     "first": re.compile(rf"first (?P<count>{_FIELD})"),
+    "last": re.compile(rf"last (?P<count>{_FIELD})"),
+    "if": re.compile(rf"(?P<kind>[a-z_]+) if (?P<field>{_FIELD})(?:: (?P<words>[^,\s]+))?"),
     "words": re.compile(rf"(?P<field>{_FIELD}): (?P<words>[^,\s]+(?:, [^,\s]+)*)"),
     "listed": re.compile(rf"(?P<field>{_FIELD})(?: from (?P<start>\d+))?"),
 }
@@ -120,11 +127,13 @@ class Measured:
         count = self.spec.n_layers
         for rule in declared.kinds[kind]:
             form, said = _parsed(rule)
-            if form == "not":
+            if form in {"not", "if"}:
                 other = said["kind"] or ""
                 found = self._layers_of(other, declared) if other in declared.kinds else None
-                if found is not None:
-                    return frozenset(range(count)) - found
+                is_so = form == "not" or _switch(said, self.spec.stated)
+                if found is not None and is_so is not None:
+                    others = frozenset(range(count)) - found if form == "not" else found
+                    return others if is_so else frozenset()
             else:
                 listed = _listed(form, said, self.spec.stated, count)
                 if listed is not None:
@@ -192,8 +201,9 @@ def check_kind(rule: str, kinds: Iterable[str]) -> None:
         LayoutError: Says what is expected.
     """
     form, said = _parsed(rule)
-    if form == "not" and said["kind"] not in set(kinds):
-        raise LayoutError(f"there is no kind {said['kind']!r} to be the rest of")
+    if form in {"not", "if"} and said["kind"] not in set(kinds):
+        of = "the rest of" if form == "not" else "a part of"
+        raise LayoutError(f"there is no kind {said['kind']!r} to be {of}")
 
 
 def _words(condition: str) -> list[str]:
@@ -207,7 +217,8 @@ def _parsed(rule: str) -> tuple[str, Mapping[str, str | None]]:
             return form, found.groupdict()
     raise LayoutError(
         f"cannot read the rule {rule!r}: 'FIELD: WORD', 'FIELD', 'FIELD from 1',"
-        " 'every FIELD from FIELD', 'first FIELD' or 'not KIND'"
+        " 'every FIELD from FIELD', 'first FIELD', 'last FIELD', 'not KIND', 'KIND if FIELD' or"
+        " 'KIND if FIELD: WORD'"
     )
 
 
@@ -219,9 +230,12 @@ def _listed(
         step = size_of(said["step"] or "", fields)
         start = size_of(said["start"] or "", fields)
         return list(range(start, count, step)) if step and start is not None else None
-    if form == "first":
+    if form in {"first", "last"}:
         number = _number(said["count"] or "", fields, None)
-        return list(range(min(number, count))) if number is not None else None
+        if number is None:
+            return None
+        many = min(number, count)
+        return list(range(many) if form == "first" else range(count - many, count))
     value = _field(said["field"] or "", fields)
     if not isinstance(value, list | str):
         return None
@@ -232,6 +246,12 @@ def _listed(
     if not all(isinstance(layer, int) for layer in value):
         return None
     return [int(layer) - start for layer in value]
+
+
+def _switch(said: Mapping[str, str | None], fields: Fields) -> bool | None:
+    """Whether a field says yes, or a word; ``None`` where it is not there."""
+    value, word = _field(said["field"] or "", fields), said["words"]
+    return None if value is None else bool(value) if word is None else value == word
 
 
 def _number(path: str, fields: Fields, layer: int | None) -> int | None:

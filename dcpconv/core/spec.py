@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Annotated
 
-from dcpconv.core.blocks import Count, Experts, LatentAttention, Positive, RopeScaling, Size
+from dcpconv.core.blocks import (
+    SPECIAL,
+    Count,
+    Experts,
+    LatentAttention,
+    Positive,
+    RopeScaling,
+    Size,
+)
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.record import Json, Record, field
 
 __all__ = [
     "FEATURES",
+    "SPECIAL",
     "Count",
     "Declared",
     "Experts",
@@ -32,14 +41,6 @@ def _label(dtype: str | None) -> str | None:
         raise ValueError(f"one of {', '.join(BY_LABEL)} or torch's name for it")
     return known.label
 
-
-SPECIAL = frozenset(
-    {
-        *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
-        *("scaled_inputs", "sparse_mixer", "temperature"),
-    }
-)
-"""Names of features that one class of transformers alone has."""
 
 FEATURES = frozenset(
     {

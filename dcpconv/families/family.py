@@ -107,6 +107,12 @@ FAMILIES: Final = (
         lambda fields: fields.get("model_type") == "chatglm",
         orders=dict.fromkeys(("chatglm3", "chatglm3-mha"), _CHATGLM_ORDER),
     ),
+    Family(
+        ("meta-llama4",),
+        "meta_llama4",
+        PARAMS,
+        lambda fields: "dim" in fields and "moe_args" in fields and "ffn_exp" in fields,
+    ),
     Family(("meta",), "meta", PARAMS, lambda fields: "dim" in fields and "n_layers" in fields),
     Family(
         (

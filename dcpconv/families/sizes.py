@@ -56,6 +56,16 @@ class Sizes:
         """Whether a row exists, where the config decides it."""
         return self.measured is not None and self.measured.has(condition, indices.get("L", 0))
 
+    def beyond(self, table: Keymap, row: Row, indices: Mapping[str, int]) -> str | None:
+        """Why a key is dropped that the model does not count, where its table says so: an index
+        that the config does not reach, or a layer that is not of the kind that the row is for."""
+        for name, reason in table.beyond.items():
+            if name in indices and indices[name] >= self.usual.get(name, 2**31):
+                return reason
+            if name in row.conditions and self.says(row) and not self.has(name, indices):
+                return reason
+        return None
+
     def shape(self, row: Row, indices: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of a tensor that a row describes.
 

@@ -40,8 +40,8 @@ _BY_LAYOUT: Mapping[str, str] = {
     " layer.o_bias layer.down_bias layer.shared.down_bias layer.latent.o_bias",
     "E d": "layer.router",
     "E": "layer.router_bias",
-    "m d": "layer.expert.gate layer.expert.up",
-    "d m": "layer.expert.down",
+    "m d": "layer.expert.gate layer.expert.up double.expert.gate double.expert.up",
+    "d m": "layer.expert.down double.expert.down",
     "(S s) d": "layer.shared.gate layer.shared.up",
     "d (S s)": "layer.shared.down",
     "(S s)": "layer.shared.gate_bias layer.shared.up_bias",
@@ -73,6 +73,12 @@ LAYOUTS: Mapping[str, str] = MappingProxyType(
 Never changed: a fingerprint would change with it.  Slots may be added; one that is absent has the
 axes in the order of the table that names it.
 """
+
+_INDICES = ("L", "E", "B", "D", "X")
+"""Axes that may stand in a name: layers, experts, layers of a tower, double layers, all experts."""
+
+_INDEX_AFTER = {"layer": "L", "double": "D", "expert": "EX"}
+"""Component of a slot -> the indices of which one follows it."""
 
 COMPUTED = frozenset({"inv_freq", "freqs", "freqs_cis", "mask"})
 """Last component of keys that a naming ignores because their values follow from the config."""
@@ -173,10 +179,10 @@ def name_of(slot: str, indices: Sequence[str]) -> str:
     left = list(indices)
     for part in slot.split("."):
         parts.append(part)
-        index = {"layer": "L", "expert": "E"}.get(part)
-        if index in left:
-            left.remove(index)
-            parts.append(f"{{{index}}}")
+        for index in _INDEX_AFTER.get(part, ""):
+            if index in left:
+                left.remove(index)
+                parts.append(f"{{{index}}}")
     return ".".join((*parts, *(f"{{{index}}}" for index in left)))
 
 
@@ -184,7 +190,7 @@ def layer_of(target: Target) -> int | None:
     """The layer of a canonical tensor, or of a key as it is stored, whose first number it is;
     ``None`` beside the layers."""
     if target.slots:
-        is_inside = target.slots[0].startswith("layer.")
+        is_inside = target.slots[0].startswith(("layer.", "double."))
         return target.indices[0] if is_inside and target.indices else None
     return next(iter(split_key(target.key)[1]), None)
 
@@ -206,7 +212,7 @@ def layout_of(slot: str, row: Row, term: int) -> tuple[tuple[str, ...], Layout]:
     if known is None:
         return row.pattern.names, Layout(" ".join(map(_text, row.layout.nodes, [term] * 9)))
     layout = Layout(known)
-    indices = tuple(axis for axis in ("L", "E", "B") if axis in row.axes(term) - {*layout.axes()})
+    indices = tuple(axis for axis in _INDICES if axis in row.axes(term) - {*layout.axes()})
     return indices, layout
 
 

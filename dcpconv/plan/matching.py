@@ -136,7 +136,7 @@ class _Account:
                 self._set_aside(key, match.reason)
             elif match.row is None or key in self.weights.idle:
                 self.ignored.append(Fault(key, self.weights.idle.get(key, match.reason)))
-            elif reason := self._beyond(match.indices):
+            elif reason := self.measures.beyond(self.source, match.row, match.indices):
                 self.ignored.append(Fault(key, reason))
             elif match.kind == "tied":
                 self.second[key] = match.row.pattern.key(match.indices)
@@ -168,17 +168,6 @@ class _Account:
         else:
             self.aside.append(as_stored(key, entry))
             self.ignored.append(Fault(key, reason))
-
-    def _beyond(self, indices: dict[str, int]) -> str | None:
-        """Why a key is dropped whose index the config does not count, where the table says so."""
-        return next(
-            (
-                reason
-                for name, reason in self.source.beyond.items()
-                if indices.get(name, -1) >= self.sizes.get(name, 2**31)
-            ),
-            None,
-        )
 
     def _settle_ties(self) -> bool:
         """Decides whether embedding and head are one tensor, and which key is the second name.

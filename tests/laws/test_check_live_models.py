@@ -56,7 +56,7 @@ def test_one_tensor_less_is_one_key_less(saved: Any, tmp_path: Path) -> None:
 def test_one_layer_more_in_the_config_is_missing_layers(saved: Any, tmp_path: Path) -> None:
     _, directory = saved
     config = json.loads((directory / "config.json").read_text())
-    counted = next(n for n in ("num_hidden_layers", "n_layer") if n in config)
+    counted = next(n for n in ("num_hidden_layers", "n_layer", "num_layers") if n in config)
     config[counted] += 1
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(config.get(name), list):

@@ -33,6 +33,26 @@ STRUCTURES: Mapping[str, list[dict[str, Any]]] = {
         {"moe_layer_end_index": 3},
         {"moe_layer_interval": 2},
     ],
+    "gemma4_text": [
+        {"num_kv_shared_layers": 1},
+        {"hidden_size_per_layer_input": 0},
+        {"num_global_key_value_heads": None},
+        {"layer_types": None},
+    ],
+    "cohere2_moe": [
+        {"num_shared_experts": 0},
+        {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 3},
+        {"prefix_dense_intermediate_size": None},
+    ],
+    "laguna": [
+        {"num_attention_heads_per_layer": None},
+        {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ],
+    "mimo_v2_flash": [
+        {"layer_types": None},
+        {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ],
     "granitemoeshared": [{"shared_intermediate_size": 0}],
     "deepseek_v3": [
         {"q_lora_rank": None},
@@ -57,6 +77,7 @@ TOGETHER: Mapping[str, dict[str, bool]] = {
 BEYOND: Mapping[str, frozenset[str]] = {
     "falcon": frozenset({"parallel_attn"}),
     "gpt2": frozenset({"add_cross_attention"}),
+    "laguna": frozenset({"moe_apply_router_weight_on_input"}),
 }
 """Switches that make another kind of model, with layers that look at an encoder, or that make none
 that can be run together with others."""

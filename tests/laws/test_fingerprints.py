@@ -118,6 +118,7 @@ NAMINGS = [
     *(("llama", to) for to in ("lingua", "meta", "torchtitan-llama3", "torchtitan-llama3-2025")),
     *(("qwen3", "torchtitan-qwen3"), ("qwen3_moe", "torchtitan-qwen3"), ("phi3", "hf-llama")),
     *(("glm", "chatglm3"), ("deepseek_v3", "torchtitan-deepseek_v3")),
+    *(("llama4_text", "meta-llama4"), ("llama4_text", "meta-memory-llama4")),
     *(("tied llama", "minimind3"), ("tied qwen3", "minimind4"), ("tied qwen3_moe", "minimind4")),
 ]
 

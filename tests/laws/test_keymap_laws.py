@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dcpconv.core.declared import Measured, fields_of
 from dcpconv.families.configs import config_name
-from dcpconv.families.keymaps import Keymap, keymaps
+from dcpconv.families.keymaps import Keymap, Row, keymaps
 from dcpconv.plan.matching import cover
 from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import recognise
@@ -32,8 +32,8 @@ def fits(table: Keymap, kind: str) -> bool:
     spec = spec_of(kind)
     if table.same_sizes and spec.n_heads != spec.n_kv_heads:
         return False
-    has_latent = any(slot.startswith("layer.latent") for slot in table.slots)
-    has_experts = "layer.router" in table.slots
+    has_latent = any("c" in row.layout.axes(term) for row in table.rows for term in _terms(row))
+    has_experts = any(slot.endswith(".router") for slot in table.slots)
     axes = Measured(spec, [table.declared]).axes()
     if not table.declared.axes.keys() <= axes.keys():
         return False
@@ -43,6 +43,10 @@ def fits(table: Keymap, kind: str) -> bool:
         and (has_experts or spec.experts is None)
         and (spec.experts is not None or set(table.always) <= slots_of(table, spec))
     )
+
+
+def _terms(row: Row) -> range:
+    return range(row.layout.terms)
 
 
 @pytest.mark.parametrize("table", EACH)

@@ -36,6 +36,40 @@ CASES = [
         "hf-gemma3_text",
         id="gemma3-thirteen-layers-biased",
     ),
+    pytest.param("gemma4", {}, "hf-gemma4_text", id="gemma4"),
+    pytest.param(
+        "gemma4",
+        {
+            "num_hidden_layers": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 6,
+            "num_kv_shared_layers": 4,
+            "use_double_wide_mlp": True,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+        },
+        "hf-gemma4_text",
+        id="gemma4-twelve-layers-every-switch",
+    ),
+    pytest.param("llama4", {}, "hf-llama4_text", id="llama4"),
+    pytest.param(
+        "llama4",
+        {
+            "num_hidden_layers": 12,
+            "num_local_experts": 11,
+            "num_experts_per_tok": 2,
+            "interleave_moe_layer_step": 1,
+            "head_dim": 24,
+            "attention_bias": True,
+        },
+        "hf-llama4_text",
+        id="llama4-twelve-layers-eleven-experts-biased",
+    ),
+    pytest.param(
+        "llama4",
+        {"use_qk_norm": False, "attn_temperature_tuning": False, "moe_layers": [0, 3]},
+        "hf-llama4_text",
+        id="llama4-no-norms",
+    ),
     pytest.param("mistral3", {"head_dim": 24}, "hf-llama", id="mistral3"),
     pytest.param("mistral3", ELEVEN, "hf-llama", id="mistral3-eleven-layers"),
     pytest.param("internvl", {}, "hf-qwen2", id="internvl-qwen2"),
@@ -70,6 +104,18 @@ def test_the_language_model_alone_computes_the_same_and_the_tower_comes_back(
     in_memory = to.replace("hf-", "hf-memory-") if "moe" in to else to
     load_init_weights(fresh, source, to=in_memory)
     assert_same(dict(fresh.state_dict()), dict(alone.state_dict()))
+
+
+def test_one_file_has_no_place_for_towers_and_the_note_says_how_to_get_them(tmp_path: Path) -> None:
+    source = save_hf(small("llama4"), tmp_path / "hf")
+    report = convert(source, tmp_path / "text.pth", to="hf-llama4_text")
+    (note,) = [note for note in report.notes if "no place" in note]
+    assert "--only multi_modal_projector or vision_model converts them" in note
+    convert(source, tmp_path / "tower.pth", only="vision_model")
+    keys = hf_tensors(source).keys()
+    assert torch.load(tmp_path / "tower.pth", weights_only=True).keys() == {
+        key for key in keys if key.startswith("vision_model.")
+    }
 
 
 @pytest.mark.parametrize("model_type", ["mistral3", "llava"])

@@ -167,7 +167,7 @@ def test_query_heads_within_a_group_agree_with_query_heads(tmp_path: Path) -> No
 
 
 BROKEN = [
-    pytest.param('x = "state_size"', 'x = "a + b"', 5, "cannot read the size", id="size"),
+    pytest.param('x = "state_size"', 'x = "a + b * c"', 5, "cannot read the size", id="size"),
     pytest.param('x = "state_size"', 'x-y = "a"', 5, "no name of an axis", id="axis"),
     pytest.param('"state_size"', "3", 5, "valid string", id="number"),
     pytest.param("[axes.attention]", "[axes.sliding]", 8, "no kind sliding", id="sizes-of-no-kind"),
@@ -196,7 +196,7 @@ def test_a_broken_rule_is_told_with_its_line(
 def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     broken = ONE
     for part, instead in (
-        ("state_size", "a + b"),
+        ("state_size", "a + b * c"),
         ("not attention", "nor attention"),
         ('"tower."', '"t"'),
     ):

@@ -19,9 +19,9 @@ from dcpconv import check, convert
 from dcpconv.core.errors import NotExpressibleError
 from laws.test_torchtitan_deepseek import titan_config
 from support.checkpoints.families import RIGHT, TOKENS, assert_same, hf_tensors, torch_tensors
-from support.models.hf_models import MODEL_TYPES, save_hf
+from support.models.hf_models import save_hf
 from support.models.layers import randomise
-from support.models.nested_models import TEXT, nested
+from support.models.nested_models import TEXT, nested, small
 from support.models.titan_package import Attend, built, on_a_cpu
 
 pytest.importorskip("torchtitan", reason="needs .[interop]")
@@ -72,21 +72,6 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_cpu(monkeypatch)
     # Muse Glimmer asks how its activations are sharded also where there is one device.
     monkeypatch.setattr("spmd_types.assert_type", lambda tensor, *_: tensor)
-
-
-def kimi(**overrides: Any) -> Any:
-    """A tiny Kimi K2.5."""
-    usual = {name: value for name, value in TEXT.items() if name != "head_dim"}
-    text = {**usual, **MODEL_TYPES["deepseek_v3"], "topk_method": "noaux_tc", **overrides}
-    tied = bool(overrides.get("tie_word_embeddings", False))
-    return nested(
-        "Kimi_K25ForConditionalGeneration",
-        "kimi_k25",
-        {**text, "model_type": "deepseek_v3", "tie_word_embeddings": tied},
-        vision_config={**VISION, "num_hidden_layers": 2},
-        projection_hidden_size=48,
-        tie_word_embeddings=tied,
-    )
 
 
 def titan_kimi_config(hf: Any) -> Any:
@@ -196,7 +181,7 @@ def test_kimi_gives_the_logits_and_its_adapter_the_bytes(
 ) -> None:
     from torchtitan.models.kimi_k2_7 import KimiK25StateDictAdapter
 
-    twin = kimi(**overrides)
+    twin = small("kimi_k25", **overrides)
     config = titan_kimi_config(twin)
     adapter = KimiK25StateDictAdapter(config, None)
     model = randomise(built(config, eps=twin.config.text_config.rms_norm_eps))

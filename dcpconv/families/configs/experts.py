@@ -13,7 +13,10 @@ _ONE_SHARED = frozenset({"hunyuan_v1_moe", "llama4_text"})
 """Classes with one shared expert, as wide as a routed one."""
 
 BY_LAYER = frozenset(
-    ("deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "mellum")
+    {
+        *("deepseek_v32", "exaone_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "mellum"),
+        *("mimo_v2_flash", "laguna", "cohere2_moe"),
+    }
 )
 """Classes that look at ``mlp_layer_types``."""
 

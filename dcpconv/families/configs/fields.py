@@ -78,6 +78,7 @@ HARMLESS_FIELDS: Mapping[str, str] = {
             *("image_token_id", "video_token_id", "audio_token_id", "image_token_index"),
             *("vision_start_token_id", "vision_end_token_id", "vision_token_id"),
             *("boi_token_index", "eoi_token_index", "boi_token_id", "eoi_token_id"),
+            *("boa_token_id", "eoa_token_id", "boa_token_index", "eoa_token_index"),
             *("media_placeholder_token_id", "video_placeholder", "ignore_index"),
             *("im_patch_id", "eod_token_id", "vocab_file", "bos_token", "eos_token", "pad_token"),
             "chat_template",

@@ -31,11 +31,20 @@ _READERS: Mapping[str, str] = {
     "mixtures": "mixture_reading",
     "classics": "classics_reading",
     "hybrids": "hybrid_reading",
+    "by_kind": "by_kind_reading",
     "gpt_oss": "gpt_oss",
     "muse_glimmer": "muse_glimmer",
 }
 """Class, or the module that knows it -> the one that reads what only they say; it has
 ``own_names``, ``own_values`` and ``layer_words``."""
+
+_BY_KIND = frozenset({"gemma3_text", "gemma4_text", "laguna", "mimo_v2_flash"})
+"""Classes that are written as they are read and whose layers of two kinds turn otherwise."""
+
+_OTHERWISE = {"kimi_k2": "deepseek_v3"}
+"""What the code beside a published file calls a class that transformers has.
+
+Source: moonshotai/Kimi-K2-Instruct ``config.json``, whose ``architectures`` name that class."""
 
 _NOT_CARRIED = ("_name_or_path", "transformers_version")
 """Where and by what the source was written: untrue of anything we write."""
@@ -106,7 +115,7 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
                 used=_spellings() | (own.own_names(config) if own else frozenset()),
                 harmless_if=known.allows if known else None,
             ),
-            *_rope_strangers(config, is_by_kind=config.model_type == "gemma3_text"),
+            *_rope_strangers(config, is_by_kind=config.model_type in _BY_KIND),
             *unheeded,
         ),
         "extra": {k: v for k, v in (config.model_extra or {}).items() if k not in _NOT_CARRIED},
@@ -164,7 +173,7 @@ def _with_defaults(fields: Mapping[str, object]) -> dict[str, object]:
     if "max_sequence_length" in merged:  # what early exports call it
         merged.setdefault("max_position_embeddings", merged.pop("max_sequence_length"))
     if isinstance(model_type, str):
-        merged["model_type"] = model_type
+        model_type = merged["model_type"] = _OTHERWISE.get(model_type, model_type)
         known = MODEL_TYPES.get(str(_language(merged)))
         inner = merged.get(TEXT)
         holder = merged if not isinstance(inner, Mapping) else dict(inner)

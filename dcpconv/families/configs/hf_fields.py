@@ -82,7 +82,7 @@ class HfConfig(Record, extra="allow"):
         names=("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     )
     num_experts_per_tok: Count | None = field(
-        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk")
+        default=None, names=("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
     )
     moe_intermediate_size: Size | None = None
     n_shared_experts: int | None = field(
@@ -105,7 +105,11 @@ class HfConfig(Record, extra="allow"):
     moe_layer_end_index: int = -1
     moe_layer_interval: Count = 1
     routed_scaling_factor: Positive = field(
-        default=1.0, names=("routed_scaling_factor", "router_scaling_factor", "route_scale")
+        default=1.0,
+        names=(
+            *("routed_scaling_factor", "router_scaling_factor", "route_scale"),
+            "moe_routed_scaling_factor",
+        ),
     )
     n_group: Count | None = None
     topk_group: Count | None = None

@@ -178,6 +178,7 @@ APART: Mapping[str, ModelType] = {
         | EXPERTS
         | {"no_rope_layers", "layer_types", "scaled_inputs", "qk_norm_plain", "temperature"},
         requires=EXPERTS | {"scaled_inputs"},
+        allows={"for_llm_compressor": (False,)},
         is_copied=True,
     ),
     "hunyuan_v1_moe": ModelType(

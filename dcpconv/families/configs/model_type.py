@@ -159,8 +159,8 @@ _ANSWERING: Final[Mapping[str, str]] = {
 
 Source: ``base_model_prefix`` of each, same version."""
 
-_WITHOUT_BASE: Final = frozenset({"llama4_text"})
-"""Classes whose base model is called by another stem."""
+_WITHOUT_BASE: Final = frozenset({"gemma4_text", "llama4", "llama4_text"})
+"""Classes whose base model is called by another stem, or that have none."""
 
 _USUAL_CLASSES: Final = 2
 """Source: ``num_labels`` of ``configuration_utils.py``, same version."""

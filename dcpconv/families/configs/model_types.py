@@ -275,7 +275,11 @@ _ELSEWHERE: Mapping[str, str] = {
         "cohere gemma"
     ),
     "hybrids": ("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3_text qwen3_next"),
-    "towers": ("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 kimi_k25 mistral3 internvl llava"),
+    "by_kind": "gemma4_text mimo_v2_flash laguna cohere2_moe longcat_flash",
+    "towers": (
+        "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 gemma4 kimi_k25 llama4 mistral3 "
+        "internvl llava"
+    ),
     "mixtures": (
         "deepseek_v32 glm_moe_dsa afmoe llama4_text hunyuan_v1_moe phimoe qwen2_moe olmoe "
         "flex_olmo granitemoe mellum dots1 glm4_moe solar_open exaone_moe hy_v3 minimax_m2 "

@@ -60,7 +60,9 @@ TOWERS: Mapping[str, ModelType] = {
         Routing(norm_topk=True, dense="any"),  # whatever its file says
     ),
     "gemma3": _beside_a_tower("Gemma3ForConditionalGeneration", _TIED, "gemma3_text"),
+    "gemma4": _beside_a_tower("Gemma4ForConditionalGeneration", _TIED, "gemma4_text"),
     "kimi_k25": _beside_a_tower("Kimi_K25ForConditionalGeneration", _TIED, "deepseek_v3", SIGMOID),
+    "llama4": _beside_a_tower("Llama4ForConditionalGeneration", {}, "llama4_text"),
     "mistral3": _beside_a_tower("Mistral3ForConditionalGeneration", _TIED),
     "internvl": _beside_a_tower("InternVLForConditionalGeneration", _TIED),
     "llava": _beside_a_tower("LlavaForConditionalGeneration", {}),

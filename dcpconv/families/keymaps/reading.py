@@ -160,6 +160,8 @@ class _Builder:
                 self._problem(key, "is derived, but neither a key nor ignored")
         for axis in {*self.table.same_sizes, *self.table.same_sizes.values()} - self.axes.keys():
             self._problem("same_sizes", f"there is no axis {axis}")
+        for name in self.table.beyond.keys() - self.indices - self.declared.kinds.keys():
+            self._problem(name, "is neither an index nor a kind of layer")
         for name in self.table.spec.keys() - _FACTS:
             self._problem(name, "a model has no such field")
         for name in self.table.hints.keys() - _HINTS:

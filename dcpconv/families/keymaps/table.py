@@ -186,7 +186,8 @@ class Keymap:
         always: Slots without which a checkpoint is of another family, besides the rows without a
             condition.
         derived: Key -> what it is computed from where the source has no such tensor.
-        beyond: Index -> why keys whose index exceeds the config are dropped.
+        beyond: Index -> why keys whose index exceeds the config are dropped; kind of layer -> why
+            its rows are dropped where a layer is of another.
         same_sizes: Axis -> axis of the same size that layouts name in its place.
         by_name: Whether only a parameter file or the user makes it a candidate: keys alone would
             be taken for those of a class that is more common.
@@ -338,7 +339,8 @@ class Keymap:
     @property
     def aside_file(self) -> str:
         """Where a conversion keeps such tensors: ``prefix_encoder.safetensors``."""
-        return f"{self.aside_module.rpartition('.')[2] or 'aside'}.safetensors"
+        name = self.aside_module.rpartition(".")[2]
+        return f"{'aside' if name in {'', 'model'} else name}.safetensors"
 
     def tie_pairs(self) -> dict[str, str]:
         """``second name -> owner``: the table's own, and the head beside the embedding."""

@@ -70,6 +70,21 @@ _TOWER = {
     "out_hidden_size": 48,
     "projector_hidden_size": 9,
 }
+_BY_KIND = {
+    "layer_types": ["sliding_attention", "full_attention"] * 6,
+    "num_hidden_layers": 12,
+    "global_head_dim": 6,
+    "num_global_key_value_heads": 3,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 1,
+    "vocab_size_per_layer_input": 11,
+    "hidden_size_per_layer_input": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "v_head_dim": 5,
+    "num_attention_heads_per_layer": [6, 4] * 6,
+    "gating": "per-element",
+}
 _WEIGHED = Experts(
     count=3, per_token=2, ffn_size=4, shared_count=1, shared_ffn_size=3, shared_gate=True
 )
@@ -141,6 +156,20 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "qk_norm": True,
         "experts": _WEIGHED,
         "stated": {**_GATED_DELTA, "vision_config": _VISION},
+    },
+    "by-kind": {"qk_norm": True, "experts": _MOE, "stated": _BY_KIND, **_BIASES},
+    "by-kind-some-dense": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "parallel_residual": True,
+        "stated": _BY_KIND,
+        "qkv_bias": True,
+        "o_bias": True,
+    },
+    "double": {
+        "experts": _MOE,
+        "latent": _LATENT.model_copy(update={"bias": True}),
+        "o_bias": True,
+        "stated": {"num_layers": 2, "n_routed_experts": 3, "zero_expert_num": 2},
     },
     "latent": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),

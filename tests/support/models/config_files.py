@@ -76,7 +76,8 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     if spec.latent is None and not getattr(config, "multi_query", False):
         assert says("num_key_value_heads", spec.n_kv_heads)
     assert spec.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
-    eps = "layer_norm_eps" if config.model_type == "cohere" else "rms_norm_eps"
+    has_layer_norms = config.model_type in {"cohere", "cohere2_moe"}
+    eps = "layer_norm_eps" if has_layer_norms else "rms_norm_eps"
     assert says(eps, spec.norm_eps)
     assert says("max_position_embeddings", spec.max_seq_len)
     assert spec.tied == config.tie_word_embeddings

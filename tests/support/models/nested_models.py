@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
+from support.models.hf_models import MODEL_TYPES
 from support.models.layers import randomise
 
 TEXT: Mapping[str, object] = {
@@ -127,6 +128,82 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         {**TEXT, "sliding_window": 8, "query_pre_attn_scalar": 16, "pad_token_id": 0},
         {},
     ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        {
+            **TEXT,
+            "global_head_dim": 24,
+            "num_global_key_value_heads": 3,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "vocab_size_per_layer_input": 137,
+            "hidden_size_per_layer_input": 7,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 52,
+            "pad_token_id": 0,
+        },
+        {
+            "vision_config": {
+                **{n: v for n, v in SIGLIP.items() if n not in {"image_size", "num_channels"}},
+                "num_key_value_heads": 2,
+                "head_dim": 12,
+                "position_embedding_size": 16,
+            },
+            "audio_config": {
+                "hidden_size": 24,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "subsampling_conv_channels": [4, 2],
+                "output_proj_dims": 20,
+            },
+        },
+    ),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {
+            **TEXT,
+            "rms_norm_eps": 1e-5,
+            "intermediate_size": 52,
+            "intermediate_size_mlp": 152,
+            "num_local_experts": 5,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 4,
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        },
+        {
+            "vision_config": {
+                **SIGLIP,
+                "intermediate_size": 96,
+                "vision_output_dim": 20,
+                "projector_input_dim": 20,
+                "projector_output_dim": 20,
+            },
+        },
+    ),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        {
+            **_WITHOUT_HEAD_DIM,
+            **MODEL_TYPES["deepseek_v3"],
+            "model_type": "deepseek_v3",
+            "topk_method": "noaux_tc",
+        },
+        {
+            "vision_config": {
+                "hidden_size": 48,
+                "intermediate_size": 56,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "patch_size": 4,
+                "pos_emb_height": 5,
+                "pos_emb_width": 5,
+            },
+            "projection_hidden_size": 48,
+            "tie_word_embeddings": False,
+        },
+    ),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {**TEXT, "model_type": "mistral", "sliding_window": None},
@@ -151,7 +228,7 @@ def small(model_type: str, /, *, seed: int = 0, **overrides: object) -> Any:
     """The model of this type in ``NESTED``, with other fields of its language model."""
     class_name, text, towers = NESTED[model_type]
     outside = {k: v for k, v in overrides.items() if k == "tie_word_embeddings" and towers}
-    return nested(class_name, model_type, {**text, **overrides}, seed=seed, **towers, **outside)
+    return nested(class_name, model_type, {**text, **overrides}, seed=seed, **{**towers, **outside})
 
 
 def nested(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dcpconv import convert
 from dcpconv.checking.check import check
+from dcpconv.families.configs.by_kind import BY_KIND
 from dcpconv.families.configs.mixtures import MIXTURES
 from dcpconv.loading.init_weights import load_init_weights
 from support.models.hf_models import save_hf, tiny
@@ -43,7 +44,8 @@ PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "qwen3_next-memory": ("qwen3_next", {}, "hf-memory-qwen3_next"),
     "muse_glimmer-torchtitan": ("muse_glimmer", {}, "torchtitan-muse_glimmer"),
     "gpt_oss-torchtitan": ("gpt_oss", {}, "torchtitan-gpt_oss"),
-    **{f"{name}-memory": (name, {}, "hf-memory") for name in MIXTURES},
+    **{f"{name}-memory": (name, {}, "hf-memory") for name in (*MIXTURES, *BY_KIND)},
+    "llama4_text-meta": ("llama4_text", {}, "meta-memory-llama4"),
     "deepseek_v2-torchtitan": ("deepseek_v2", {}, "torchtitan-deepseek_v3"),
     "glm4_moe_lite-torchtitan": ("glm4_moe_lite", {}, "torchtitan-deepseek_v3"),
     "deepseek_v3-glm4_moe_lite": ("deepseek_v3", {}, "hf-memory-glm4_moe_lite"),

@@ -32,6 +32,8 @@ FIELDS = {
         ("heads * dim / 4", 6),
         ("heads * dim - 1", 23),
         ("heads + 2", 5),
+        ("2 * heads + dim", 14),
+        ("heads + none", None),
         ("heads - 4", None),
         ("2 * ssm.state.size", 10),
         ("inner", 4),
@@ -54,7 +56,9 @@ def test_a_list_gives_every_layer_its_own() -> None:
     assert [size_of("ffn / 5", FIELDS, layer) for layer in (0, 1, 2, 3)] == [2, 4, 6, None]
 
 
-@pytest.mark.parametrize("rule", ["", "heads*dim", "heads * ", "-1", "heads + dim", "a..b", "a "])
+@pytest.mark.parametrize(
+    "rule", ["", "heads*dim", "heads * ", "-1", "heads + dim * 2", "a..b", "a "]
+)
 def test_what_is_no_size_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match="cannot read the size"):
         check_size(rule)
@@ -68,6 +72,10 @@ KINDS: dict[str, Any] = {
     "step": 2,
     "start": 1,
     "dense": 2,
+    "none_at_all": 0,
+    "yes": True,
+    "word": "b",
+    "no": False,
 }
 
 
@@ -85,6 +93,12 @@ KINDS: dict[str, Any] = {
         ("every 3 from start * 2", {2}),
         ("every step from step - 1", {1, 3}),
         ("first dense", {0, 1}),
+        ("last dense", {3, 4}),
+        ("last none_at_all", set()),
+        ("other if yes", {0, 3}),
+        ("other if no", set()),
+        ("other if word: b", {0, 3}),
+        ("other if word: c", set()),
         ("not other", {1, 2, 4}),
     ],
 )
@@ -99,10 +113,14 @@ def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["none", "none: a", "types: a", "every none from 1", "first none", "types", "not other"]
+    "rule",
+    [
+        *("none", "none: a", "types: a", "every none from 1", "first none", "last none", "types"),
+        *("not other", "other if step", "listed_kind if none"),
+    ],
 )
 def test_a_kind_that_no_field_tells_is_not_known(rule: str) -> None:
-    declared = Declared(kinds={"kind": (rule,), "other": ("none",)})
+    declared = Declared(kinds={"kind": (rule,), "other": ("none",), "listed_kind": ("listed",)})
     model = Measured(spec_of("plain", n_layers=6, stated=KINDS), [declared])
     assert not model.knows("kind")
     assert model.knows("untied")
@@ -122,9 +140,10 @@ def test_what_is_no_kind_is_told(rule: str) -> None:
         check_kind(rule, ())
 
 
-def test_the_rest_of_a_kind_that_is_not_there_is_told() -> None:
+@pytest.mark.parametrize("rule", ["not b", "b if c"])
+def test_the_rest_of_a_kind_that_is_not_there_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match=re.escape("no kind 'b'")):
-        check_kind("not b", {"a"})
+        check_kind(rule, {"a"})
 
 
 def test_layers_of_a_kind_have_sizes_of_their_own() -> None:

@@ -36,6 +36,7 @@ def test_orders_are_of_tables() -> None:
         ({"dim": 8, "n_layers": 2}, "meta"),
         ({"model_type": "llama"}, "hf"),
         ({"architectures": ["LlamaForCausalLM"]}, "hf"),
+        ({"dim": 96, "n_layers": 3, "ffn_exp": 4, "moe_args": {}}, "meta-llama4"),
     ],
 )
 def test_fields_tell_the_family(fields: dict[str, object], name: str) -> None:

@@ -353,7 +353,7 @@ def test_chatglm_equals_glm(config: ChatGLMConfig) -> None:
     assert _difference(model, twin) < RIGHT
 
 
-ONLY_FIVE = {"cwm", "mellum", "ministral3"}
+ONLY_FIVE = {"cwm", "gemma4_text", "laguna", "mellum", "mimo_v2_flash", "ministral3"}
 """Classes that take their own RoPE where none is nested, whatever ``rope_theta`` says outside, or
 have one for each kind of layer."""
 
