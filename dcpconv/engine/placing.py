@@ -140,6 +140,7 @@ class Placing:
         made: Keys that are not of the result unless it is published.
         replaced: Small objects that were replaced, as they were.
         marks: Keys of the marks of this conversion.
+        attempted: The commit object that may be there, and may not, and what it holds.
         is_published: Whether it is a checkpoint by now.
     """
 
@@ -149,6 +150,7 @@ class Placing:
     made: set[str] = field(default_factory=set)
     replaced: dict[str, bytes] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
+    attempted: tuple[str, bytes] | None = None
     is_published: bool = False
 
     @property
@@ -175,8 +177,10 @@ class Placing:
             key = (self.path / name).key
             known = self.ground.objects.get(key)
             self.made.add(key)
+            self.attempted = (key, data)
             if not self.store.create(key, data, replaces=known):
                 self.made.discard(key)
+                self.attempted = None
                 raise TargetExistsError(
                     "another conversion finished this target first",
                     [("target", self.path), ("object", key)],
@@ -207,7 +211,9 @@ class Placing:
         self.uploads.stop()
         self.store.abandon()
         with suppress(DcpconvError):
-            if not self.store.commits:
+            # Ctrl-C may come when the commit object is made: readers may have found the new data.
+            is_whole = self.attempted is not None and self.store.holds(*self.attempted)
+            if not self.store.commits and not is_whole:
                 self._undo()
 
     def _undo(self) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.units import Unit
+from dcpconv.engine.workers import Worker
 from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.system import System
@@ -134,7 +135,7 @@ class Upload:
     _listed: int = 0
     _is_ended: bool = False
     _is_released: bool = False
-    _thread: threading.Thread | None = None
+    _thread: Worker | None = None
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -267,7 +268,7 @@ class Upload:
         with uploads.condition:
             if self._thread is not None:
                 return
-            self._thread = threading.Thread(target=self._send, name="upload", daemon=True)
+            self._thread = Worker(self._send, name="upload")
             may_wait = not uploads.is_held  # what is held has an end that nobody waits for yet
             while may_wait and uploads.sending >= _OBJECTS and not self._is_over():
                 uploads.condition.wait(_LOOK)

@@ -158,10 +158,13 @@ class ObjectsStore(Store):
                 obstore.put(self._writing, key, data, mode=mode)
         except taken:
             # A request whose answer was lost is sent again, and finds what it has made itself.
-            return self._holds(key, data)
+            return self.holds(key, data)
+        except StoreError:
+            if not self.holds(key, data):  # the last answer may have been lost, too
+                raise
         return True
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def holds(self, key: str, data: bytes) -> bool:
         info = self._look(key)
         if info is None or info.nbytes != len(data):
             return False

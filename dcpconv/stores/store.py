@@ -213,6 +213,15 @@ class Store(ABC):
         del key, data, replaces
         raise self._read_only()
 
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether an object has these bytes now.
+
+        Raises:
+            StoreError: The store does not answer as it should.
+        """
+        del key, data
+        return False
+
     def delete(self, keys: Sequence[str]) -> None:
         """Removes objects; those that are not there are no error."""
         if keys:
