@@ -8,6 +8,7 @@ Source:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dcpconv.stores.objects import TRIES, HttpStore, ObjectsStore, in_short
+from dcpconv.stores.objects import TRIES, GoogleStore, HttpStore, ObjectsStore, in_short
 from dcpconv.stores.store import StoreError, without_secrets
 
 PATIENCE: Final[dict[str, Any]] = {
@@ -96,7 +97,7 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
         named["account_name"] = found.hostname.partition(".")[0]
     if scheme == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
         options["allow_http"] = True
-        named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
+        named |= _emulator()
     from obstore.exceptions import BaseError  # noqa: PLC0415  slow import
 
     try:
@@ -110,12 +111,17 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
             [("found", without_secrets(url)), ("because", in_short(error))],
             hint=_SET_UP[scheme],
         ) from None
-    return ObjectsStore(f"{found.scheme}://{found.netloc}", *made), found.path.strip("/")
+    store = GoogleStore if scheme == "gs" else ObjectsStore
+    return store(f"{found.scheme}://{found.netloc}", *made), found.path.strip("/")
 
 
-def _emulator() -> str:
+def _emulator() -> dict[str, Any]:
+    """An account of nobody, at the place that Google's own clients take from the same variable."""
     host = os.environ["STORAGE_EMULATOR_HOST"]
-    return host if "://" in host else f"http://{host}"
+    url = host if "://" in host else f"http://{host}"
+    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+    account = json.dumps({**nobody, "gcs_base_url": url, "disable_oauth": True})
+    return {"config": {"base_url": url, "service_account_key": account}}
 
 
 def _credentials_of_boto3() -> dict[str, Any]:
