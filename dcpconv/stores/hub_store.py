@@ -119,7 +119,10 @@ class HubStore(Store):
                     [("found", self.name.asked)],
                     hint="pip install -U huggingface_hub",
                 )
-            nodes = api.list_bucket_tree(self.name.id, prefix=self.name.key or None, recursive=True)
+            key = self.name.key
+            nodes = [*api.list_bucket_tree(self.name.id, prefix=key or None, recursive=True)]
+            if key and not nodes:  # no directory: a file, perhaps
+                nodes += api.get_bucket_paths_info(self.name.id, [key])
             return {node.path: _of_bucket(node) for node in nodes if hasattr(node, "size")}
         look = api.dataset_info if self.name.kind == "dataset" else api.model_info
         info = look(self.name.id, revision=self.name.revision, files_metadata=True)
