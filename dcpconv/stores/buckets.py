@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dcpconv.stores.objects import TRIES, GoogleStore, HttpStore, ObjectsStore, in_short
+from dcpconv.stores.answers import in_short
+from dcpconv.stores.objects import TRIES, GoogleStore, HttpStore, ObjectsStore
 from dcpconv.stores.store import StoreError, without_secrets
 
 PATIENCE: Final[dict[str, Any]] = {
@@ -28,6 +29,10 @@ PATIENCE: Final[dict[str, Any]] = {
         "base": 2,
     },
 }
+
+_COPIES: Final = {"s3": 5 << 30, "gs": 5 << 40}
+"""Bytes of an object that a store copies on condition, in one request.  Source: the limits of S3's
+``UploadPartCopy`` and of Google's objects; Azure may answer before it has copied."""
 
 _SET_UP: Final = {
     "s3": "AWS_REGION and AWS_ENDPOINT_URL say where it is, AWS_ACCESS_KEY_ID who you are",
@@ -90,7 +95,7 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
         if endpoint:
             named["endpoint"] = endpoint
             options["allow_http"] = endpoint.startswith("http://")
-        named |= _credentials_of_boto3()
+        named |= {"copy_if_not_exists": "multipart", **_credentials_of_boto3()}
     if scheme == "az" and os.environ.get("AZURE_STORAGE_USE_EMULATOR"):
         options["allow_http"] = True
     if scheme == "az" and found.username and found.hostname:
@@ -111,8 +116,11 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
             [("found", without_secrets(url)), ("because", in_short(error))],
             hint=_SET_UP[scheme],
         ) from None
-    store = GoogleStore if scheme == "gs" else ObjectsStore
-    return store(f"{found.scheme}://{found.netloc}", *made), found.path.strip("/")
+    store, root = (
+        GoogleStore if scheme == "gs" else ObjectsStore,
+        f"{found.scheme}://{found.netloc}",
+    )
+    return store(root, *made, copies=_COPIES.get(scheme, 0)), found.path.strip("/")
 
 
 def _emulator() -> dict[str, Any]:

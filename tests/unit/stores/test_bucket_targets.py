@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,9 +93,89 @@ BIG = 150_000
 
 
 @pytest.fixture
+def medium(tmp_path: Path) -> Path:
+    """Of 23 MB."""
+    shapes = {k: (60_000, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
+    return write_hf(tmp_path / "medium", shapes, config={**CONFIG, "vocab_size": 60_000})
+
+
+@pytest.fixture
 def big(tmp_path: Path) -> Path:
     shapes = {k: (BIG, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
     return write_hf(tmp_path / "big", shapes, config={**CONFIG, "vocab_size": BIG})
+
+
+HELD: dict[str, dict[str, Any]] = {"out.pth": {"to": "lingua"}, "out": {"form": "hf"}}
+"""Results that are one object, or one beside a parameter file: nothing else makes them whole."""
+
+
+@pytest.mark.parametrize("size", [5, 32])
+@pytest.mark.parametrize("name", HELD)
+def test_what_somebody_else_made_meanwhile_stays(
+    name: str, size: int, bucket: Bucket, medium: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object of several parts, and one that is sent in one request."""
+    monkeypatch.setattr("dcpconv.engine.uploading.PART", size * MIB)
+    key = name if name.endswith(".pth") else f"{name}/model.safetensors"
+
+    def second(method: str, path: str) -> str:
+        is_last = f"/{key}" in path and (method == "PUT" or "uploadId" in path)
+        if is_last and not bucket.keys(key):
+            bucket.client.put_object(Bucket=BUCKET, Key=key, Body=b"another")
+        return ""
+
+    with spoiling(bucket.url, second) as proxy:
+        point_to(proxy.url, monkeypatch)
+        with pytest.raises(TargetExistsError, match="another conversion finished"):
+            convert(medium, f"s3://{BUCKET}/{name}", **HELD[name])
+    assert bucket.keys() == [key]
+    assert bucket.read(key) == b"another"
+    assert not bucket.unfinished()
+
+
+@pytest.mark.parametrize("size", [5, 32])
+@pytest.mark.parametrize("lost", ["", "uploadId", "copy"])
+def test_a_file_is_replaced_where_that_is_asked_for_and_made_once(
+    lost: str, size: int, bucket: Bucket, medium: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the answers to the request that makes it are lost."""
+    monkeypatch.setattr("dcpconv.engine.uploading.PART", size * MIB)
+    target = f"s3://{BUCKET}/out.pth"
+
+    def cut(method: str, path: str) -> str:
+        is_end = method == "POST" and "uploadId" in path
+        is_copy = is_end and ".dcpconv-" not in path
+        return "cut after" if is_end and lost and (lost != "copy" or is_copy) else ""
+
+    with spoiling(bucket.url, cut) as proxy:
+        point_to(proxy.url, monkeypatch)
+        convert(medium, target, to="lingua")
+    assert bool(proxy.faults) == bool(lost and size == 5)
+    point_to(bucket.url, monkeypatch)
+    first = bucket.read("out.pth")
+    with pytest.raises(TargetExistsError):
+        convert(medium, target, to="lingua")
+    convert(medium, target, to="stored", overwrite=True)
+    assert bucket.keys() == ["out.pth"]
+    assert bucket.read("out.pth") != first
+    assert not bucket.unfinished()
+
+
+def test_of_two_that_begin_at_once_none_writes_over_the_other(
+    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "out/.dcpconv-unfinished-0123"
+
+    def second(method: str, path: str) -> str:
+        if method == "PUT" and "unfinished" in path:
+            bucket.client.put_object(Bucket=BUCKET, Key=other, Body=b"[]")
+        return ""
+
+    with spoiling(bucket.url, second) as proxy:
+        point_to(proxy.url, monkeypatch)
+        with pytest.raises(TargetExistsError, match="began this target at the same time"):
+            convert(model, f"s3://{BUCKET}/out", to="lingua")
+    assert bucket.keys() == [other]
 
 
 MOMENTS = [
