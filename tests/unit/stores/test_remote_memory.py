@@ -13,10 +13,10 @@ from support.machine.fault_proxy import spoiling
 from support.machine.s3_server import BUCKET, point_to, serving_s3
 
 MIB = 1 << 20
-ROWS = 700_000
-"""Of the embeddings: a model of 258 MB in two long tensors."""
+ROWS = 350_000
+"""Of the embeddings: a model of 135 MB in two long tensors."""
 
-AHEAD, WINDOW, PART, ROOM = 24 * MIB, 4 * MIB, 8 * MIB, 16 * MIB
+AHEAD, WINDOW, PART, ROOM = 12 * MIB, 2 * MIB, 5 * MIB, 10 * MIB
 """What is on its way in and out, so much smaller than the model that holding it would show."""
 
 CONVERSION = """
