@@ -218,7 +218,7 @@ class HubStore(Store):
         if nbytes <= _SMALL:
             self._written.append(CommitOperationAdd(key, b"".join(parts)))
             return
-        # The hub wants the hash of a file before its bytes: one at a time is on the disk.
+        # Of a file object the hash is read first, which would carry the plan out twice.
         self._make_repository()
         file = Path(self._directory(), secrets.token_hex(8))
         try:
