@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dcpconv.core.errors import DcpconvError
@@ -16,12 +16,14 @@ from dcpconv.engine.boxes import Slices, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.copying import Ladder, OutDirectory, Output, Tally, write_error
 from dcpconv.engine.units import Given, Run, Stretch, Tile, Unit, units
-from dcpconv.engine.workers import Worker
 from dcpconv.stores.local import Sources
 
 if TYPE_CHECKING:
     from dcpconv.engine.uploading import Upload, Uploads
     from dcpconv.stores.ahead import Ahead
+
+_SECONDS_TO_START = 1.0
+"""How long a thread may take to say that it runs, on a machine that is very busy."""
 
 
 class Pool:
@@ -100,6 +102,37 @@ _Work = tuple["Output | Upload", Unit | None]
 """A unit with its file, or the end of the listing of a file."""
 
 
+class _Worker:
+    """A thread that can be waited for although Ctrl-C interrupts the waiting.
+
+    ``Thread.join`` cannot: in CPython 3.11 an interrupted ``join`` takes the thread for ended.
+    """
+
+    def __init__(self, work: Callable[[Desk], None], desk: Desk) -> None:
+        self.ended = threading.Event()
+        self.thread = threading.Thread(
+            target=self._run, args=(work, desk), name="dcpconv", daemon=True
+        )
+
+    def _run(self, work: Callable[[Desk], None], desk: Desk) -> None:
+        try:
+            work(desk)
+        finally:
+            self.ended.set()
+
+    def join(self) -> None:
+        """Wait for the end of a thread whose ``start`` may have been interrupted.
+
+        Ctrl-C can arrive when the thread exists but has not said so yet.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while self.thread.ident is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self.thread.ident is not None:
+            self.ended.wait()
+            self.thread.join()
+
+
 def at_desks(desks: Sequence[Desk], work: Callable[[Desk], None], *, stop: threading.Event) -> None:
     """Run ``work`` in one thread per desk until all have ended.
 
@@ -108,12 +141,12 @@ def at_desks(desks: Sequence[Desk], work: Callable[[Desk], None], *, stop: threa
         work: Ends when there is nothing left to do, or soon after ``stop`` is set.
         stop: Set when the waiting ends or is interrupted; the threads are waited for all the same.
     """
-    workers = [Worker(partial(work, desk), name="dcpconv") for desk in desks]
-    started: list[Worker] = []
+    workers = [_Worker(work, desk) for desk in desks]
+    started: list[_Worker] = []
     try:
         for worker in workers:
             started.append(worker)
-            worker.start()
+            worker.thread.start()
         for worker in workers:
             worker.ended.wait()
     finally:

@@ -15,7 +15,6 @@ from typing import Final
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.units import Unit
-from dcpconv.engine.workers import Worker
 from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.store import Info
@@ -162,7 +161,8 @@ class Upload:
     _listed: int = 0
     _is_ended: bool = False
     _is_released: bool = False
-    _thread: Worker | None = None
+    _thread: threading.Thread | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -246,9 +246,12 @@ class Upload:
             self.uploads.condition.notify_all()
 
     def join(self) -> None:
-        """Wait until it is there, or given up."""
+        """Wait until it is there, or given up, also after Ctrl-C has interrupted the waiting.
+
+        In CPython 3.11 an interrupted ``Thread.join`` takes the thread for ended.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._over.wait()
 
     def wait(self) -> None:
         """Wait until it is there.
@@ -295,7 +298,7 @@ class Upload:
         with uploads.condition:
             if self._thread is not None:
                 return
-            self._thread = Worker(self._send, name="upload")
+            self._thread = threading.Thread(target=self._send, name="upload", daemon=True)
             may_wait = not uploads.is_held  # what is held has an end that nobody waits for yet
             while may_wait and uploads.sending >= _OBJECTS and not self._is_over():
                 uploads.condition.wait(_LOOK)
@@ -316,6 +319,7 @@ class Upload:
                     self.uploads.waiting -= len(part.data or b"")
                     part.data = None
                 self.uploads.condition.notify_all()
+            self._over.set()
 
     def _put(self) -> None:
         store, key, parts = self.path.origin.store, self.path.key, self._sent()
