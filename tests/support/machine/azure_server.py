@@ -63,7 +63,7 @@ def _create_container(server: str) -> None:
         "Content-Length": "0",
     }
     url = f"{server}/{ACCOUNT}/tests?restype=container"
-    for _ in range(100):
+    for _ in range(600):
         with suppress(OSError), urlopen(Request(url, method="PUT", headers=headers)):
             return
         time.sleep(0.1)

@@ -169,7 +169,7 @@ def _bundled() -> str:
 
 
 def _post(url: str, data: bytes, kind: str) -> None:
-    for _ in range(100):
+    for _ in range(600):
         asked = Request(url, data=data, headers={"Content-Type": kind}, method="POST")
         with suppress(URLError), urlopen(asked):
             return
