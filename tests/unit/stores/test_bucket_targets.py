@@ -194,8 +194,11 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(
 ) -> None:
     target = f"s3://{BUCKET}/{name}"
 
+    sent: list[str] = []
+
     def slowly(method: str, path: str) -> str:
-        if moment in path:
+        if moment in path and not sent:  # a copy has parts, too
+            sent.append(path)
             run.send_signal(number)
         if method == "PUT" and "partNumber" in path:
             time.sleep(0.1)
