@@ -2,16 +2,18 @@
 
     python -m bench.remote --gb 1 --work out
 
-Files of nginx against a plain concurrent download of the same bytes to the same disk; a DCP in a
-bucket of moto's server, through ``CheckpointReader``, s3torchconnector's reader and torch's reader
-over fsspec, each where it is installed.  Every row is a fresh process, rows take turns, and the
-best of all rounds counts.  moto is written in Python: it says which reader waits less for the same
+Files of nginx against a plain concurrent download of the same bytes to the same disk; a DCP of
+nginx, and one in a bucket of moto's server, through ``CheckpointReader``, s3torchconnector's reader
+and torch's reader over fsspec, each where it is installed; a relabelled copy from bucket to bucket
+against a plain one of the same client.  Every row is a fresh process, rows take turns, and the best
+of all rounds counts.  moto is written in Python: it says which reader waits less for the same
 server, not how fast S3 is.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import socket
@@ -19,13 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from bench.data import write_llama, write_safetensors
+from bench.data import llama_config, llama_shapes, write_llama, write_safetensors
 from bench.measure import run_python
 from dcpconv import convert
 
@@ -36,6 +38,9 @@ ROUNDS = 3
 
 _TENSORS = 40
 """In the bucket, of 4 MiB each."""
+
+_ROWS = 32_000
+"""Of the embeddings of what is copied from bucket to bucket."""
 
 _DOWNLOAD = """
 import os, sys
@@ -75,24 +80,52 @@ state = {"x": {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in S
 load(state, storage_reader=READER, no_dist=True)
 """
 
-_READERS = {
-    "CheckpointReader": (
-        "dcpconv",
-        "from dcpconv import CheckpointReader",
-        "CheckpointReader(URL)",
-    ),
+_OURS = ("dcpconv", "from dcpconv import CheckpointReader", "CheckpointReader(URL)")
+_TORCH = "from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader"
+
+_OF_SERVERS = {
+    "CheckpointReader": _OURS,
+    "torch over fsspec": ("aiohttp", _TORCH, "FsspecReader(URL)"),
+}
+"""Package, imports and expression of every reader that reads from nginx."""
+
+_OF_BUCKETS = {
+    "CheckpointReader": _OURS,
     "s3torchconnector": (
         "s3torchconnector",
         """from s3torchconnector import S3ClientConfig
 from s3torchconnector.dcp import S3StorageReader""",
         "S3StorageReader('us-east-1', URL, S3ClientConfig(force_path_style=True))",
     ),
-    "torch over fsspec": (
-        "s3fs",
-        "from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader",
-        "FsspecReader(URL)",
-    ),
+    "torch over fsspec": ("s3fs", _TORCH, "FsspecReader(URL)"),
 }
+"""The same of those that read from S3."""
+
+_COPY = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import obstore
+from obstore.store import S3Store
+
+source, target = sys.argv[1:]
+store = S3Store("bench", client_options={"allow_http": True})
+nbytes, part = obstore.head(store, source)["size"], 16 << 20
+
+def fetch(offset):
+    return obstore.get_range(store, source, start=offset, length=min(part, nbytes - offset))
+
+with ThreadPoolExecutor(8) as pool:
+    parts = pool.map(fetch, range(0, nbytes, part))
+    obstore.put(store, target, parts, use_multipart=True, chunk_size=part, max_concurrency=4)
+"""
+
+_CONVERT_THERE = """
+import sys
+from dcpconv import convert
+
+source, target, to = sys.argv[1:]
+convert(source, target, form="dcp", to=to, overwrite=True)
+"""
 
 
 Case = tuple[str, tuple[str | os.PathLike[str], ...]]
@@ -132,7 +165,7 @@ def rows(work: Path, *, gb: float = 1.0, rounds: int = ROUNDS) -> list[Fetched]:
     model = write_llama(work / "www" / "model", gigabytes=gb)
     found = _of_server(model, work, rounds)
     if find_spec("moto") is not None:
-        found += _of_bucket(work, rounds)
+        found += _of_bucket(model.parent, work, rounds)
     shutil.rmtree(work / "www")
     return found
 
@@ -153,25 +186,62 @@ def _of_server(model: Path, work: Path, rounds: int) -> list[Fetched]:
             "convert http -> dcp, as stored": (_CONVERT, (f"{url}/model", out, "stored")),
             "convert http -> dcp --to lingua": (_CONVERT, (f"{url}/model", out, "lingua")),
         }
-        return _turns(cases, out, rounds, target=TARGET)
+        found = _turns(cases, out, rounds, target=TARGET)
+        shapes = _small(model.parent)
+        convert(model.parent / "small", model.parent / "dcp", form="dcp", to="stored", root="x")
+        cases = _loads(_OF_SERVERS, f"{url}/dcp", shapes, server)
+        return found + _turns(cases, out, rounds, target=None)
 
 
-def _of_bucket(work: Path, rounds: int) -> list[Fetched]:
+def _small(www: Path) -> dict[str, tuple[int, int]]:
+    """A model that a server written in Python serves in seconds."""
     shapes = {f"layers.{n}.weight": (2048, 1024) for n in range(_TENSORS)}
-    model = work / "www" / "small"
-    model.mkdir()
-    write_safetensors(model / "model.safetensors", shapes)
+    (www / "small").mkdir(exist_ok=True)
+    write_safetensors(www / "small" / "model.safetensors", shapes)
+    return shapes
+
+
+def _llama(directory: Path) -> Path:
+    """A model of 250 MB that a table knows."""
+    directory.mkdir()
+    config = {**llama_config(layers=1), "vocab_size": _ROWS}
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = {**llama_shapes(layers=1), "model.embed_tokens.weight": (_ROWS, 2048)}
+    write_safetensors(directory / "model.safetensors", shapes)
+    return directory
+
+
+def _loads(
+    readers: Mapping[str, tuple[str, str, str]],
+    url: str,
+    shapes: Mapping[str, tuple[int, int]],
+    server: str,
+) -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+    for name, (package, imports, reader) in readers.items():
+        if find_spec(package) is not None:
+            code = f"{imports}\nURL, SHAPES = {url!r}, {shapes!r}\nREADER = {reader}\n"
+            cases[f"dcp.load from {server}, {name}"] = (code + _FILL, ())
+    return cases
+
+
+def _of_bucket(www: Path, work: Path, rounds: int) -> list[Fetched]:
+    shapes = _small(www)
     with _bucket() as url:
         os.environ |= _environment(url)
         target = "s3://bench/dcp"
-        convert(model, target, form="dcp", to="stored", root="x")
-        cases: dict[str, Case] = {}
-        for name, (package, imports, reader) in _READERS.items():
-            if find_spec(package) is None:
-                continue
-            code = f"{imports}\nURL, SHAPES = {target!r}, {shapes!r}\nREADER = {reader}\n"
-            cases[f"dcp.load from s3, {name}"] = (code + _FILL, ())
-        return _turns(cases, work / "fetched", rounds, target=None)
+        convert(www / "small", target, form="dcp", to="stored", root="x")
+        cases = _loads(_OF_BUCKETS, target, shapes, "moto")
+        found = _turns(cases, work / "fetched", rounds, target=None)
+        convert(_llama(www / "llama"), "s3://bench/hf", form="hf")
+        there: dict[str, Case] = {
+            "plain copy s3 -> s3 (moto)": (_COPY, ("hf/model.safetensors", "copy")),
+            "convert s3 -> s3 --to lingua": (
+                _CONVERT_THERE,
+                ("s3://bench/hf", "s3://bench/lingua", "lingua"),
+            ),
+        }
+        return found + _turns(there, work / "fetched", rounds, target=None)
 
 
 def _turns(

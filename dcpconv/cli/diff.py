@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, judges, say, say_json
+from dcpconv.cli.answers import answers_of, judges, say, say_json
 from dcpconv.cli.options import Assets, From, Html, Jobs, KeymapFile, Only, Spec
 
 _COULD_NOT_TELL = 2
 
 
 @judges
-@answers
+@answers_of("a", "b", "assets")
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint of any form, or a hub id.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from dcpconv.cli.answers import answers, note, say
+from dcpconv.cli.answers import answers_of, note, say
 from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Only, Spec
 
 
-@answers
+@answers_of("source", "assets")
 def fingerprint(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A checkpoint of any form, or a hub id.")

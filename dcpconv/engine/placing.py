@@ -12,6 +12,7 @@ A mark below the prefix lists what a conversion may leave behind if the process 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,12 +22,14 @@ from typing import Final
 
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
-from dcpconv.engine.uploading import Uploads
+from dcpconv.engine.uploading import Uploads, finished_first
 from dcpconv.stores.fetching import fetch
+from dcpconv.stores.objects import BESIDE
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.store import Info, Store, StoreError
 
 _MARK: Final = ".dcpconv-unfinished-"
+_BESIDE: Final = re.compile(rf".*{re.escape(BESIDE)}[0-9a-f]{{8}}")
 _WEIGHTS: Final = (".safetensors", ".distcp", ".metadata", ".pth", ".pt", ".bin", ".json")
 _ANOTHER: Final = "choose another name"
 _LARGEST_MARK: Final = 64 << 20
@@ -96,6 +99,7 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
         names = _listed(store, mark, found[mark])
         if names and names[-1] not in found:  # else it did end, and could not remove its mark
             listed.update(names)
+    listed.update(key for key in found if _BESIDE.fullmatch(key))
     left = {key: info for key, info in found.items() if key in listed}
     objects = {key: info for key, info in found.items() if key not in listed}
     if objects and not overwrite:
@@ -140,6 +144,7 @@ class Placing:
         made: Keys that are not of the result unless it is published.
         replaced: Small objects that were replaced, as they were.
         marks: Keys of the marks of this conversion.
+        attempted: The commit object that may be there, and may not, and what it holds.
         is_published: Whether it is a checkpoint by now.
     """
 
@@ -149,6 +154,7 @@ class Placing:
     made: set[str] = field(default_factory=set)
     replaced: dict[str, bytes] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
+    attempted: tuple[str, bytes] | None = None
     is_published: bool = False
 
     @property
@@ -175,13 +181,11 @@ class Placing:
             key = (self.path / name).key
             known = self.ground.objects.get(key)
             self.made.add(key)
+            self.attempted = (key, data)
             if not self.store.create(key, data, replaces=known):
                 self.made.discard(key)
-                raise TargetExistsError(
-                    "another conversion finished this target first",
-                    [("target", self.path), ("object", key)],
-                    hint="what it wrote is whole; pass --overwrite to replace it",
-                )
+                self.attempted = None
+                raise finished_first(self.path / name)
         self.is_published = not self.store.commits
         new = {*self.uploads.keys, *((self.path / name).key for name, _ in commit)}
         with suppress(DcpconvError):  # the result is whole, whatever stays beside it
@@ -195,6 +199,20 @@ class Placing:
         self.marks.append(key)
         self.store.create(key, json.dumps(keys).encode(), replaces=None)
 
+    def require_alone(self) -> None:
+        """Nobody else has begun the same names since nothing was there: of two, one sees the other.
+
+        Raises:
+            TargetExistsError: Somebody has.
+        """
+        others = sorted(self.store.walk(self.path.key).keys() - {*self.marks})
+        if others:
+            raise TargetExistsError(
+                "another conversion began this target at the same time",
+                [("target", self.path), ("object", others[0])],
+                hint="run this again once it has ended",
+            )
+
     def _beside(self, key: str, data: bytes) -> None:
         known = self.ground.objects.get(key)
         if known is not None and not self.store.commits:
@@ -207,13 +225,15 @@ class Placing:
         self.uploads.stop()
         self.store.abandon()
         with suppress(DcpconvError):
-            if not self.store.commits:
+            # Ctrl-C may come when the commit object is made: readers may have found the new data.
+            is_whole = self.attempted is not None and self.store.holds(*self.attempted)
+            if not self.store.commits and not is_whole:
                 self._undo()
 
     def _undo(self) -> None:
         for key, data in self.replaced.items():
             self.store.put(key, iter([data]), nbytes=len(data), part=len(data) + 1, at_once=1)
-        new = {*self.uploads.keys, *self.made} - {*self.ground.objects}
+        new = {*self.uploads.made, *self.made} - {*self.ground.objects}
         self.store.delete([*new, *self.marks])
 
 
@@ -233,13 +253,15 @@ def placing(
         StoreError: The store is not written to.
     """
     target = ground.target
-    uploads = Uploads(target, is_file=is_file, is_held=not outline.commit)
+    uploads = Uploads(target, is_file=is_file, is_held=not outline.commit, known=ground.objects)
     placed = Placing(target, uploads, ground)
     try:
         if not is_file and not target.origin.store.commits:
             names = [*beside, *(file.name for file in reversed(outline.files))]
             names += [name for name, _ in outline.commit]
             placed.mark([(target / name).key for name in names])
+            if not ground.stem:
+                placed.require_alone()
         yield placed
     finally:
         if not placed.is_published:

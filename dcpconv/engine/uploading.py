@@ -8,15 +8,16 @@ An object becomes visible when its last part is there, or not at all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from dcpconv.core.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import OutFile
 from dcpconv.engine.units import Unit
 from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.store import Info
 from dcpconv.stores.system import System
 
 PART: Final = 16 << 20
@@ -39,6 +40,15 @@ _LOOK: Final = 0.2
 """Seconds between looks at whether the threads are to stop."""
 
 
+def finished_first(path: RemotePath) -> TargetExistsError:
+    """The error for an object that somebody else has made meanwhile."""
+    return TargetExistsError(
+        "another conversion finished this target first",
+        [("object", path)],
+        hint="what it wrote is whole; pass --overwrite to replace it",
+    )
+
+
 class _Stopped(Exception):  # noqa: N818  no error: it ends an upload that is not wanted any more
     pass
 
@@ -55,13 +65,23 @@ class Uploads:
     Args:
         target: Prefix, or the object itself where the result is one file.
         is_file: Whether it is.
-        is_held: Whether no object may become visible before ``release``.
+        is_held: Whether no object may become visible before ``release``: each makes the result a
+            checkpoint, and is made only if nobody else has made one meanwhile.
+        known: What was there before, by key.
     """
 
-    def __init__(self, target: RemotePath, *, is_file: bool, is_held: bool) -> None:
+    def __init__(
+        self,
+        target: RemotePath,
+        *,
+        is_file: bool,
+        is_held: bool,
+        known: Mapping[str, Info] | None = None,
+    ) -> None:
         self._target = target
         self._is_file = is_file
         self.is_held = is_held
+        self.known = known or {}
         self.condition = threading.Condition()
         self.waiting = 0
         self.sending = 0
@@ -113,6 +133,11 @@ class Uploads:
         """Of all objects."""
         return [upload.path.key for upload in self._made]
 
+    @property
+    def made(self) -> list[str]:
+        """Of all that may be there by now, and are nobody else's."""
+        return [one.path.key for one in self._made if one.is_made or not self.is_held]
+
 
 @dataclass(slots=True, eq=False)
 class Upload:
@@ -122,6 +147,7 @@ class Upload:
         uploads: What it belongs to.
         path: Where it will be.
         file: What is in it.
+        is_made: Whether it is there.
     """
 
     uploads: Uploads
@@ -129,12 +155,14 @@ class Upload:
     file: OutFile
     pending: int = 1
     size: int = 0
+    is_made: bool = False
     _parts: dict[int, _Part] = field(default_factory=dict)
     _next: int = 0
     _listed: int = 0
     _is_ended: bool = False
     _is_released: bool = False
     _thread: threading.Thread | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -218,9 +246,12 @@ class Upload:
             self.uploads.condition.notify_all()
 
     def join(self) -> None:
-        """Wait until it is there, or given up."""
+        """Wait until it is there, or given up, also after Ctrl-C has interrupted the waiting.
+
+        In CPython 3.11 an interrupted ``Thread.join`` takes the thread for ended.
+        """
         if self._thread is not None:
-            self._thread.join()
+            self._over.wait()
 
     def wait(self) -> None:
         """Wait until it is there.
@@ -276,8 +307,7 @@ class Upload:
 
     def _send(self) -> None:
         try:
-            store, key = self.path.origin.store, self.path.key
-            store.put(key, self._sent(), nbytes=self.file.nbytes, part=self.size, at_once=AT_ONCE)
+            self._put()
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001  raised again by whoever waits for it
@@ -289,6 +319,21 @@ class Upload:
                     self.uploads.waiting -= len(part.data or b"")
                     part.data = None
                 self.uploads.condition.notify_all()
+            self._over.set()
+
+    def _put(self) -> None:
+        store, key, parts = self.path.origin.store, self.path.key, self._sent()
+        nbytes, part = self.file.nbytes, self.size
+        if not self.uploads.is_held:
+            store.put(key, parts, nbytes=nbytes, part=part, at_once=AT_ONCE)
+            self.is_made = True
+            return
+        known = self.uploads.known.get(key)
+        self.is_made = store.put_if(
+            key, parts, nbytes=nbytes, part=part, at_once=AT_ONCE, replaces=known
+        )
+        if not self.is_made:
+            raise finished_first(self.path)
 
     def _sent(self) -> Iterator[bytes | bytearray]:
         """Every part in its turn."""

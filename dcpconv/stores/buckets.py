@@ -8,6 +8,7 @@ Source:
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,7 +16,8 @@ from importlib.util import find_spec
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dcpconv.stores.objects import TRIES, HttpStore, ObjectsStore, in_short
+from dcpconv.stores.answers import in_short
+from dcpconv.stores.objects import TRIES, GoogleStore, HttpStore, ObjectsStore
 from dcpconv.stores.store import StoreError, without_secrets
 
 PATIENCE: Final[dict[str, Any]] = {
@@ -27,6 +29,10 @@ PATIENCE: Final[dict[str, Any]] = {
         "base": 2,
     },
 }
+
+_COPIES: Final = {"s3": 5 << 30, "gs": 5 << 40}
+"""Bytes of an object that a store copies on condition, in one request.  Source: the limits of S3's
+``UploadPartCopy`` and of Google's objects; Azure may answer before it has copied."""
 
 _SET_UP: Final = {
     "s3": "AWS_REGION and AWS_ENDPOINT_URL say where it is, AWS_ACCESS_KEY_ID who you are",
@@ -89,14 +95,14 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
         if endpoint:
             named["endpoint"] = endpoint
             options["allow_http"] = endpoint.startswith("http://")
-        named |= _credentials_of_boto3()
+        named |= {"copy_if_not_exists": "multipart", **_credentials_of_boto3()}
     if scheme == "az" and os.environ.get("AZURE_STORAGE_USE_EMULATOR"):
         options["allow_http"] = True
     if scheme == "az" and found.username and found.hostname:
         named["account_name"] = found.hostname.partition(".")[0]
     if scheme == "gs" and os.environ.get("STORAGE_EMULATOR_HOST"):
         options["allow_http"] = True
-        named |= {"skip_signature": True, "config": {"base_url": _emulator()}}
+        named |= _emulator()
     from obstore.exceptions import BaseError  # noqa: PLC0415  slow import
 
     try:
@@ -110,12 +116,20 @@ def _bucket(url: str, scheme: str) -> tuple[ObjectsStore, str]:
             [("found", without_secrets(url)), ("because", in_short(error))],
             hint=_SET_UP[scheme],
         ) from None
-    return ObjectsStore(f"{found.scheme}://{found.netloc}", *made), found.path.strip("/")
+    store, root = (
+        GoogleStore if scheme == "gs" else ObjectsStore,
+        f"{found.scheme}://{found.netloc}",
+    )
+    return store(root, *made, copies=_COPIES.get(scheme, 0)), found.path.strip("/")
 
 
-def _emulator() -> str:
+def _emulator() -> dict[str, Any]:
+    """An account of nobody, at the place that Google's own clients take from the same variable."""
     host = os.environ["STORAGE_EMULATOR_HOST"]
-    return host if "://" in host else f"http://{host}"
+    url = host if "://" in host else f"http://{host}"
+    nobody = {"client_email": "", "private_key": "", "private_key_id": ""}
+    account = json.dumps({**nobody, "gcs_base_url": url, "disable_oauth": True})
+    return {"config": {"base_url": url, "service_account_key": account}}
 
 
 def _credentials_of_boto3() -> dict[str, Any]:

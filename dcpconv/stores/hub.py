@@ -77,6 +77,7 @@ def complaints(asked: str) -> Iterator[None]:
 
 
 def _hint(error: Exception) -> str:
+    from huggingface_hub import errors  # noqa: PLC0415  slow import
     from huggingface_hub.errors import (  # noqa: PLC0415  slow import
         GatedRepoError,
         RepositoryNotFoundError,
@@ -87,6 +88,8 @@ def _hint(error: Exception) -> str:
         return "accept the model's terms on the hub and log in: `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return "the repository is there, the revision is not"
+    if isinstance(error, getattr(errors, "BucketNotFoundError", ())):
+        return "there is no such bucket; a private one needs `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
         return "neither a path here nor a model there; a private one needs `hf auth login`"
     return "no such path is here, so it was taken for a model on a hub; is HF_ENDPOINT right?"

@@ -119,7 +119,10 @@ class HubStore(Store):
                     [("found", self.name.asked)],
                     hint="pip install -U huggingface_hub",
                 )
-            nodes = api.list_bucket_tree(self.name.id, prefix=self.name.key or None, recursive=True)
+            key = self.name.key
+            nodes = [*api.list_bucket_tree(self.name.id, prefix=key or None, recursive=True)]
+            if key and not nodes:  # no directory: a file, perhaps
+                nodes += api.get_bucket_paths_info(self.name.id, [key])
             return {node.path: _of_bucket(node) for node in nodes if hasattr(node, "size")}
         look = api.dataset_info if self.name.kind == "dataset" else api.model_info
         info = look(self.name.id, revision=self.name.revision, files_metadata=True)
@@ -223,7 +226,7 @@ class HubStore(Store):
         if nbytes <= _SMALL:
             self._written.append(CommitOperationAdd(key, b"".join(parts)))
             return
-        # The hub wants the hash of a file before its bytes: one at a time is on the disk.
+        # Of a file object the hash is read first, which would carry the plan out twice.
         self._make_repository()
         file = Path(self._directory(), secrets.token_hex(8))
         try:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import mmap
-import re
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from dcpconv.stores.fetching import fetch, patiently, pool
+from dcpconv.stores.answers import code_of, in_short, may_pass, meaning, status_of
+from dcpconv.stores.fetching import coalesced, fetch, patiently, pool
 from dcpconv.stores.store import (
     Buffer,
     ChangedError,
@@ -25,14 +26,11 @@ from dcpconv.stores.store import (
     Store,
     StoreError,
     TransientError,
-    without_secrets,
 )
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
 _WEAK: Final = "W/"
 """What an ETag begins with that a server gives to bodies of the same meaning, whatever their bytes:
 nothing can be asked for by it."""
@@ -40,6 +38,9 @@ _LONG: Final = 1 << 20
 """Bytes from which a body is worth memory of its own."""
 _CHUNK: Final = 512 << 10
 """Bytes of a body that are taken over at a time."""
+BESIDE: Final = ".dcpconv-"
+"""Follows the name of an object, in that of the one it is copied from; eight hexadecimal digits
+follow.  A process that dies may leave it."""
 TRIES: Final = 9
 """Requests for one part of an upload, the first included."""
 _NO_LISTING: Final = (
@@ -68,10 +69,14 @@ class ObjectsStore(Store):
         root: Its URL.
         reading: Tries once; ``fetch`` tries again.
         writing: Tries parts again by itself.
+        copies: Bytes of the largest object that it copies if none of that name is there.
     """
 
-    def __init__(self, root: str, reading: ObjectStore, writing: ObjectStore) -> None:
+    def __init__(
+        self, root: str, reading: ObjectStore, writing: ObjectStore, *, copies: int = 0
+    ) -> None:
         super().__init__(root)
+        self._copies = copies
         self.writes = True
         self._reading = reading
         self._writing = writing
@@ -82,7 +87,7 @@ class ObjectsStore(Store):
         above = f"{prefix}/" if prefix else ""
 
         def ask() -> Any:
-            with self._complaints(prefix, may_pass=True):
+            with self._complaints(prefix, retries=True):
                 return obstore.list_with_delimiter(self._reading, prefix or None)
 
         found = patiently(ask, where=self.where(prefix), expected="what is below it")
@@ -95,7 +100,7 @@ class ObjectsStore(Store):
         import obstore  # noqa: PLC0415  slow import
 
         def ask() -> Any:
-            with self._complaints(key, may_pass=True):
+            with self._complaints(key, retries=True):
                 return obstore.head(self._reading, key)
 
         try:
@@ -110,7 +115,7 @@ class ObjectsStore(Store):
         if info.tag and not info.tag.startswith(_WEAK):
             options["if_match"] = f'"{info.tag}"'
         try:
-            with self._complaints(key, may_pass=True):
+            with self._complaints(key, retries=True):
                 found = obstore.get(self._reading, key, options=options)
                 meta = _info(found.meta)
                 data = _gathered(found, nbytes) if nbytes >= _LONG else memoryview(found.bytes())
@@ -129,20 +134,95 @@ class ObjectsStore(Store):
         part: int,
         at_once: int,
     ) -> None:
+        self._put(key, parts, nbytes=nbytes, part=part, at_once=at_once, old=None)
+
+    def _put(
+        self,
+        key: str,
+        parts: Iterable[bytes | bytearray],
+        *,
+        nbytes: int,
+        part: int,
+        at_once: int,
+        old: Info | None,
+    ) -> None:
         import obstore  # noqa: PLC0415  slow import
 
-        with self._complaints(key):
-            if nbytes <= part:
+        if nbytes <= part:
+            with self._complaints(key):
                 obstore.put(self._writing, key, b"".join(parts), use_multipart=False)
-                return
-            obstore.put(
-                self._writing,
-                key,
-                iter(parts),
-                use_multipart=True,
-                chunk_size=part,
-                max_concurrency=at_once,
-            )
+            return
+        options: Any = {"use_multipart": True, "chunk_size": part, "max_concurrency": at_once}
+        try:
+            with self._complaints(key):
+                obstore.put(self._writing, key, iter(parts), **options)
+        except FileNotFoundError as error:
+            # The upload is gone: it has ended, if the answer to that was lost, or was taken away.
+            found = self._look(key)
+            if found is None or found.nbytes != nbytes or (old and found.tag == old.tag):
+                self._refuse(key, error)
+
+    def put_if(
+        self,
+        key: str,
+        parts: Iterable[bytes | bytearray],
+        *,
+        nbytes: int,
+        part: int,
+        at_once: int,
+        replaces: Info | None,
+    ) -> bool:
+        if nbytes <= part:
+            return self.create(key, b"".join(parts), replaces=replaces)
+        # No client lets the end of an upload in parts be conditional; a copy can be.
+        if replaces is None and nbytes <= self._copies:
+            beside = f"{key}{BESIDE}{secrets.token_hex(4)}"
+            self.put(beside, parts, nbytes=nbytes, part=part, at_once=at_once)
+            try:
+                return self._copied(beside, key)
+            finally:
+                with suppress(StoreError):
+                    self.delete([beside])
+        asked = self._asked_at_last(key, parts, replaces)
+        try:
+            self._put(key, asked, nbytes=nbytes, part=part, at_once=at_once, old=replaces)
+        except ChangedError:
+            return False
+        return True
+
+    def _asked_at_last(
+        self, key: str, parts: Iterable[bytes | bytearray], replaces: Info | None
+    ) -> Iterator[bytes | bytearray]:
+        """The parts, and then whether what they replace is as it was."""
+        yield from parts
+        # obstore takes the parts in a thread in which it cannot be asked for anything else.
+        found = pool().submit(self._look, key).result()
+        if (found and found.tag) != (replaces and replaces.tag):
+            raise ChangedError
+
+    def _copied(self, beside: str, key: str) -> bool:
+        """Whether an object that was not there was made of another one."""
+        import obstore  # noqa: PLC0415  slow import
+        from obstore.exceptions import AlreadyExistsError  # noqa: PLC0415  slow import
+
+        try:
+            with self._complaints(key, passes=(AlreadyExistsError,)):
+                obstore.copy(self._writing, beside, key, overwrite=False)
+        except (AlreadyExistsError, ChangedError):
+            return self._are_same(beside, key)  # as of a request whose answer was lost
+        except (FileNotFoundError, StoreError):
+            if not self._are_same(beside, key):
+                raise
+        return True
+
+    def _are_same(self, one: str, other: str) -> bool:
+        a, b = self._look(one), self._look(other)
+        if a is None or b is None or a.nbytes != b.nbytes:
+            return False
+        return all(
+            fetch(self, one, *piece, a) == fetch(self, other, *piece, b)
+            for piece in coalesced([(0, a.nbytes)])
+        )
 
     def create(self, key: str, data: bytes, *, replaces: Info | None) -> bool:
         import obstore  # noqa: PLC0415  slow import
@@ -151,17 +231,31 @@ class ObjectsStore(Store):
             PreconditionError,
         )
 
-        mode: Any = "create" if replaces is None else {"e_tag": f'"{replaces.tag}"'}
         taken = (AlreadyExistsError, PreconditionError)
         try:
+            mode: Any = "create" if replaces is None else self._as_it_was(key, replaces)
             with self._complaints(key, passes=taken):
                 obstore.put(self._writing, key, data, mode=mode)
+        except ChangedError:
+            return False
         except taken:
             # A request whose answer was lost is sent again, and finds what it has made itself.
-            return self._holds(key, data)
+            return self.holds(key, data)
+        except StoreError:
+            if not self.holds(key, data):  # the last answer may have been lost, too
+                raise
         return True
 
-    def _holds(self, key: str, data: bytes) -> bool:
+    def _as_it_was(self, key: str, info: Info) -> dict[str, str]:
+        """What a request says to replace an object of this version and no other.
+
+        Raises:
+            ChangedError: It is another one already.
+        """
+        del key
+        return {"e_tag": f'"{info.tag}"'}
+
+    def holds(self, key: str, data: bytes) -> bool:
         info = self._look(key)
         if info is None or info.nbytes != len(data):
             return False
@@ -175,7 +269,7 @@ class ObjectsStore(Store):
         import obstore  # noqa: PLC0415  slow import
 
         def ask() -> None:
-            with self._complaints(key, may_pass=True):
+            with self._complaints(key, retries=True):
                 obstore.delete(self._reading, key)
 
         with suppress(FileNotFoundError):
@@ -186,7 +280,7 @@ class ObjectsStore(Store):
         self,
         key: str,
         *,
-        may_pass: bool = False,
+        retries: bool = False,
         passes: tuple[type[Exception], ...] = (),
     ) -> Iterator[None]:
         """Turns what obstore raises into one error in plain words; absence stays what it is."""
@@ -200,25 +294,47 @@ class ObjectsStore(Store):
         except passes:
             raise
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if code_of(error) == "NoSuchBucket":
                 self._refuse(key, error)
             raise
         except PreconditionError:
             raise ChangedError from None
         except BaseError as error:
-            if may_pass and _may_pass(error):
+            if retries and may_pass(error):
                 raise TransientError(in_short(error)) from None
             self._refuse(key, error)
 
     def _refuse(self, key: str, error: Exception) -> NoReturn:
-        status, code = _status(error), _code(error)
-        headline, hint = _meaning(type(error).__name__, status, code)
-        tried = [("tried", f"{TRIES} times")] if _may_pass(error) else []
+        status, code = status_of(error), code_of(error)
+        headline, hint = meaning(type(error).__name__, status, code)
+        tried = [("tried", f"{TRIES} times")] if may_pass(error) else []
         raise StoreError(
             headline,
             [("object", self.where(key)), *tried, ("answer", in_short(error))],
             hint=hint,
         ) from None
+
+
+class GoogleStore(ObjectsStore):
+    """A bucket of Google's, where a request names a generation, which no listing says.
+
+    Source: cloud.google.com, "Request preconditions": ``x-goog-if-generation-match``.
+    """
+
+    def _as_it_was(self, key: str, info: Info) -> dict[str, str]:
+        import obstore  # noqa: PLC0415  slow import
+
+        def ask() -> Any:
+            with self._complaints(key, retries=True):
+                return obstore.head(self._reading, key)
+
+        try:
+            meta = patiently(ask, where=self.where(key), expected="its generation")
+        except FileNotFoundError:
+            raise ChangedError from None
+        if _info(meta).tag != info.tag:
+            raise ChangedError
+        return {"version": meta["version"]}
 
 
 class HttpStore(ObjectsStore):
@@ -268,51 +384,3 @@ def _info(meta: Any) -> Info:
     at = int(modified.timestamp()) * 10**9 if modified is not None else 0
     # Azure's listings leave the quotes out that its answers have.
     return Info(meta["size"], (meta["e_tag"] or "").strip('"'), at)
-
-
-def _status(error: Exception) -> int:
-    text = str(error)
-    found = _STATUS.search(text)
-    if found is None and "redirect without LOCATION" in text:
-        return 301  # S3 does not say where the bucket is
-    return int(found[1]) if found else 0
-
-
-def _code(error: Exception) -> str:
-    found = _CODE.search(str(error))
-    return found[1] if found else ""
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether another try can help: too many requests, a fault of the server, a cut connection."""
-    status = _status(error)
-    named = type(error).__name__ in {"PermissionDeniedError", "UnauthenticatedError"}
-    unfit = type(error).__name__ in {"NotSupportedError", "InvalidPathError"}
-    return not named and not unfit and (status == 0 or status in {408, 429} or status >= 500)
-
-
-def in_short(error: Exception) -> str:
-    """The status and its name, or the first line; nothing in which a credential could be."""
-    status, code = _status(error), _code(error)
-    if status:
-        return f"status {status}" + (f", {code}" if code else "")
-    line = without_secrets(str(error).partition("\n")[0])
-    return line.rpartition(" - ")[2].rpartition(": ")[2][:160] or line[:160]
-
-
-def _meaning(kind: str, status: int, code: str) -> tuple[str, str | None]:
-    """What an answer means, and what to do."""
-    if code == "NoSuchBucket":
-        return "there is no such bucket", "is its name right, and the endpoint (AWS_ENDPOINT_URL)?"
-    if code in {"PermanentRedirect", "AuthorizationHeaderMalformed"} or status in {301, 307}:
-        return "the bucket is in another region", "say which: AWS_REGION=eu-central-1"
-    if kind in {"PermissionDeniedError", "UnauthenticatedError"} or status in {401, 403}:
-        return (
-            "access was denied",
-            "the credentials that were found may not do this; are they set, and of this account?",
-        )
-    if status in {408, 429} or status >= 500:
-        return "the store does not answer as it should", "it may be overloaded; run this again"
-    if kind == "NotSupportedError":
-        return "the server cannot do what is needed", "ranges of bytes have to be served"
-    return "the store does not answer as it should", "is the name right, and the endpoint?"

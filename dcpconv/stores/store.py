@@ -226,6 +226,28 @@ class Store(ABC):
         del key, parts, nbytes, part, at_once
         raise self._read_only()
 
+    def put_if(
+        self,
+        key: str,
+        parts: Iterable[bytes | bytearray],
+        *,
+        nbytes: int,
+        part: int,
+        at_once: int,
+        replaces: Info | None,
+    ) -> bool:
+        """As ``put``, if none is there, or in place of one that is as it was.
+
+        Returns:
+            Whether it did; ``False`` where another one is there.
+
+        Raises:
+            StoreError: The store cannot be written, or does not take it.
+        """
+        del replaces  # what becomes visible together is asked for together
+        self.put(key, parts, nbytes=nbytes, part=part, at_once=at_once)
+        return True
+
     def create(self, key: str, data: bytes, *, replaces: Info | None) -> bool:
         """Makes a small object if none is there, or in place of one that is as it was.
 
@@ -237,6 +259,15 @@ class Store(ABC):
         """
         del key, data, replaces
         raise self._read_only()
+
+    def holds(self, key: str, data: bytes) -> bool:
+        """Whether an object has these bytes now.
+
+        Raises:
+            StoreError: The store does not answer as it should.
+        """
+        del key, data
+        return False
 
     def delete(self, keys: Sequence[str]) -> None:
         """Removes objects; those that are not there are no error."""

@@ -2,7 +2,9 @@
 
 Source: what huggingface_hub asks for: ``GET /api/models/ORG/NAME[/revision/REV]`` for the list of
 files, ``HEAD`` and ``GET /ORG/NAME/resolve/REV/FILE`` for the files, with ``Range``; to write,
-``POST .../preupload/REV``, ``.../info/lfs/objects/batch`` and ``.../commit/REV``, and ``PUT``.
+``POST .../preupload/REV``, ``.../info/lfs/objects/batch`` and ``.../commit/REV``, and ``PUT``;
+of a bucket, ``GET /api/buckets/ORG/NAME/tree[/PREFIX]``, ``POST .../paths-info`` and
+``GET /buckets/ORG/NAME/resolve/PATH``.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 _SMALL = 10_000
 """Bytes from which a file is uploaded by itself, before the commit."""
@@ -47,6 +51,20 @@ class Hub:
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def nodes(self, prefix: str = "") -> list[dict[str, object]]:
+        """Files of a bucket below a prefix, in directories, too."""
+        return [
+            {
+                "type": "file",
+                "path": name,
+                "size": file.stat().st_size,
+                "xetHash": hashlib.sha256(file.read_bytes()).hexdigest(),
+            }
+            for file in sorted(self.directory.rglob("*"))
+            if file.is_file()
+            and (name := file.relative_to(self.directory).as_posix()).startswith(prefix)
+        ]
 
     def files(self) -> list[dict[str, object]]:
         return [
@@ -82,6 +100,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     for one in json.loads(body)["objects"]
                 ]
                 answer: object = {"objects": objects, "transfer": "basic"}
+            elif path.endswith("/paths-info"):
+                wanted = json.loads(body)["paths"]
+                answer = [node for node in hub.nodes() if node["path"] in wanted]
             elif "/preupload/" in path:
                 modes = [
                     {
@@ -123,7 +144,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             api = re.fullmatch(rf"/api/models/{re.escape(hub.name)}(?:/revision/(.+))?", path)
             tree = re.fullmatch(rf"/api/models/{re.escape(hub.name)}/tree/([^/]+)", path)
             file = re.fullmatch(rf"/{re.escape(hub.name)}/resolve/([^/]+)/(.+)", path)
-            if api and api[1] in {None, "main", COMMIT}:
+            bucket = re.fullmatch(rf"/(?:api/)?buckets/{re.escape(hub.name)}(/.+)", path)
+            if bucket:
+                self._of_bucket(bucket[1], with_body=with_body)
+            elif api and api[1] in {None, "main", COMMIT}:
                 answer = {"id": hub.name, "sha": COMMIT, "siblings": hub.files()}
                 self._send(200, json.dumps(answer).encode(), {}, with_body=with_body)
             elif tree and tree[1] in {"main", COMMIT}:
@@ -142,6 +166,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             else:
                 code = "RevisionNotFound" if api or file else "RepoNotFound"
                 self._send(404, b"{}", {"X-Error-Code": code}, with_body=with_body)
+
+        def _of_bucket(self, rest: str, *, with_body: bool) -> None:
+            what, _, name = rest.strip("/").partition("/")
+            if what == "tree":
+                nodes = hub.nodes(f"{name}/" if name else "")
+                self._send(200, json.dumps(nodes).encode(), {}, with_body=with_body)
+            elif (hub.directory / name).is_file():
+                self._file(name, with_body=with_body)
+            else:
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, with_body=with_body)
 
         def _file(self, name: str, *, with_body: bool) -> None:
             path = hub.directory / name
@@ -205,3 +239,11 @@ def serving(
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+def point_to(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does for a process that starts with it."""
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -1,4 +1,4 @@
-"""A server of static files that knows ranges and versions, and lists nothing."""
+"""A server of files that lists nothing: ranges, ETags and what is asked for on condition."""
 
 from __future__ import annotations
 

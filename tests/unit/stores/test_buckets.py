@@ -1,59 +1,30 @@
-"""Checkpoints in a bucket: read by ranges, written in parts, and what is told when that fails."""
+"""Checkpoints in a bucket: read by ranges, written in parts, and what is told."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
 from dcpconv import CheckpointReader, check, convert, load_init_weights
 from dcpconv.cli.app import app
-from dcpconv.core.errors import FormatError, SourceChangedError, TargetExistsError
+from dcpconv.core.errors import FormatError, SourceChangedError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.stores.schemes import path_of
 from dcpconv.stores.store import StoreError
 from support.checkpoints.adapters import factors, peft_tensors, save_peft
-from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
+from support.checkpoints.check_cases import write_hf
 from support.machine.fault_proxy import spoiling
-from support.machine.s3_server import BUCKET, Bucket, point_to, serving_s3
+from support.machine.s3_server import BUCKET, Bucket, point_to
 
 MIB = 1 << 20
-VOCAB = 4_000
-SHAPES = {k: (VOCAB, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setattr("dcpconv.stores.fetching._FIRST_PAUSE", 0.001)
-    with serving_s3(monkeypatch) as bucket:
-        yield bucket
-
-
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {key: torch.randn(shape).bfloat16() for key, shape in SHAPES.items()}
-
-
-@pytest.fixture
-def model(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    source = write_hf(tmp_path / "model", {}, config={**CONFIG, "vocab_size": VOCAB})
-    save_file(tensors, source / "model.safetensors")
-    return source
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -114,7 +85,7 @@ def test_what_torch_wrote_is_read_by_a_few_requests(
     torch.save(state, tmp_path / "state.pth")
     save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     names = [bucket.upload(tmp_path / name, name) for name in ("state.pth", "dcp")]
-    kinds = len(set(SHAPES.values())) + 1
+    kinds = len({value.shape for value in tensors.values()}) + 1
     for name, most in zip(names, (3, 1 + kinds), strict=True):
         with spoiling(bucket.url) as proxy:
             point_to(proxy.url, monkeypatch)
@@ -190,111 +161,6 @@ def test_an_adapter_and_its_base_may_be_in_buckets(
     for number, (one, other) in enumerate(pairs):
         convert(one, tmp_path / f"out{number}", form="hf", adapter=other)
         assert files(tmp_path / f"out{number}") == files(expected)
-
-
-def test_an_existing_target_is_replaced_only_where_that_is_asked_for(
-    bucket: Bucket, model: Path
-) -> None:
-    target = f"s3://{BUCKET}/out"
-    convert(model, target, form="hf", max_file_size=MIB)
-    before = bucket.contents("out")
-    with pytest.raises(TargetExistsError, match="the target exists"):
-        convert(model, target, form="hf", max_file_size=MIB)
-    assert bucket.contents("out") == before
-    convert(model, target, form="dcp", to="lingua", overwrite=True)
-    after = bucket.keys("out")
-    assert f"out/{'.metadata'}" in after
-    assert not [key for key in after if key.endswith((".safetensors", ".index.json"))]
-    assert check(target, against=model)
-
-
-def test_an_old_checkpoint_is_whole_until_the_new_one_is(
-    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At every request while it is replaced, what readers find is one of the two."""
-    target = f"s3://{BUCKET}/out"
-    convert(model, target, form="hf", max_file_size=MIB)
-    old = json.loads(bucket.read("out/model.safetensors.index.json"))["weight_map"]
-    seen = []
-
-    def look(method: str, _path: str) -> str:
-        if method in {"PUT", "POST", "DELETE"}:
-            there = {key.rpartition("/")[2] for key in bucket.keys("out")}
-            index = json.loads(bucket.read("out/model.safetensors.index.json"))["weight_map"]
-            seen.append((index == old, {*index.values()} <= there))
-        return ""
-
-    with spoiling(bucket.url, look) as proxy:
-        point_to(proxy.url, monkeypatch)
-        convert(model, target, form="hf", max_file_size=2 * MIB, overwrite=True)
-    assert {is_old for is_old, _ in seen} == {True, False}
-    assert all(is_whole for _, is_whole in seen)
-
-
-def test_of_two_conversions_one_wins_and_the_other_says_so(
-    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one ends while the first one is about to."""
-    target = f"s3://{BUCKET}/out"
-    other: list[str] = []
-
-    def second(method: str, path: str) -> str:
-        is_commit = method == "PUT" and path.partition("?")[0].endswith("/out/.metadata")
-        if is_commit and not other:
-            other.append(path)
-            point_to(bucket.url, monkeypatch)
-            convert(model, target, form="dcp", to="stored")
-        return ""
-
-    with spoiling(bucket.url, second) as proxy:
-        point_to(proxy.url, monkeypatch)
-        with pytest.raises(TargetExistsError, match="another conversion finished"):
-            convert(model, target, form="dcp", to="lingua")
-    point_to(bucket.url, monkeypatch)
-    assert open_checkpoint(target).tensors.keys() == SHAPES.keys()
-    assert len([key for key in bucket.keys("out") if key.endswith(".distcp")]) == 1
-
-
-def test_an_interrupted_conversion_leaves_no_object_and_can_be_run_again(
-    bucket: Bucket, tmp_path: Path
-) -> None:
-    shapes = {k: (150_000, s[1]) if s[0] == 131 else s for k, s in llama_shapes().items()}
-    config = {**CONFIG, "vocab_size": 150_000}
-    model = write_hf(tmp_path / "big", shapes, config=config)
-    target = f"s3://{BUCKET}/out"
-
-    def slowly(method: str, path: str) -> str:
-        if method == "PUT" and "/out/" in path and "unfinished" not in path:
-            started.set()
-            time.sleep(0.3)
-        return ""
-
-    started = threading.Event()
-    with spoiling(bucket.url, slowly) as proxy:
-        command = [sys.executable, "-m", "dcpconv", "convert", str(model), target, "--to", "lingua"]
-        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
-        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        assert started.wait(60)
-        run.send_signal(signal.SIGINT)
-        _, told = run.communicate(timeout=60)
-    assert run.returncode == 130, told
-    assert bucket.keys("out") == []
-    convert(model, target, to="lingua")
-    assert check(target, against=model)
-
-
-def test_what_a_killed_conversion_left_is_in_nobodys_way(bucket: Bucket, model: Path) -> None:
-    convert(model, f"s3://{BUCKET}/out", to="lingua", chunks=2)
-    names = sorted(bucket.contents("out"))
-    listed = [f"out/{name}" for name in names if name != ".metadata"] + ["out/.metadata"]
-    mark = "out/.dcpconv-unfinished-1234"
-    bucket.client.put_object(Bucket=BUCKET, Key=mark, Body=json.dumps(listed).encode())
-    bucket.client.delete_object(Bucket=BUCKET, Key="out/.metadata")
-    convert(model, f"s3://{BUCKET}/out", to="lingua", chunks=2)
-    assert check(f"s3://{BUCKET}/out", against=model)
-    left = {key for key in bucket.keys("out") if key in listed}
-    assert {name.rpartition("/")[2] for name in left} == {".metadata", "params.json"}
-    assert mark not in bucket.keys("out")
 
 
 def test_a_changed_object_is_an_error(bucket: Bucket, model: Path, tmp_path: Path) -> None:

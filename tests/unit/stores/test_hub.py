@@ -24,7 +24,7 @@ from dcpconv.stores.local import Sources
 from dcpconv.stores.schemes import is_hub_id, path_of
 from support.checkpoints.adapters import assert_near, factors, merged, peft_tensors, save_peft
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
-from support.machine.hub_server import COMMIT, Hub, serving
+from support.machine.hub_server import COMMIT, Hub, point_to, serving
 
 BIG = {"vocab_size": 40_000}
 SHAPES = {
@@ -35,14 +35,6 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
-def point_to(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does for a process that starts with it."""
-    constants = "huggingface_hub.constants"
-    monkeypatch.setattr(f"{constants}.ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture
