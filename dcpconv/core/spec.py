@@ -36,10 +36,10 @@ def _label(dtype: str | None) -> str | None:
 SPECIAL = frozenset(
     {
         *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
-        *("scaled_inputs", "sparse_mixer", "temperature"),
+        *("scaled_inputs", "sparse_mixer", "state_space", "temperature"),
     }
 )
-"""Names of features that one class of transformers alone has."""
+"""Names of features that a few classes of transformers alone have."""
 
 FEATURES = frozenset(
     {
@@ -113,8 +113,8 @@ class ModelSpec(Record):
         bare_norms: Whether norms without weights follow the embedding and stand before RoPE in q
             and k (Muse Glimmer).
         attention_gate: Whether the sigmoid of a projection is a factor on what attention gives.
-        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; or
-            ``alibi``, a slope per head.
+        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; ``alibi``,
+            a slope per head; or ``none``, since other layers know the order.
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.

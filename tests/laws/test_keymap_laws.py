@@ -23,7 +23,7 @@ TABLES = list(keymaps().values())
 EACH = [pytest.param(table, id=table.name) for table in TABLES]
 
 
-_KINDS = {"layer_types", "indexer_types"}
+_KINDS = {"layer_types", "indexer_types", "layers_block_type"}
 """Fields of a parameter file that say which layers are of which kind."""
 
 

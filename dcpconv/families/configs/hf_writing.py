@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite, isnan
 
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
@@ -173,7 +174,7 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
     """What was read, or the part of it that is of the language model, with the type of the tensors
     that are written."""
     left = ("_name_or_path", "transformers_version")
-    fields: dict[str, object] = {k: v for k, v in spec.stated.items() if k not in left}
+    fields: dict[str, object] = {k: _spelled(v) for k, v in spec.stated.items() if k not in left}
     inner = fields.get(TEXT)
     if spec.tied != fields.get("tie_word_embeddings", spec.tied):
         fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
@@ -188,6 +189,16 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
         if isinstance(inner, Mapping):
             fields[TEXT] = {**inner, "dtype": _torch_name(label)}
     return fields
+
+
+def _spelled(value: Json) -> Json:
+    """Numbers that JSON has none for, as transformers 5 writes them.
+
+    Source: ``_encode_special_floats`` of ``configuration_utils.py``, transformers 5.23.0.
+    """
+    if isinstance(value, float) and not isfinite(value):
+        return {"__float__": "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return [_spelled(one) for one in value] if isinstance(value, list) else value
 
 
 def _model_type(family: str, spec: ModelSpec) -> str:

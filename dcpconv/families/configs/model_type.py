@@ -78,6 +78,8 @@ class ModelType:
         silent: Fields of the others that the class does not look at.
         ffn_times: Width of the feed-forward block in hidden sizes, where the file states none.
         completes: Makes up fields from others, as the class does.
+        stands_in: What the others' fields would be, where the class says the same by its own; no
+            file that is written has them.
     """
 
     class_name: str
@@ -96,6 +98,7 @@ class ModelType:
     language: str | None = None
     is_copied: bool = False
     completes: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
+    stands_in: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
     @property
     def experts(self) -> Mapping[str, object]:

@@ -77,6 +77,16 @@ _INDEXER = {
     "index_n_heads": 2,
     "index_head_dim": 3,
 }
+_MAMBA = {
+    "mamba_num_heads": 3,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "conv_kernel": 3,
+    "moe_latent_size": 3,
+    "use_bias": True,
+    "use_conv_bias": True,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -193,6 +203,15 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "latent-none-shared": {
         "experts": _MOE,
         "latent": _LATENT,
+    },
+    "states-and-experts": {
+        "experts": _SHARED,
+        "mlp_bias": True,
+        "stated": {**_MAMBA, "layers_block_type": ["linear_attention", "moe"] * 6},
+    },
+    "states-and-attention": {
+        "mlp_bias": True,
+        "stated": {**_MAMBA, "layers_block_type": ["mlp", "full_attention"] * 6},
     },
 }
 """A model for every combination of conditions that tables distinguish."""

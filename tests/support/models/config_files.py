@@ -40,6 +40,12 @@ PLAIN = ModelSpec(
 )
 """A Llama without features."""
 
+OWN_WORDS: dict[str, dict[str, str]] = {
+    "cohere": {"rms_norm_eps": "layer_norm_eps"},
+    "nemotron_h": {"rms_norm_eps": "layer_norm_epsilon", "hidden_act": "mlp_hidden_act"},
+}
+"""Field of most classes -> what a class calls it."""
+
 
 def save(directory: Path, fields: dict[str, Any], name: str = "config.json") -> Path:
     """Writes a parameter file into ``directory``; returns that."""
@@ -56,6 +62,7 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     """``spec`` says what transformers' ``config`` says."""
     known = MODEL_TYPES.get(config.model_type, MODEL_TYPES["llama"])  # of a class with a tower
     own = {name: spelling for spelling, name in known.spellings.items()}
+    own |= OWN_WORDS.get(config.model_type, {})
 
     def says(name: str, value: object) -> bool:
         """Whether the class says so too, or has nothing to say."""
@@ -76,11 +83,10 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     if spec.latent is None and not getattr(config, "multi_query", False):
         assert says("num_key_value_heads", spec.n_kv_heads)
     assert spec.head_dim == (head_dim or config.hidden_size // config.num_attention_heads)
-    eps = "layer_norm_eps" if config.model_type == "cohere" else "rms_norm_eps"
-    assert says(eps, spec.norm_eps)
+    assert says("rms_norm_eps", spec.norm_eps)
     assert says("max_position_embeddings", spec.max_seq_len)
     assert spec.tied == config.tie_word_embeddings
-    if "rope_parameters" not in known.silent:
+    if "rope_parameters" not in known.silent and spec.positions == "rope":
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)
         assert spec.rope_theta == rope["rope_theta"]
         assert spec.partial_rotary_factor == rope.get("partial_rotary_factor", 1.0)

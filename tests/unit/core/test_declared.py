@@ -43,6 +43,10 @@ FIELDS = {
         ("ssm.none", None),
         ("none", None),
         ("heads * none", None),
+        ("none or heads", 3),
+        ("word or heads * dim / 4", 6),
+        ("odd / 2 or none or dim", 8),
+        ("none or word", None),
     ],
 )
 def test_a_size_is_a_field_or_a_product(rule: str, size: int | None) -> None:
@@ -54,7 +58,9 @@ def test_a_list_gives_every_layer_its_own() -> None:
     assert [size_of("ffn / 5", FIELDS, layer) for layer in (0, 1, 2, 3)] == [2, 4, 6, None]
 
 
-@pytest.mark.parametrize("rule", ["", "heads*dim", "heads * ", "-1", "heads + dim", "a..b", "a "])
+@pytest.mark.parametrize(
+    "rule", ["", "heads*dim", "heads * ", "-1", "heads + dim", "a..b", "a ", "a or", "or a"]
+)
 def test_what_is_no_size_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match="cannot read the size"):
         check_size(rule)
@@ -68,6 +74,9 @@ KINDS: dict[str, Any] = {
     "step": 2,
     "start": 1,
     "dense": 2,
+    "biased": True,
+    "plain": False,
+    "narrow": 36,
 }
 
 
@@ -86,6 +95,9 @@ KINDS: dict[str, Any] = {
         ("every step from step - 1", {1, 3}),
         ("first dense", {0, 1}),
         ("not other", {1, 2, 4}),
+        ("biased", {0, 1, 2, 3, 4}),
+        ("narrow", {0, 1, 2, 3, 4}),
+        ("plain", set()),
     ],
 )
 def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
@@ -99,7 +111,17 @@ def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["none", "none: a", "types: a", "every none from 1", "first none", "types", "not other"]
+    "rule",
+    [
+        "none",
+        "none: a",
+        "types: a",
+        "every none from 1",
+        "first none",
+        "types",
+        "not other",
+        "biased from 1",
+    ],
 )
 def test_a_kind_that_no_field_tells_is_not_known(rule: str) -> None:
     declared = Declared(kinds={"kind": (rule,), "other": ("none",)})

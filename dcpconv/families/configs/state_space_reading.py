@@ -1,0 +1,49 @@
+"""What classes with layers that keep a state say in their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dcpconv.families.configs.hf_fields import HfConfig
+
+_OWN: Mapping[str, frozenset[str]] = {
+    "nemotron_h": frozenset(
+        {
+            *("layers_block_type", "hybrid_override_pattern", "mtp_layers_block_type"),
+            *("mtp_hybrid_override_pattern", "mlp_hidden_act", "mamba_hidden_act", "use_conv_bias"),
+            *("time_step_min", "time_step_max", "time_step_limit", "time_step_floor", "expand"),
+            *("time_step_rank", "chunk_size", "mamba_proj_bias", "mamba_ssm_cache_dtype"),
+            *("moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "use_bias"),
+            *("residual_in_fp32", "rescale_prenorm_residual", "use_mamba_kernels"),
+            *("n_routed_experts", "num_logits_to_keep", "mamba_rms_norm"),
+        }
+    ),
+}
+"""Fields that a class has besides those that its table looks at."""
+
+
+def own_values(config: HfConfig, file: Path) -> Mapping[str, object]:
+    """``ModelSpec`` fields that a class states in a way of its own.
+
+    Args:
+        config: What every class says.
+        file: For errors.
+    """
+    del file
+    kinds = config.layer_types or []
+    count = sum(kind == "linear_attention" for kind in kinds)
+    if not count:
+        return {}
+    return {"special": {"state_space": f"in {count} of {config.num_hidden_layers} layers"}}
+
+
+def own_names(config: HfConfig) -> frozenset[str]:
+    """Fields that are looked at, which other classes do not have; the tables look at others."""
+    return _OWN[config.model_type]
+
+
+def layer_words(config: HfConfig, file: Path) -> list[str] | None:
+    """One word per layer, where the class has a window and makes them up: none has."""
+    del config, file
+    return None

@@ -1,0 +1,134 @@
+"""Classes whose layers keep a state: the same weights under every name they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dcpconv import check, convert, fingerprint, load_init_weights
+from dcpconv.core.errors import NotExpressibleError
+from dcpconv.families.configs import read_spec
+from dcpconv.families.keymaps import resolve_family
+from dcpconv.sources.parameter_shapes import expected
+from support.checkpoints.families import (
+    RIGHT,
+    assert_same,
+    difference,
+    hf_tensors,
+    load_hf,
+    torch_tensors,
+)
+from support.models.hf_models import save_hf
+from support.models.nested_models import small
+from support.models.state_space_cases import (
+    LONG,
+    STATE_SPACE_CASES,
+    STATE_SPACES,
+    as_first_published,
+)
+
+
+def empty(model: Any) -> Any:
+    """A model of the same config whose parameters have no values yet."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+@pytest.mark.parametrize("model_type", STATE_SPACES)
+def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_type: str) -> None:
+    model = small(model_type, **LONG[model_type]).to(torch.bfloat16)
+    source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
+    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
+    convert(tmp_path / "dcp", tmp_path / "live.pth")
+    live = torch.load(tmp_path / "live.pth", weights_only=True)
+    assert_same(live["model"], dict(model.state_dict()))
+
+    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+    assert fingerprint(tmp_path / "back").digest == fingerprint(source).digest
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), STATE_SPACE_CASES)
+def test_both_namings_compute_the_same(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model = small(model_type, **overrides)
+    source = save_hf(model, tmp_path / "hf")
+    assert check(source)
+    assert check(source, against=model)
+    convert(source, tmp_path / "live.pth", to="hf-memory")
+    assert_same(torch_tensors(tmp_path / "live.pth"), dict(model.state_dict()))
+
+    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    back = load_hf(tmp_path / "back")
+    assert difference(back, model) < RIGHT
+    assert type(back) is type(model)
+    fresh = empty(model)
+    load_init_weights(fresh, source)
+    assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("family", ["hf", "hf-memory"])
+@pytest.mark.parametrize(("model_type", "overrides"), STATE_SPACE_CASES)
+def test_the_config_alone_says_every_key_and_shape(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], family: str
+) -> None:
+    model = small(model_type, **overrides)
+    source = save_hf(model, tmp_path)
+    spec = read_spec(source)
+    table = resolve_family(family, model_type)
+    tensors = hf_tensors(source) if family == "hf" else dict(model.state_dict())
+    real = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if spec.tied:
+        real.pop("lm_head.weight", None)
+    assert {key: shape for key, shape, _ in expected(table, spec)} == real
+
+
+@pytest.mark.parametrize("model_type", STATE_SPACES)
+def test_check_accounts_for_every_key_and_size(tmp_path: Path, model_type: str) -> None:
+    source = save_hf(small(model_type), tmp_path / "hf")
+    tensors = hf_tensors(source)
+    gone = next(key for key in tensors if key.endswith(("A_log", "conv.conv.weight")))
+    wide = next(key for key in tensors if key.endswith("in_proj.weight"))
+    damaged = {name: tensor for name, tensor in tensors.items() if name != gone}
+    damaged[wide] = torch.zeros(tensors[wide].shape[0] + 1, *tensors[wide].shape[1:])
+    save_file(damaged, source / "model.safetensors", {"format": "pt"})
+    coverage = check(source, to="hf-memory")
+    assert not coverage
+    assert [fault.key for fault in coverage.misshapen] == [
+        fault.key for fault in coverage.misshapen if fault.key.endswith("in_proj.weight")
+    ]
+    assert any(gone in fault.why or fault.key == gone for fault in coverage.missing)
+
+
+@pytest.mark.parametrize("model_type", STATE_SPACES)
+def test_the_words_of_the_first_files_mean_the_same(tmp_path: Path, model_type: str) -> None:
+    model = small(model_type, **LONG[model_type])
+    source = save_hf(model, tmp_path / "hf")
+    spec = read_spec(source)
+    config = source / "config.json"
+    config.write_text(json.dumps(as_first_published(json.loads(config.read_text()))))
+    first = read_spec(source)
+    assert first.model_copy(update={"extra": spec.extra}) == spec
+    table = resolve_family("hf", model_type)
+    assert list(expected(table, first)) == list(expected(table, spec))
+
+    convert(source, tmp_path / "live.pth", to="hf-memory")
+    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    assert difference(load_hf(tmp_path / "back"), model) < RIGHT
+
+
+@pytest.mark.parametrize("to", ["hf-llama", "lingua", "hf-qwen3_next"])
+@pytest.mark.parametrize("model_type", STATE_SPACES)
+def test_no_class_without_a_state_takes_it(tmp_path: Path, model_type: str, to: str) -> None:
+    source = save_hf(small(model_type), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError) as raised:
+        convert(source, tmp_path / "out", to=to)
+    refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
+    assert refused & {"architecture", "state_space"}
+    assert not any(name.startswith("config.") for name in refused), refused
