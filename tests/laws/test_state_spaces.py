@@ -132,3 +132,58 @@ def test_no_class_without_a_state_takes_it(tmp_path: Path, model_type: str, to: 
     refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
     assert refused & {"architecture", "state_space"}
     assert not any(name.startswith("config.") for name in refused), refused
+
+
+MICRO: dict[str, Any] = {
+    "layer_types": ["full_attention"] * 4,
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+}
+"""Granite 4 without states and experts, which Granite's own class computes too."""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"attention_bias": True, "tie_word_embeddings": True}, id="biased-tied"),
+        pytest.param(
+            {"num_hidden_layers": 11, "layer_types": ["full_attention"] * 11}, id="eleven-layers"
+        ),
+    ],
+)
+def test_a_granite_4_of_attention_alone_is_a_granite(
+    tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    model = small("granitemoehybrid", **{**MICRO, **overrides})
+    source = save_hf(model, tmp_path / "hf")
+    assert check(source, to="hf-granite")
+    convert(source, tmp_path / "granite", form="hf", to="hf-granite")
+    other = load_hf(tmp_path / "granite")
+    assert other.config.model_type == "granite"
+    assert difference(other, model) < RIGHT
+    assert fingerprint(tmp_path / "granite").digest == fingerprint(source).digest
+    with pytest.raises(NotExpressibleError, match="GraniteMoeHybridForCausalLM is another model"):
+        convert(tmp_path / "granite", tmp_path / "back", form="hf", to="hf-granitemoehybrid")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        pytest.param({"position_embedding_type": None}, {"positions"}, id="no-positions"),
+        pytest.param({"num_local_experts": 5}, {"experts"}, id="experts"),
+        pytest.param(
+            {"layer_types": ["linear_attention", "full_attention"] * 2},
+            {"layer_types", "state_space"},
+            id="states",
+        ),
+    ],
+)
+def test_any_other_granite_4_is_refused_by_name(
+    tmp_path: Path, overrides: dict[str, Any], names: set[str]
+) -> None:
+    source = save_hf(small("granitemoehybrid", **{**MICRO, **overrides}), tmp_path / "hf")
+    with pytest.raises(NotExpressibleError) as raised:
+        convert(source, tmp_path / "out", form="hf", to="hf-granite")
+    refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
+    assert refused == names

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from dcpconv.families.configs.hf_fields import HfConfig
 
+_MAMBA = frozenset(
+    {
+        *("mamba_d_head", "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv"),
+        *("mamba_expand", "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias"),
+        *("time_step_limit", "num_logits_to_keep", "use_mamba_kernels"),
+    }
+)
+"""Fields that say nothing about a model without layers that keep a state."""
+
 _OWN: Mapping[str, frozenset[str]] = {
+    "granitemoehybrid": _MAMBA | {"position_embedding_type"},
     "nemotron_h": frozenset(
         {
             *("layers_block_type", "hybrid_override_pattern", "mtp_layers_block_type"),
@@ -31,11 +41,21 @@ def own_values(config: HfConfig, file: Path) -> Mapping[str, object]:
         file: For errors.
     """
     del file
+    values: dict[str, object] = {}
     kinds = config.layer_types or []
     count = sum(kind == "linear_attention" for kind in kinds)
-    if not count:
-        return {}
-    return {"special": {"state_space": f"in {count} of {config.num_hidden_layers} layers"}}
+    if count:
+        values["special"] = {"state_space": f"in {count} of {config.num_hidden_layers} layers"}
+    if (
+        config.model_type == "granitemoehybrid"
+        and _extra(config, "position_embedding_type") != "rope"
+    ):
+        values["positions"] = "none"
+    return values
+
+
+def _extra(config: HfConfig, name: str) -> object:
+    return (config.model_extra or {}).get(name)
 
 
 def own_names(config: HfConfig) -> frozenset[str]:

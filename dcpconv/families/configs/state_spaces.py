@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dcpconv.families.configs.model_type import ModelType, Routing
+from dcpconv.families.configs.model_type import BIASES, ModelType, Routing
 
 Fields = Mapping[str, object]
 
@@ -18,6 +18,9 @@ _WORDS: Mapping[str, str] = {
 }
 """Earlier words for kinds of layers.  Source: ``_LEGACY_LAYER_TYPE_REMAP``, and what the first
 files say."""
+
+_MOST_LAYERS = 100_000
+"""A hostile file might ask for billions."""
 
 _LETTERS: Mapping[str, str] = {
     "M": "linear_attention",
@@ -65,6 +68,37 @@ def _nemotron_h(fields: Fields) -> Fields:
     }
 
 
+def _all(fields: Fields, word: str) -> list[str]:
+    """The same word for every layer."""
+    count = fields.get("num_hidden_layers")
+    return [word] * count if isinstance(count, int) and count <= _MOST_LAYERS else []
+
+
+def _granitemoehybrid(fields: Fields) -> Fields:
+    """A plain block in every layer, beside experts where it has some.
+
+    Source: ``GraniteMoeHybridConfig.__post_init__`` and ``GraniteMoeHybridDecoderLayer`` of
+    transformers 5.23.0.
+    """
+    kinds = words(fields.get("layer_types"))
+    return {
+        **_without(fields, "shared_intermediate_size"),
+        "layer_types": kinds or _all(fields, "linear_attention"),
+        "moe_intermediate_size": fields.get("intermediate_size"),
+        "intermediate_size": fields.get("shared_intermediate_size"),
+    }
+
+
+_LAYERS: dict[str, object] = {
+    "tie_word_embeddings": False,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+
 STATE_SPACES: Mapping[str, ModelType] = {
     "nemotron_h": ModelType(
         "NemotronHForCausalLM",
@@ -98,6 +132,28 @@ STATE_SPACES: Mapping[str, ModelType] = {
         assumes={"attention_bias": False, "sliding_window": None},
         is_copied=True,
         stands_in=_nemotron_h,
+    ),
+    "granitemoehybrid": ModelType(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_LAYERS,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+            "rope_theta": 10_000.0,
+            "attention_multiplier": 1.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 1024,
+            "mamba_n_heads": 128,
+            "mamba_d_head": "auto",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        routing=Routing(norm_topk=True),
+        expresses=BIASES | {"state_space", "positions", "experts"},
+        allows={"init_method": ("mup",), "normalization_function": ("rmsnorm",)},
+        is_copied=True,
+        stands_in=_granitemoehybrid,
     ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

@@ -87,6 +87,15 @@ _MAMBA = {
     "use_bias": True,
     "use_conv_bias": True,
 }
+_MAMBA_2 = {
+    "mamba_n_heads": 3,
+    "mamba_d_head": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 5,
+    "mamba_d_conv": 3,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": True,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -208,6 +217,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "experts": _SHARED,
         "mlp_bias": True,
         "stated": {**_MAMBA, "layers_block_type": ["linear_attention", "moe"] * 6},
+    },
+    "states-beside-attention": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "experts": _MOE,
+        "stated": {**_MAMBA_2, "layer_types": ["linear_attention", "full_attention"] * 6},
     },
     "states-and-attention": {
         "mlp_bias": True,

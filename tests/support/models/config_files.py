@@ -41,6 +41,8 @@ PLAIN = ModelSpec(
 """A Llama without features."""
 
 OWN_WORDS: dict[str, dict[str, str]] = {
+    "llama4_text": {"intermediate_size": "intermediate_size_mlp"},
+    "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
     "cohere": {"rms_norm_eps": "layer_norm_eps"},
     "nemotron_h": {"rms_norm_eps": "layer_norm_epsilon", "hidden_act": "mlp_hidden_act"},
 }
@@ -76,8 +78,7 @@ def assert_same_model(spec: ModelSpec, config: Any) -> None:
     assert spec.architecture == config.model_type
     assert spec.vocab_size == config.vocab_size
     assert spec.hidden_size == config.hidden_size
-    width = "intermediate_size_mlp" if config.model_type == "llama4_text" else "intermediate_size"
-    assert says(width, spec.ffn_size) or known.ffn_times is not None
+    assert says("intermediate_size", spec.ffn_size) or known.ffn_times is not None
     assert spec.n_layers == config.num_hidden_layers
     assert spec.n_heads == config.num_attention_heads
     if spec.latent is None and not getattr(config, "multi_query", False):

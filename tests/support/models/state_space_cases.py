@@ -34,9 +34,29 @@ _NEMOTRON = {
     "moe_shared_expert_intermediate_size": 44,
     "routed_scaling_factor": 1.5,
 }
+_MAMBA: Mapping[str, object] = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 14,
+    "mamba_d_conv": 3,
+    "mamba_chunk_size": 8,
+}
+_GRANITE = {
+    **_SIZES,
+    **_MAMBA,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_local_experts": 5,
+    "shared_intermediate_size": 44,
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 
 STATE_SPACES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "nemotron_h": ("NemotronHForCausalLM", _NEMOTRON),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", _GRANITE),
 }
 """``model_type`` -> class, fields of its config."""
 
@@ -45,6 +65,11 @@ LONG: Mapping[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention"] * 3,
         "n_routed_experts": 12,
         "moe_latent_size": 36,
+    },
+    "granitemoehybrid": {
+        "num_hidden_layers": 11,
+        "layer_types": [*["linear_attention"] * 5, "full_attention", *["linear_attention"] * 5],
+        "num_local_experts": 12,
     },
 }
 """More than ten layers, and experts where a model has them: as text, 10 comes before 2."""
@@ -60,6 +85,16 @@ _SWITCHES: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "all-states": {"layers_block_type": ["linear_attention"] * 3, "use_cache": False},
         "no-states": {"layers_block_type": ["full_attention", "moe", "full_attention", "mlp"]},
         "one-group": {"n_groups": 1, "mlp_hidden_act": "silu"},
+    },
+    "granitemoehybrid": {
+        "biased": {"mamba_proj_bias": True, "attention_bias": True},
+        "no-convolution-bias": {"mamba_conv_bias": False},
+        "dense": {"num_local_experts": 0},
+        "turned": {"position_embedding_type": "rope"},
+        "tied": {"tie_word_embeddings": True},
+        "all-attention": {"layer_types": ["full_attention"] * 4},
+        "all-states": {"layer_types": None, "use_cache": False},
+        "sizes-that-follow": {"mamba_d_head": "auto", "mamba_n_groups": 1},
     },
 }
 
@@ -84,4 +119,9 @@ def as_first_published(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["hybrid_override_pattern"] = "".join(letters[kind] for kind in kinds)
         fields["num_hidden_layers"] = len(kinds)
         fields |= {"rope_theta": 10_000, "sliding_window": None, "mamba_proj_bias": False}
+    if fields["model_type"] == "granitemoehybrid":
+        old = {"linear_attention": "mamba", "full_attention": "attention"}
+        fields["layer_types"] = [old[kind] for kind in fields["layer_types"]]
+        fields |= {"position_embedding_type": "nope", "mamba_d_head": "auto", "init_method": "mup"}
+        fields |= {"normalization_function": "rmsnorm", "rope_theta": 10_000}
     return fields
