@@ -57,7 +57,12 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     if known.is_copied:
         if model_type in {spec.architecture, _nested_type(spec)}:
             return ()
-        return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
+        if spec.architecture not in known.takes or known.routing is None or spec.experts is None:
+            return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
+        reasons = unfit(known.routing, spec.experts, name, spec.n_layers)
+        expresses = known.expresses | heads_of(model_type)
+        found = unexpressed(spec, expresses, name=name, requires=known.requires)
+        return (*found, *(Refusal("experts", why) for why in reasons))
     features = spec.features()
     expresses = known.expresses | heads_of(model_type)
     requires = known.requires if spec.head == "lm" else known.requires - {"head_bias"}
@@ -178,12 +183,16 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
     inner = fields.get(TEXT)
     if spec.tied != fields.get("tie_word_embeddings", spec.tied):
         fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
-    if model_type != spec.architecture and isinstance(inner, Mapping):
-        own = {
-            "architectures": [class_name(MODEL_TYPES[model_type], spec.head)],
+    known = MODEL_TYPES[model_type]
+    if model_type != spec.architecture:
+        own: dict[str, object] = {
+            "architectures": [class_name(known, spec.head)],
             "model_type": model_type,
+            "tie_word_embeddings": spec.tied,
+            **known.takes.get(spec.architecture, {}),
         }
-        fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None
+        fields, inner = {**(inner if isinstance(inner, Mapping) else fields), **own}, None
+        fields = {name: value for name, value in fields.items() if own.get(name, "") is not None}
     if label is not None:
         fields |= {"dtype": _torch_name(label), "torch_dtype": _torch_name(label)}
         if isinstance(inner, Mapping):
