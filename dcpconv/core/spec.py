@@ -36,7 +36,7 @@ def _label(dtype: str | None) -> str | None:
 SPECIAL = frozenset(
     {
         *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
-        *("scaled_inputs", "sparse_mixer", "state_space", "temperature"),
+        *("scaled_inputs", "short_convolution", "sparse_mixer", "state_space", "temperature"),
     }
 )
 """Names of features that a few classes of transformers alone have."""

@@ -130,7 +130,7 @@ def test_no_class_without_a_state_takes_it(tmp_path: Path, model_type: str, to: 
     with pytest.raises(NotExpressibleError) as raised:
         convert(source, tmp_path / "out", to=to)
     refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
-    assert refused & {"architecture", "state_space"}
+    assert refused & {"architecture", "state_space", "short_convolution"}
     assert not any(name.startswith("config.") for name in refused), refused
 
 

@@ -16,8 +16,41 @@ _MAMBA = frozenset(
 )
 """Fields that say nothing about a model without layers that keep a state."""
 
+_CONVOLUTION = frozenset(
+    {
+        *("conv_L_cache", "conv_bias", "conv_dim", "conv_dim_out", "conv_use_xavier_init"),
+        *("full_attn_idxs", "use_expert_bias", "block_ff_dim", "block_multiple_of", "block_dim"),
+        *("block_ffn_dim_multiplier", "block_auto_adjust_ff_dim", "block_use_swiglu"),
+        *("block_mlp_init_scale", "block_norm_eps", "block_out_init_scale"),
+        *("block_use_xavier_init", "tie_embedding", "num_heads", "theta"),
+    }
+)
+
 _OWN: Mapping[str, frozenset[str]] = {
     "granitemoehybrid": _MAMBA | {"position_embedding_type"},
+    "bamba": _MAMBA | {"attn_layer_indices", "z_loss_coefficient"},
+    "falcon_h1": _MAMBA
+    | {
+        *("mamba_d_ssm", "mamba_norm_before_gate", "mamba_rms_norm", "mamba_use_mlp"),
+        *("projectors_bias", "lm_head_multiplier", "mlp_multipliers", "key_multiplier"),
+        *("attention_in_multiplier", "attention_out_multiplier", "ssm_multipliers"),
+        *("ssm_in_multiplier", "ssm_out_multiplier"),
+    },
+    "jamba": _MAMBA
+    | {
+        *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
+        *("mamba_dt_rank", "use_mambapy", "use_associative_scan"),
+    },
+    "lfm2": _CONVOLUTION,
+    "lfm2_moe": _CONVOLUTION,
+    "mamba2": frozenset(
+        {
+            *("num_heads", "state_size", "n_groups", "expand", "conv_kernel", "use_conv_bias"),
+            *("use_bias", "chunk_size", "residual_in_fp32", "rescale_prenorm_residual"),
+            *("time_step_rank", "time_step_limit", "time_step_min", "time_step_max"),
+            "time_step_floor",
+        }
+    ),
     "nemotron_h": frozenset(
         {
             *("layers_block_type", "hybrid_override_pattern", "mtp_layers_block_type"),
@@ -33,6 +66,13 @@ _OWN: Mapping[str, frozenset[str]] = {
 """Fields that a class has besides those that its table looks at."""
 
 
+_FEATURES: Mapping[str, frozenset[str]] = {
+    "state_space": frozenset({"linear_attention", "hybrid"}),
+    "short_convolution": frozenset({"conv"}),
+}
+"""Feature -> words for layers that have it; no class has both."""
+
+
 def own_values(config: HfConfig, file: Path) -> Mapping[str, object]:
     """``ModelSpec`` fields that a class states in a way of its own.
 
@@ -43,9 +83,10 @@ def own_values(config: HfConfig, file: Path) -> Mapping[str, object]:
     del file
     values: dict[str, object] = {}
     kinds = config.layer_types or []
-    count = sum(kind == "linear_attention" for kind in kinds)
-    if count:
-        values["special"] = {"state_space": f"in {count} of {config.num_hidden_layers} layers"}
+    for name, words in _FEATURES.items():
+        count = sum(kind in words for kind in kinds)
+        if count:
+            values["special"] = {name: f"in {count} of {config.num_hidden_layers} layers"}
     if (
         config.model_type == "granitemoehybrid"
         and _extra(config, "position_embedding_type") != "rope"

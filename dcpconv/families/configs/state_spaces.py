@@ -5,89 +5,10 @@ Their config.json is written as it was read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from dcpconv.families.configs.model_type import BIASES, ModelType, Routing
-
-Fields = Mapping[str, object]
-
-_WORDS: Mapping[str, str] = {
-    "mamba": "linear_attention",
-    "attention": "full_attention",
-    "hybrid": "linear_attention",
-}
-"""Earlier words for kinds of layers.  Source: ``_LEGACY_LAYER_TYPE_REMAP``, and what the first
-files say."""
-
-_MOST_LAYERS = 100_000
-"""A hostile file might ask for billions."""
-
-_LETTERS: Mapping[str, str] = {
-    "M": "linear_attention",
-    "E": "moe",
-    "*": "full_attention",
-    "-": "mlp",
-}
-"""Source: ``NemotronHConfig._pattern_to_list`` of transformers 5.23.0."""
-
-
-def words(said: object) -> list[str] | None:
-    """What a list says of each layer, in today's words; ``None`` where it is no list."""
-    return [_WORDS.get(str(word), str(word)) for word in said] if isinstance(said, list) else None
-
-
-def _without(fields: Fields, *names: str) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if name not in names}
-
-
-def _lacking(kinds: Sequence[str], word: str) -> list[int]:
-    """Layers that are of another kind."""
-    return [layer for layer, kind in enumerate(kinds) if kind != word]
-
-
-def _nemotron_h(fields: Fields) -> Fields:
-    """One block per layer, which a word or a letter names; one switch for biases of state spaces.
-
-    Source: ``NemotronHConfig.__post_init__`` of transformers 5.23.0.
-    """
-    kinds = words(fields.get("layers_block_type") or fields.get("layer_types"))
-    pattern = fields.get("hybrid_override_pattern")
-    if kinds is None and isinstance(pattern, str):
-        kinds = [_LETTERS.get(letter, letter) for letter in pattern]
-    kinds = kinds or ["linear_attention", "moe", "full_attention", "mlp"]
-    seen = _without(fields, "use_bias", "n_routed_experts")
-    return {
-        **seen,
-        "num_hidden_layers": len(kinds),
-        "layer_types": kinds,
-        "hidden_act": fields.get("mlp_hidden_act"),
-        "num_experts": fields.get("n_routed_experts") if "moe" in kinds else 0,
-        "n_shared_experts": 1,
-        "shared_expert_intermediate_size": fields.get("moe_shared_expert_intermediate_size"),
-        "mlp_only_layers": _lacking(kinds, "moe"),
-    }
-
-
-def _all(fields: Fields, word: str) -> list[str]:
-    """The same word for every layer."""
-    count = fields.get("num_hidden_layers")
-    return [word] * count if isinstance(count, int) and count <= _MOST_LAYERS else []
-
-
-def _granitemoehybrid(fields: Fields) -> Fields:
-    """A plain block in every layer, beside experts where it has some.
-
-    Source: ``GraniteMoeHybridConfig.__post_init__`` and ``GraniteMoeHybridDecoderLayer`` of
-    transformers 5.23.0.
-    """
-    kinds = words(fields.get("layer_types"))
-    return {
-        **_without(fields, "shared_intermediate_size"),
-        "layer_types": kinds or _all(fields, "linear_attention"),
-        "moe_intermediate_size": fields.get("intermediate_size"),
-        "intermediate_size": fields.get("shared_intermediate_size"),
-    }
-
+from dcpconv.families.configs import state_space_fields
+from dcpconv.families.configs.model_type import BIASES, QK_NORM, ModelType, Routing
 
 _LAYERS: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -97,6 +18,19 @@ _LAYERS: dict[str, object] = {
     "mamba_expand": 2,
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
+}
+
+_LFM: dict[str, object] = {
+    "tie_word_embeddings": True,
+    "num_key_value_heads": 8,
+    "norm_eps": 1e-5,
+    "max_position_embeddings": 128_000,
+    "rope_theta": 1_000_000.0,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 STATE_SPACES: Mapping[str, ModelType] = {
@@ -131,7 +65,7 @@ STATE_SPACES: Mapping[str, ModelType] = {
         expresses=frozenset({"mlp_bias", "state_space", "positions", "ungated", "experts"}),
         assumes={"attention_bias": False, "sliding_window": None},
         is_copied=True,
-        stands_in=_nemotron_h,
+        stands_in=state_space_fields.nemotron_h,
     ),
     "granitemoehybrid": ModelType(
         "GraniteMoeHybridForCausalLM",
@@ -153,7 +87,135 @@ STATE_SPACES: Mapping[str, ModelType] = {
         expresses=BIASES | {"state_space", "positions", "experts"},
         allows={"init_method": ("mup",), "normalization_function": ("rmsnorm",)},
         is_copied=True,
-        stands_in=_granitemoehybrid,
+        stands_in=state_space_fields.granitemoehybrid,
+    ),
+    "lfm2": ModelType(
+        "Lfm2ForCausalLM",
+        _LFM
+        | {
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+        },
+        {"qk_norm": True},
+        expresses=QK_NORM | {"short_convolution"},
+        allows={"use_pos_enc": (True,)},
+        assumes={"hidden_act": "silu"},
+        is_copied=True,
+        stands_in=state_space_fields.lfm2,
+    ),
+    "lfm2_moe": ModelType(
+        "Lfm2MoeForCausalLM",
+        _LFM
+        | {
+            "moe_intermediate_size": 1792,
+            "num_dense_layers": 2,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "use_expert_bias": True,
+        },
+        {"qk_norm": True},
+        routing=Routing("sigmoid", selection_bias=True, scaled=True, dense="first"),
+        expresses=QK_NORM | {"short_convolution", "experts"},
+        allows={"use_pos_enc": (True,)},
+        assumes={"hidden_act": "silu"},
+        is_copied=True,
+        stands_in=state_space_fields.lfm2,
+    ),
+    "falcon_h1": ModelType(
+        "FalconH1ForCausalLM",
+        {
+            **_LAYERS,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "rope_theta": 10_000.0,
+            "mamba_n_heads": 128,
+            "mamba_d_head": "auto",
+            "mamba_d_ssm": 1024,
+            "mamba_rms_norm": False,
+            "projectors_bias": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        expresses=BIASES | {"mlp_bias", "state_space"},
+        is_copied=True,
+        stands_in=state_space_fields.falcon_h1,
+    ),
+    "mamba2": ModelType(
+        "Mamba2ForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "layer_norm_epsilon": 1e-5,
+            "num_heads": 128,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 8,
+            "expand": 2,
+            "conv_kernel": 4,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        {"positions": "none", "gated": False},
+        expresses=frozenset({"state_space", "positions", "ungated"}),
+        is_copied=True,
+        stands_in=state_space_fields.mamba2,
+    ),
+    "jamba": ModelType(
+        "JambaForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 262_144,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "attn_layer_period": 8,
+            "attn_layer_offset": 4,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": "auto",
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        {"positions": "none"},
+        routing=Routing(norm_topk=False),
+        expresses=frozenset({"state_space", "positions", "experts"}),
+        assumes={"attention_bias": False, "sliding_window": None},
+        completes=state_space_fields.rank,
+        is_copied=True,
+        stands_in=state_space_fields.jamba,
+    ),
+    "bamba": ModelType(
+        "BambaForCausalLM",
+        {
+            **_LAYERS,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262_144,
+            "rope_theta": 10_000.0,
+            "mamba_n_heads": 128,
+            "mamba_d_head": "auto",
+            "attn_layer_indices": [],
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        {"partial_rotary_factor": 0.5},
+        expresses=BIASES | {"mlp_bias", "state_space", "partial_rotary"},
+        is_copied=True,
+        stands_in=state_space_fields.bamba,
     ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

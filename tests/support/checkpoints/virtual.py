@@ -96,6 +96,33 @@ _MAMBA_2 = {
     "mamba_proj_bias": True,
     "mamba_conv_bias": True,
 }
+_SCAN = {
+    "hidden_size": 5,
+    "mamba_expand": 2,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 3,
+    "mamba_d_conv": 3,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": True,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
+_STATES = {
+    "num_heads": 3,
+    "head_dim": 4,
+    "n_groups": 2,
+    "state_size": 5,
+    "conv_kernel": 3,
+    "use_bias": True,
+    "use_conv_bias": True,
+}
+_CONVOLUTION = {
+    "hidden_size": 5,
+    "conv_L_cache": 3,
+    "conv_bias": True,
+    "use_expert_bias": True,
+    "layer_types": ["conv", "full_attention"] * 6,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -223,6 +250,28 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "o_bias": True,
         "experts": _MOE,
         "stated": {**_MAMBA_2, "layer_types": ["linear_attention", "full_attention"] * 6},
+    },
+    "states-in-all": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "stated": {
+            **_MAMBA_2,
+            "mamba_rms_norm": True,
+            "projectors_bias": True,
+            "attn_layer_indices": [1, 3, 5, 7, 9, 11],
+        },
+    },
+    "states-alone": {"stated": _STATES},
+    "scans": {
+        "experts": _MOE.model_copy(update={"dense_layers": (1,)}),
+        "stated": _SCAN,
+    },
+    "convolutions": {"qk_norm": True, "stated": _CONVOLUTION},
+    "convolutions-experts": {
+        "qk_norm": True,
+        "experts": _MOE.model_copy(update={"dense_layers": (0,)}),
+        "stated": _CONVOLUTION,
     },
     "states-and-attention": {
         "mlp_bias": True,

@@ -53,10 +53,66 @@ _GRANITE = {
     "residual_multiplier": 0.5,
     "logits_scaling": 2.0,
 }
+_LFM2 = {
+    **_SIZES,
+    "layer_types": ["conv", "full_attention"] * 2,
+    "conv_L_cache": 3,
+}
+_LFM2_MOE = {
+    **_LFM2,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 52,
+    "num_dense_layers": 1,
+    "routed_scaling_factor": 1.5,
+}
+_FALCON = {
+    **_SIZES,
+    **_MAMBA,
+    "head_dim": 24,
+    "mamba_d_head": 10,
+    "mamba_d_ssm": 60,
+    "lm_head_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+    "mlp_multipliers": [0.5, 1.5],
+    "key_multiplier": 0.5,
+    "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
+}
+_MAMBA2 = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_heads": 6,
+    "head_dim": 32,
+    "n_groups": 2,
+    "state_size": 14,
+    "conv_kernel": 3,
+    "chunk_size": 8,
+    "pad_token_id": None,
+    "use_cache": False,
+}
+_JAMBA = {
+    **_SIZES,
+    "num_experts": 5,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 3,
+    "expert_layer_offset": 2,
+    "mamba_d_state": 14,
+    "mamba_d_conv": 3,
+    "mamba_dt_rank": 7,
+}
+_BAMBA = {**_SIZES, **_MAMBA, "attn_layer_indices": [1, 3]}
 
 STATE_SPACES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "nemotron_h": ("NemotronHForCausalLM", _NEMOTRON),
     "granitemoehybrid": ("GraniteMoeHybridForCausalLM", _GRANITE),
+    "lfm2": ("Lfm2ForCausalLM", _LFM2),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", _LFM2_MOE),
+    "falcon_h1": ("FalconH1ForCausalLM", _FALCON),
+    "mamba2": ("Mamba2ForCausalLM", _MAMBA2),
+    "jamba": ("JambaForCausalLM", _JAMBA),
+    "bamba": ("BambaForCausalLM", _BAMBA),
 }
 """``model_type`` -> class, fields of its config."""
 
@@ -71,6 +127,16 @@ LONG: Mapping[str, dict[str, Any]] = {
         "layer_types": [*["linear_attention"] * 5, "full_attention", *["linear_attention"] * 5],
         "num_local_experts": 12,
     },
+    "lfm2": {"num_hidden_layers": 11, "layer_types": None, "full_attn_idxs": [2, 5, 8, 10]},
+    "lfm2_moe": {
+        "num_hidden_layers": 11,
+        "layer_types": [*["conv", "conv", "full_attention"] * 3, "conv", "conv"],
+        "num_experts": 12,
+    },
+    "falcon_h1": {"num_hidden_layers": 11},
+    "mamba2": {"num_hidden_layers": 11},
+    "jamba": {"num_hidden_layers": 11, "num_experts": 12, "attn_layer_period": 4},
+    "bamba": {"num_hidden_layers": 11, "attn_layer_indices": [3, 9, 10]},
 }
 """More than ten layers, and experts where a model has them: as text, 10 comes before 2."""
 
@@ -94,6 +160,50 @@ _SWITCHES: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "tied": {"tie_word_embeddings": True},
         "all-attention": {"layer_types": ["full_attention"] * 4},
         "all-states": {"layer_types": None, "use_cache": False},
+        "sizes-that-follow": {"mamba_d_head": "auto", "mamba_n_groups": 1},
+    },
+    "lfm2": {
+        "biased": {"conv_bias": True},
+        "untied": {"tie_word_embeddings": False},
+        "width-as-stated": {"block_auto_adjust_ff_dim": False},
+        "width-by-a-factor": {"block_ffn_dim_multiplier": 1.3, "block_multiple_of": 8},
+        "all-attention": {"layer_types": None},
+        "all-convolution": {"layer_types": ["conv"] * 4, "use_cache": False},
+    },
+    "lfm2_moe": {
+        "biased": {"conv_bias": True, "tie_word_embeddings": False},
+        "as-scored": {"norm_topk_prob": False, "use_expert_bias": False},
+        "all-dense": {"num_dense_layers": 4},
+        "all-sparse": {"num_dense_layers": 0},
+    },
+    "falcon_h1": {
+        "biased": {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
+        "biased-out": {"projectors_bias": True},
+        "no-convolution-bias": {"mamba_conv_bias": False},
+        "normed": {"mamba_rms_norm": True},
+        "normed-behind-the-gate": {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+        "tied": {"tie_word_embeddings": True},
+        "sizes-that-follow": {"mamba_d_head": "auto", "mamba_d_ssm": None},
+    },
+    "mamba2": {
+        "biased": {"use_bias": True},
+        "no-convolution-bias": {"use_conv_bias": False},
+        "tied": {"tie_word_embeddings": True},
+        "one-group": {"n_groups": 1, "expand": 1, "head_dim": 16},
+    },
+    "jamba": {
+        "biased": {"mamba_proj_bias": True},
+        "no-convolution-bias": {"mamba_conv_bias": False},
+        "tied": {"tie_word_embeddings": True},
+        "no-experts": {"num_experts": 1},
+        "rank-that-follows": {"mamba_dt_rank": "auto"},
+        "attention-first": {"attn_layer_offset": 0, "expert_layer_offset": 0},
+    },
+    "bamba": {
+        "biased": {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
+        "no-convolution-bias": {"mamba_conv_bias": False},
+        "tied": {"tie_word_embeddings": True},
+        "all-states": {"attn_layer_indices": [], "use_cache": False},
         "sizes-that-follow": {"mamba_d_head": "auto", "mamba_n_groups": 1},
     },
 }
@@ -124,4 +234,16 @@ def as_first_published(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["layer_types"] = [old[kind] for kind in fields["layer_types"]]
         fields |= {"position_embedding_type": "nope", "mamba_d_head": "auto", "init_method": "mup"}
         fields |= {"normalization_function": "rmsnorm", "rope_theta": 10_000}
+    if fields["model_type"] in {"lfm2", "lfm2_moe"}:
+        fields["tie_embedding"] = fields.pop("tie_word_embeddings")
+        fields |= {"conv_dim": 96, "conv_dim_out": 96, "conv_use_xavier_init": True}
+        fields |= {"theta": 1e6, "use_pos_enc": True, "num_heads": 6}
+    if fields["model_type"] == "lfm2":
+        fields["block_ff_dim"] = fields.pop("intermediate_size")
+        fields |= {"intermediate_size": 1, "block_norm_eps": 1e-5, "block_use_swiglu": True}
+        fields |= {"block_dim": 96, "block_mlp_init_scale": 1.0, "block_out_init_scale": 1.0}
+    if fields["model_type"] in {"bamba", "jamba", "falcon_h1"}:
+        rope = fields.pop("rope_parameters", {"rope_theta": 10_000})
+        fields |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+        fields |= {"use_mamba_kernels": True, "num_logits_to_keep": 1}
     return fields
