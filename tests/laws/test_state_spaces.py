@@ -14,7 +14,9 @@ from dcpconv import check, convert, fingerprint, load_init_weights
 from dcpconv.core.errors import NotExpressibleError
 from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import resolve_family
+from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.parameter_shapes import expected
+from dcpconv.sources.recognition import recognise
 from support.checkpoints.families import (
     RIGHT,
     assert_same,
@@ -121,6 +123,39 @@ def test_the_words_of_the_first_files_mean_the_same(tmp_path: Path, model_type: 
     convert(source, tmp_path / "live.pth", to="hf-memory")
     convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
     assert difference(load_hf(tmp_path / "back"), model) < RIGHT
+
+
+SAME_KEYS = {"bamba", "falcon_h1"}
+"""Classes that only a parameter file tells apart."""
+KEYS_ALONE = [
+    *(pytest.param(name, {}, name not in SAME_KEYS, id=name) for name in STATE_SPACES),
+    *(pytest.param(name, LONG[name], name not in SAME_KEYS, id=f"{name}-long") for name in LONG),
+    pytest.param("falcon_h1", {"mamba_rms_norm": True}, False, id="falcon_h1-normed"),
+    pytest.param("granitemoehybrid", {"num_local_experts": 0}, True, id="granite-dense"),
+    pytest.param(
+        "granitemoehybrid",
+        {"layer_types": ["full_attention"] * 4, "num_local_experts": 0},
+        False,
+        id="granite-dense-attention",
+    ),
+    pytest.param("nemotron_h", {"layers_block_type": ["moe", "mlp"] * 2}, False, id="no-states"),
+]
+"""Class, switches, and whether its keys are like no other's."""
+
+
+@pytest.mark.parametrize("form", ["hf", "memory"])
+@pytest.mark.parametrize(("model_type", "overrides", "is_alone"), KEYS_ALONE)
+def test_keys_alone_are_never_taken_for_another_class(
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], form: str, *, is_alone: bool
+) -> None:
+    model = small(model_type, **overrides)
+    source = save_hf(model, tmp_path / "hf")
+    (source / "config.json").unlink()
+    if form == "memory":
+        source = tmp_path / "model.pth"
+        torch.save(dict(model.state_dict()), source)
+    found = recognise(open_checkpoint(source)).keymap
+    assert (found.architectures if found else ()) == ((model_type,) if is_alone else ())
 
 
 @pytest.mark.parametrize("to", ["hf-llama", "lingua", "hf-qwen3_next"])
