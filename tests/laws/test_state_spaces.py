@@ -34,6 +34,13 @@ from support.models.state_space_cases import (
     as_first_published,
 )
 
+WIDE = ("in_proj.weight", "k_proj.weight")
+
+
+def saved(model_type: str) -> str:
+    """What save_pretrained writes: Kimi-Linear otherwise than it is published."""
+    return "hf-saved" if model_type == "kimi_linear" else "hf"
+
 
 def empty(model: Any) -> Any:
     """A model of the same config whose parameters have no values yet."""
@@ -50,7 +57,9 @@ def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_ty
     live = torch.load(tmp_path / "live.pth", weights_only=True)
     assert_same(live["model"], dict(model.state_dict()))
 
-    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    convert(
+        tmp_path / "live.pth", tmp_path / "back", form="hf", to=saved(model_type), assets=source
+    )
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
     assert fingerprint(tmp_path / "back").digest == fingerprint(source).digest
 
@@ -75,16 +84,17 @@ def test_both_namings_compute_the_same(
     assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("family", ["hf", "hf-memory"])
+@pytest.mark.parametrize("where", ["disk", "memory"])
 @pytest.mark.parametrize(("model_type", "overrides"), STATE_SPACE_CASES)
 def test_the_config_alone_says_every_key_and_shape(
-    tmp_path: Path, model_type: str, overrides: dict[str, Any], family: str
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], where: str
 ) -> None:
     model = small(model_type, **overrides)
     source = save_hf(model, tmp_path)
     spec = read_spec(source)
-    table = resolve_family(family, model_type)
-    tensors = hf_tensors(source) if family == "hf" else dict(model.state_dict())
+    is_disk = where == "disk"
+    table = resolve_family(saved(model_type) if is_disk else "hf-memory", model_type)
+    tensors = hf_tensors(source) if is_disk else dict(model.state_dict())
     real = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if spec.tied:
         real.pop("lm_head.weight", None)
@@ -96,14 +106,14 @@ def test_check_accounts_for_every_key_and_size(tmp_path: Path, model_type: str) 
     source = save_hf(small(model_type), tmp_path / "hf")
     tensors = hf_tensors(source)
     gone = next(key for key in tensors if key.endswith(("A_log", "conv.conv.weight")))
-    wide = next(key for key in tensors if key.endswith("in_proj.weight"))
+    wide = next(key for key in tensors if key.endswith(WIDE))
     damaged = {name: tensor for name, tensor in tensors.items() if name != gone}
     damaged[wide] = torch.zeros(tensors[wide].shape[0] + 1, *tensors[wide].shape[1:])
     save_file(damaged, source / "model.safetensors", {"format": "pt"})
     coverage = check(source, to="hf-memory")
     assert not coverage
     assert [fault.key for fault in coverage.misshapen] == [
-        fault.key for fault in coverage.misshapen if fault.key.endswith("in_proj.weight")
+        fault.key for fault in coverage.misshapen if fault.key.endswith(WIDE)
     ]
     assert any(gone in fault.why or fault.key == gone for fault in coverage.missing)
 
@@ -167,6 +177,18 @@ def test_no_class_without_a_state_takes_it(tmp_path: Path, model_type: str, to: 
     refused = {str(v).split(":")[0] for label, v in raised.value.facts if label == "refused"}
     assert refused & {"architecture", "state_space", "short_convolution"}
     assert not any(name.startswith("config.") for name in refused), refused
+
+
+def test_kimi_linear_is_published_otherwise_than_transformers_saves_it(tmp_path: Path) -> None:
+    model = small("kimi_linear", **LONG["kimi_linear"])
+    source = save_hf(model, tmp_path / "hf")
+    convert(source, tmp_path / "published", form="hf", to="hf")
+    ours, theirs = hf_tensors(tmp_path / "published"), hf_tensors(source)
+    plain = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert ours.keys() - theirs.keys() == plain
+    assert difference(load_hf(tmp_path / "published"), model) < RIGHT
+    convert(tmp_path / "published", tmp_path / "back", form="hf", to="hf-saved")
+    assert_same(hf_tensors(tmp_path / "back"), theirs)
 
 
 MICRO: dict[str, Any] = {

@@ -275,7 +275,9 @@ _ELSEWHERE: Mapping[str, str] = {
         "cohere gemma"
     ),
     "hybrids": ("qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text gemma3_text qwen3_next"),
-    "state_spaces": "nemotron_h granitemoehybrid lfm2 lfm2_moe falcon_h1 mamba2 jamba bamba",
+    "state_spaces": (
+        "nemotron_h granitemoehybrid lfm2 lfm2_moe falcon_h1 mamba2 jamba bamba kimi_linear"
+    ),
     "towers": ("qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 kimi_k25 mistral3 internvl llava"),
     "mixtures": (
         "deepseek_v32 glm_moe_dsa afmoe llama4_text hunyuan_v1_moe phimoe qwen2_moe olmoe "

@@ -174,3 +174,45 @@ def bamba(fields: Fields) -> Fields:
         if isinstance(layer, int) and layer < len(kinds):
             kinds[layer] = "full_attention"
     return {**fields, "layer_types": kinds}
+
+
+_KIMI: Mapping[str, str] = {
+    "model_max_length": "max_position_embeddings",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "moe_renormalize": "norm_topk_prob",
+    "num_expert_group": "n_group",
+}
+"""Source: ``KimiLinearConfig.attribute_map`` of transformers 5.23.0."""
+
+
+def kimi_linear(fields: Fields) -> Fields:
+    """Delta attention in most layers; words of its own for what others have too.
+
+    Source: ``KimiLinearConfig.__post_init__`` of transformers 5.23.0.
+    """
+    seen = _without(fields, "first_k_dense_replace", *_KIMI)
+    seen |= {others: fields[own] for own, others in _KIMI.items() if own in fields}
+    kinds, inner = words(fields.get("layer_types")), fields.get("linear_attn_config")
+    full = inner.get("full_attn_layers") if isinstance(inner, Mapping) else None
+    if kinds is None:
+        kinds = _all(fields, "linear_attention")
+        layers = full if isinstance(full, list) else range(5, len(kinds) + 1, 4)
+        for layer in layers:
+            if isinstance(layer, int) and 0 < layer <= len(kinds):
+                kinds[layer - 1] = "full_attention"
+    first, blocks = fields.get("first_k_dense_replace", 1), words(fields.get("mlp_layer_types"))
+    dense = list(range(first)) if isinstance(first, int) and first <= len(kinds) else []
+    return {
+        **seen,
+        "layer_types": kinds,
+        "mlp_only_layers": dense if blocks is None else _lacking(blocks, "sparse"),
+    }
+
+
+def head_width(fields: Fields) -> Fields:
+    """The width of a head of queries and keys, as a field.  Source: the same."""
+    parts = fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim")
+    if not isinstance(parts[0], int) or not isinstance(parts[1], int):
+        return fields
+    return {**fields, "qk_head_dim": parts[0] + parts[1]}

@@ -41,6 +41,13 @@ _OWN: Mapping[str, frozenset[str]] = {
         *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
         *("mamba_dt_rank", "use_mambapy", "use_associative_scan"),
     },
+    "kimi_linear": frozenset(
+        {
+            *("model_max_length", "num_experts_per_token", "num_shared_experts", "moe_renormalize"),
+            *("num_expert_group", "linear_attn_config", "linear_head_dim", "linear_num_heads"),
+            *("linear_conv_kernel_dim", "mlp_layer_types", "first_k_dense_replace", "head_dim"),
+        }
+    ),
     "lfm2": _CONVOLUTION,
     "lfm2_moe": _CONVOLUTION,
     "mamba2": frozenset(

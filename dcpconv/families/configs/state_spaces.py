@@ -6,9 +6,17 @@ Their config.json is written as it was read.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dcpconv.families.configs import state_space_fields
-from dcpconv.families.configs.model_type import BIASES, QK_NORM, ModelType, Routing
+from dcpconv.families.configs.model_type import (
+    BIASES,
+    LATENT,
+    QK_NORM,
+    SIGMOID,
+    ModelType,
+    Routing,
+)
 
 _LAYERS: dict[str, object] = {
     "tie_word_embeddings": False,
@@ -216,6 +224,45 @@ STATE_SPACES: Mapping[str, ModelType] = {
         expresses=BIASES | {"mlp_bias", "state_space", "partial_rotary"},
         is_copied=True,
         stands_in=state_space_fields.bamba,
+    ),
+    "kimi_linear": ModelType(
+        "KimiLinearForCausalLM",
+        {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "model_max_length": 1_048_576,
+            "moe_intermediate_size": 1024,
+            "num_experts": 256,
+            "num_experts_per_token": 8,
+            "num_shared_experts": 1,
+            "moe_renormalize": True,
+            "num_expert_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.446,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "linear_head_dim": 128,
+            "linear_num_heads": 32,
+            "linear_conv_kernel_dim": 4,
+            "pad_token_id": 163_839,
+            "bos_token_id": 163_584,
+            "eos_token_id": 163_586,
+        },
+        {"positions": "none"},
+        routing=replace(SIGMOID, dense="any"),
+        expresses=LATENT | {"latent_bias", "o_bias", "state_space", "positions", "experts"},
+        allows={
+            "mla_use_nope": (True,),
+            "moe_router_activation_func": ("sigmoid",),
+            "use_grouped_topk": (False, True),
+        },
+        assumes={"mlp_bias": False},
+        completes=state_space_fields.head_width,
+        is_copied=True,
+        stands_in=state_space_fields.kimi_linear,
     ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

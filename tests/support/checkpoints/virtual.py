@@ -123,6 +123,14 @@ _CONVOLUTION = {
     "use_expert_bias": True,
     "layer_types": ["conv", "full_attention"] * 6,
 }
+_DELTA = {
+    "linear_num_heads": 3,
+    "linear_head_dim": 4,
+    "linear_conv_kernel_dim": 3,
+    "qk_head_dim": 12,
+    "v_head_dim": 6,
+    "layer_types": ["full_attention", "linear_attention"] * 6,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -263,6 +271,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
         },
     },
     "states-alone": {"stated": _STATES},
+    "deltas": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT.model_copy(update={"q_rank": None, "bias": True}),
+        "o_bias": True,
+        "stated": _DELTA,
+    },
     "scans": {
         "experts": _MOE.model_copy(update={"dense_layers": (1,)}),
         "stated": _SCAN,

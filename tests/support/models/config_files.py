@@ -45,6 +45,7 @@ OWN_WORDS: dict[str, dict[str, str]] = {
     "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
     "lfm2": {"rms_norm_eps": "norm_eps"},
     "lfm2_moe": {"rms_norm_eps": "norm_eps"},
+    "kimi_linear": {"max_position_embeddings": "model_max_length"},
     "mamba2": {"rms_norm_eps": "layer_norm_epsilon", "num_attention_heads": "num_heads"},
     "cohere": {"rms_norm_eps": "layer_norm_eps"},
     "nemotron_h": {"rms_norm_eps": "layer_norm_epsilon", "hidden_act": "mlp_hidden_act"},

@@ -103,6 +103,21 @@ _JAMBA = {
     "mamba_dt_rank": 7,
 }
 _BAMBA = {**_SIZES, **_MAMBA, "attn_layer_indices": [1, 3]}
+_KIMI = {
+    **_SIZES,
+    "num_key_value_heads": 6,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 14,
+    "moe_intermediate_size": 52,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "linear_head_dim": 10,
+    "linear_num_heads": 4,
+    "linear_conv_kernel_dim": 3,
+}
 
 STATE_SPACES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "nemotron_h": ("NemotronHForCausalLM", _NEMOTRON),
@@ -113,6 +128,7 @@ STATE_SPACES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "mamba2": ("Mamba2ForCausalLM", _MAMBA2),
     "jamba": ("JambaForCausalLM", _JAMBA),
     "bamba": ("BambaForCausalLM", _BAMBA),
+    "kimi_linear": ("KimiLinearForCausalLM", _KIMI),
 }
 """``model_type`` -> class, fields of its config."""
 
@@ -137,6 +153,7 @@ LONG: Mapping[str, dict[str, Any]] = {
     "mamba2": {"num_hidden_layers": 11},
     "jamba": {"num_hidden_layers": 11, "num_experts": 12, "attn_layer_period": 4},
     "bamba": {"num_hidden_layers": 11, "attn_layer_indices": [3, 9, 10]},
+    "kimi_linear": {"num_hidden_layers": 11, "layer_types": None, "num_local_experts": 12},
 }
 """More than ten layers, and experts where a model has them: as text, 10 comes before 2."""
 
@@ -199,6 +216,12 @@ _SWITCHES: Mapping[str, Mapping[str, dict[str, Any]]] = {
         "rank-that-follows": {"mamba_dt_rank": "auto"},
         "attention-first": {"attn_layer_offset": 0, "expert_layer_offset": 0},
     },
+    "kimi_linear": {
+        "biased": {"attention_bias": True},
+        "groups-of-experts": {"n_group": 2, "topk_group": 1, "norm_topk_prob": False},
+        "two-shared": {"n_shared_experts": 2},
+        "sparse-between": {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]},
+    },
     "bamba": {
         "biased": {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True},
         "no-convolution-bias": {"mamba_conv_bias": False},
@@ -242,6 +265,20 @@ def as_first_published(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["block_ff_dim"] = fields.pop("intermediate_size")
         fields |= {"intermediate_size": 1, "block_norm_eps": 1e-5, "block_use_swiglu": True}
         fields |= {"block_dim": 96, "block_mlp_init_scale": 1.0, "block_out_init_scale": 1.0}
+    if fields["model_type"] == "kimi_linear":
+        kinds = fields.pop("layer_types")
+        full = [n + 1 for n, kind in enumerate(kinds) if kind == "full_attention"]
+        fields["linear_attn_config"] = {
+            "full_attn_layers": full,
+            "kda_layers": [n + 1 for n in range(len(kinds)) if n + 1 not in full],
+            "head_dim": fields.pop("linear_head_dim"),
+            "num_heads": fields.pop("linear_num_heads"),
+            "short_conv_kernel_size": fields.pop("linear_conv_kernel_dim"),
+        }
+        fields["first_k_dense_replace"] = fields.pop("mlp_layer_types").count("dense")
+        fields |= {"head_dim": 72, "mla_use_nope": True, "use_grouped_topk": True}
+        fields |= {"moe_router_activation_func": "sigmoid", "moe_layer_freq": 1}
+        fields |= {"num_nextn_predict_layers": 0, "rope_theta": 1e4, "rope_scaling": None}
     if fields["model_type"] in {"bamba", "jamba", "falcon_h1"}:
         rope = fields.pop("rope_parameters", {"rope_theta": 10_000})
         fields |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
