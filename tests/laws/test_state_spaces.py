@@ -191,6 +191,25 @@ def test_kimi_linear_is_published_otherwise_than_transformers_saves_it(tmp_path:
     assert_same(hf_tensors(tmp_path / "back"), theirs)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_mamba_2_under_the_names_of_its_first_package(tmp_path: Path, *, tied: bool) -> None:
+    """transformers takes these names too, when it loads a state dict."""
+    model = small("mamba2", **LONG["mamba2"], tie_word_embeddings=tied)
+    source = save_hf(model, tmp_path / "hf")
+    assert check(source, to="mamba_ssm")
+    convert(source, tmp_path / "first.pth", to="mamba_ssm")
+    first = torch_tensors(tmp_path / "first.pth")
+    assert "backbone.embedding.weight" in first
+    assert "lm_head.weight" in first
+    assert check(tmp_path / "first.pth", to="hf-mamba2")
+
+    fresh = small("mamba2", **LONG["mamba2"], tie_word_embeddings=tied, seed=1)
+    fresh.load_state_dict(dict(first))
+    assert difference(fresh, model) < RIGHT
+    convert(tmp_path / "first.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+
+
 MICRO: dict[str, Any] = {
     "layer_types": ["full_attention"] * 4,
     "num_local_experts": 0,
