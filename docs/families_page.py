@@ -138,12 +138,17 @@ def _features() -> Iterator[str]:
     yield ""
 
 
+_NO_OTHER = "no other class becomes one of these"
+
+
 def _held(family: str) -> str:
+    known = MODEL_TYPES.get(family.removeprefix("hf-"))
     if any(item.name == "architecture" for item in refusals(family, _model())):
-        return "what its own class has; no other class becomes one of these"
+        others = ", ".join(f"`hf-{name}`" for name in known.takes) if known is not None else ""
+        becomes = f"of other classes only {others} becomes one" if others else _NO_OTHER
+        return f"what its own class has; {becomes}"
     found = []
     absent = {item.name for item in refusals(family, _model()) if item.kind == "absent"}
-    known = MODEL_TYPES.get(family.removeprefix("hf-"))
     own = {"experts"} if known is not None and known.routing is not None else set()
     for name, changes in _FEATURES.items():
         models = [

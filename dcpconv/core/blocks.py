@@ -19,13 +19,13 @@ Positive = Annotated[float, field(gt=0)]
 SPECIAL = frozenset(
     {
         *("chunked_attention", "indexer", "qk_norm_late", "qk_norm_plain"),
-        *("scaled_inputs", "sparse_mixer", "temperature"),
+        *("scaled_inputs", "short_convolution", "sparse_mixer", "state_space", "temperature"),
         *("borrowed_keys", "keys_as_values", "layer_scalars", "mixed_experts", "per_layer_inputs"),
         *("sizes_by_layer", "value_norm", "value_scale", "softplus_gate", "router_softcap"),
         *("averaged_experts", "sigmoid_scores", "double_layers", "idle_experts", "latent_scales"),
     }
 )
-"""Names of features that one class of transformers alone has."""
+"""Names of features that a few classes of transformers alone have."""
 
 
 class RopeScaling(Record):

@@ -5,12 +5,14 @@ Both follow from fields of the parameter file, by rules of one line each::
     axis = "linear_num_key_heads"                     a field; a dot leads into a mapping
     axis = "mamba_num_heads * mamba_head_dim"         a product; / must leave no rest
     axis = "num_layers - 1"                           with a number or field more or less at its end
+    axis = "head_dim or hidden_size / heads"          the first whose fields are there
     kind = "layer_types: full_attention"              a field with a word, or letter, per layer
     kind = "attn_layer_indices"                       a field that lists layers, counted from 0
     kind = "linear_attn_config.kda_layers from 1"     the same, counted from 1
     kind = "every attn_layer_period from attn_layer_offset"
     kind = "first first_k_dense_replace"              as many layers from the first
     kind = "last num_kv_shared_layers"                as many at the end
+    kind = "use_bias"                                 all layers, if the field is true or above 0
     kind = "not attention"                            the layers that another kind leaves over
     kind = "attention if attention_k_eq_v"            those of another kind, or none of them
     kind = "attention if gating: per-element"         the same, by a word
@@ -30,10 +32,11 @@ Fields = Mapping[str, object]
 """A parameter file, as ``json.load`` gives it."""
 
 _FIELD = (
-    r"(?!(?:not|every|first|last|from|if)\b)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+    r"(?!(?:not|every|first|last|from|if|or)\b)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
 )
 _NUMBER_OR_FIELD = rf"(?:\d+|{_FIELD})"
 _SIZE = re.compile(rf"{_NUMBER_OR_FIELD}(?: [*/] {_NUMBER_OR_FIELD})*(?: [+-] {_NUMBER_OR_FIELD})?")
+_SIZES = re.compile(rf"{_SIZE.pattern}(?: or {_SIZE.pattern})*")
 _KINDS: Mapping[str, re.Pattern[str]] = {
     "not": re.compile(r"not (?P<kind>[a-z_]+)"),
     "every": re.compile(rf"every (?P<step>{_NUMBER_OR_FIELD}) from (?P<start>{_SIZE.pattern})"),
@@ -167,7 +170,14 @@ def size_of(rule: str, fields: Fields, layer: int | None = None) -> int | None:
     24
     >>> size_of("ffn", {"ffn": [8, 12]}, layer=1)
     12
+    >>> size_of("head_dim or hidden / heads", {"head_dim": "auto", "hidden": 12, "heads": 3})
+    4
     """
+    sizes = (_product(product, fields, layer) for product in rule.split(" or "))
+    return next((size for size in sizes if size is not None), None)
+
+
+def _product(rule: str, fields: Fields, layer: int | None) -> int | None:
     total = 1
     first, *others = rule.split(" ")
     for sign, operand in (("*", first), *zip(others[::2], others[1::2], strict=True)):
@@ -187,7 +197,7 @@ def check_size(rule: str) -> None:
     Raises:
         LayoutError: Says what is expected.
     """
-    if not _SIZE.fullmatch(rule):
+    if not _SIZES.fullmatch(rule):
         raise LayoutError(
             f"cannot read the size {rule!r}: a field of the parameter file, a.b for one inside"
             " another, or a product such as heads * head_dim"
@@ -237,6 +247,8 @@ def _listed(
         many = min(number, count)
         return list(range(many) if form == "first" else range(count - many, count))
     value = _field(said["field"] or "", fields)
+    if form == "listed" and isinstance(value, int) and said["start"] is None:
+        return list(range(count)) if value > 0 else []
     if not isinstance(value, list | str):
         return None
     if form == "words":

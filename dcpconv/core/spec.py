@@ -114,8 +114,8 @@ class ModelSpec(Record):
         bare_norms: Whether norms without weights follow the embedding and stand before RoPE in q
             and k (Muse Glimmer).
         attention_gate: Whether the sigmoid of a projection is a factor on what attention gives.
-        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; or
-            ``alibi``, a slope per head.
+        positions: What tells positions apart: ``rope``; ``learned``, a vector for each; ``alibi``,
+            a slope per head; or ``none``, since other layers know the order.
         norm: ``rmsnorm``; ``rmsnorm_plus_one``, which scales by 1 + weight; or ``layernorm``.
         pre_norms: Whether attention and feed-forward inputs are normalised.
         post_norms: Whether attention and feed-forward outputs are normalised.

@@ -23,7 +23,7 @@ TABLES = list(keymaps().values())
 EACH = [pytest.param(table, id=table.name) for table in TABLES]
 
 
-_KINDS = {"layer_types", "indexer_types"}
+_KINDS = {"layer_types", "indexer_types", "layers_block_type"}
 """Fields of a parameter file that say which layers are of which kind."""
 
 
@@ -172,6 +172,8 @@ def test_most_tables_have_a_partner() -> None:
         # No other family has their norms, or does without a gate.
         *("hf-arcee", "hf-cohere", "hf-exaone4", "hf-olmo2"),
         "hf-stablelm",
+        # No other has short convolutions; its relative has experts too.
+        "hf-lfm2",
         # Positions are vectors or slopes; logits have a bias, or attention no norm of its own.
         *("hf-bloom", "hf-gpt2", "hf-phi"),
         # torchtitan stores a bias more, which it moves to balance experts.

@@ -228,7 +228,7 @@ _HEAD_DIM = re.compile(
 )
 _RANKS = re.compile(r"(lora_rank|_rank)$")
 _EXPERTS = re.compile(r"(num_.*experts|n_routed_experts|moe_num_experts|num_experts)$")
-_TOPK = re.compile(r"(experts_per_tok|top_k|topk|moe_k|num_selected_experts)$")
+_TOPK = re.compile(r"(experts_per_tok|experts_per_token|top_k|topk|moe_k|num_selected_experts)$")
 _POSITIONS = re.compile(
     r"(max_position_embeddings|n_positions|max_source_positions|"
     r"max_target_positions|max_sequence_length|seq_length)$"

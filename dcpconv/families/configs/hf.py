@@ -32,6 +32,7 @@ _READERS: Mapping[str, str] = {
     "classics": "classics_reading",
     "hybrids": "hybrid_reading",
     "by_kind": "by_kind_reading",
+    "state_spaces": "state_space_reading",
     "gpt_oss": "gpt_oss",
     "muse_glimmer": "muse_glimmer",
 }
@@ -58,9 +59,11 @@ def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     """
     fields = _with_defaults(fields)
     text = nested_text(fields, _language(fields))
-    config = checked(HfConfig, text, file)
+    known = MODEL_TYPES.get(str(text.get("model_type")))
+    seen = known.stands_in(text) if known and known.stands_in else text
+    config = checked(HfConfig, seen, file)
     model_type = str(fields.get("model_type") or config.model_type)
-    known, outer = MODEL_TYPES.get(config.model_type), MODEL_TYPES.get(model_type)
+    outer = MODEL_TYPES.get(model_type)
     unheeded = tuple(_unheeded(text, known))
     config = config.model_copy(update=dict(known.assumes) if known else {})
     head_dim = config.qk_rope_head_dim if config.kv_lora_rank else config.head_dim

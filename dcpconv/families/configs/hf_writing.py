@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite, isnan
 
 from dcpconv.core.dtypes import BY_LABEL, dtype_named
 from dcpconv.core.errors import NotExpressibleError, SpecError
@@ -56,7 +57,12 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     if known.is_copied:
         if model_type in {spec.architecture, _nested_type(spec)}:
             return ()
-        return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
+        if spec.architecture not in known.takes or known.routing is None or spec.experts is None:
+            return (Refusal("architecture", f"{spec.architecture}: {name} is another model"),)
+        reasons = unfit(known.routing, spec.experts, name, spec.n_layers)
+        expresses = known.expresses | heads_of(model_type)
+        found = unexpressed(spec, expresses, name=name, requires=known.requires)
+        return (*found, *(Refusal("experts", why) for why in reasons))
     features = spec.features()
     expresses = known.expresses | heads_of(model_type)
     requires = known.requires if spec.head == "lm" else known.requires - {"head_bias"}
@@ -173,21 +179,35 @@ def _as_read(spec: ModelSpec, model_type: str, label: str | None) -> dict[str, o
     """What was read, or the part of it that is of the language model, with the type of the tensors
     that are written."""
     left = ("_name_or_path", "transformers_version")
-    fields: dict[str, object] = {k: v for k, v in spec.stated.items() if k not in left}
+    fields: dict[str, object] = {k: _spelled(v) for k, v in spec.stated.items() if k not in left}
     inner = fields.get(TEXT)
     if spec.tied != fields.get("tie_word_embeddings", spec.tied):
         fields["tie_word_embeddings"] = spec.tied  # the tensors have said otherwise
-    if model_type != spec.architecture and isinstance(inner, Mapping):
-        own = {
-            "architectures": [class_name(MODEL_TYPES[model_type], spec.head)],
+    known = MODEL_TYPES[model_type]
+    if model_type != spec.architecture:
+        own: dict[str, object] = {
+            "architectures": [class_name(known, spec.head)],
             "model_type": model_type,
+            "tie_word_embeddings": spec.tied,
+            **known.takes.get(spec.architecture, {}),
         }
-        fields, inner = {**inner, **own, "tie_word_embeddings": spec.tied}, None
+        fields, inner = {**(inner if isinstance(inner, Mapping) else fields), **own}, None
+        fields = {name: value for name, value in fields.items() if own.get(name, "") is not None}
     if label is not None:
         fields |= {"dtype": _torch_name(label), "torch_dtype": _torch_name(label)}
         if isinstance(inner, Mapping):
             fields[TEXT] = {**inner, "dtype": _torch_name(label)}
     return fields
+
+
+def _spelled(value: Json) -> Json:
+    """Numbers that JSON has none for, as transformers 5 writes them.
+
+    Source: ``_encode_special_floats`` of ``configuration_utils.py``, transformers 5.23.0.
+    """
+    if isinstance(value, float) and not isfinite(value):
+        return {"__float__": "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return [_spelled(one) for one in value] if isinstance(value, list) else value
 
 
 def _model_type(family: str, spec: ModelSpec) -> str:

@@ -31,7 +31,15 @@ _ROUTED: dict[str, object] = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-_PARTS = QK_NORM | {"norm", "partial_rotary", "layer_types", "qkv_bias", "o_bias", "activation"}
+_PARTS = QK_NORM | {
+    "rope_scaling",
+    "norm",
+    "partial_rotary",
+    "layer_types",
+    "qkv_bias",
+    "o_bias",
+    "activation",
+}
 _IMPLIED: dict[str, object] = {"norm": "rmsnorm_plus_one", "qk_norm": True}
 
 _QWEN = ModelType(
@@ -81,7 +89,15 @@ HYBRIDS: Mapping[str, ModelType] = {
     "qwen3_5": _QWEN,
     "qwen3_5_text": replace(_QWEN, class_name="Qwen3_5ForCausalLM"),
     "qwen3_5_moe": _QWEN_MOE,
-    "qwen3_5_moe_text": replace(_QWEN_MOE, class_name="Qwen3_5MoeForCausalLM"),
+    "qwen3_5_moe_text": replace(
+        _QWEN_MOE,
+        class_name="Qwen3_5MoeForCausalLM",
+        takes={
+            "qwen3_next": dict.fromkeys(
+                ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "intermediate_size")
+            )
+        },
+    ),
     "gemma3_text": _GEMMA3,
     "qwen3_next": replace(
         _QWEN_MOE,
@@ -91,6 +107,7 @@ HYBRIDS: Mapping[str, ModelType] = {
         | _ROUTED
         | {"num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True},
         routing=Routing(shared="any", shared_gate=True, dense="any"),
+        takes={"qwen3_5_moe_text": {"norm_topk_prob": True}},
     ),
 }
 """Source: ``configuration_*.py`` and ``modeling_*.py`` of transformers 5.23.0."""

@@ -71,6 +71,8 @@ class ModelType:
         language: Class of the language model of a class with a tower; empty where the file says
             which that is, and ``None`` where there is no tower.
         is_copied: Whether config.json is written as it was read, and for models of the class alone.
+        takes: Classes whose models it holds all the same -> what its file says otherwise than
+            theirs; ``None`` for fields that it does not have.
         assumes: Fields that the class does not look at, and what they have to say all the same.
         spellings: Field of its file -> what the others call it.
         older: The same for fields that are read and no longer written.
@@ -78,6 +80,8 @@ class ModelType:
         silent: Fields of the others that the class does not look at.
         ffn_times: Width of the feed-forward block in hidden sizes, where the file states none.
         completes: Makes up fields from others, as the class does.
+        stands_in: What the others' fields would be, where the class says the same by its own; no
+            file that is written has them.
     """
 
     class_name: str
@@ -95,7 +99,9 @@ class ModelType:
     ffn_times: int | None = None
     language: str | None = None
     is_copied: bool = False
+    takes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     completes: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
+    stands_in: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
     @property
     def experts(self) -> Mapping[str, object]:

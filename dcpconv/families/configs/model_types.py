@@ -280,6 +280,9 @@ _ELSEWHERE: Mapping[str, str] = {
         "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 gemma4 kimi_k25 llama4 mistral3 "
         "internvl llava"
     ),
+    "state_spaces": (
+        "nemotron_h granitemoehybrid lfm2 lfm2_moe falcon_h1 mamba2 jamba bamba kimi_linear"
+    ),
     "mixtures": (
         "deepseek_v32 glm_moe_dsa afmoe llama4_text hunyuan_v1_moe phimoe qwen2_moe olmoe "
         "flex_olmo granitemoe mellum dots1 glm4_moe solar_open exaone_moe hy_v3 minimax_m2 "

@@ -92,6 +92,60 @@ _INDEXER = {
     "index_n_heads": 2,
     "index_head_dim": 3,
 }
+_MAMBA = {
+    "mamba_num_heads": 3,
+    "mamba_head_dim": 4,
+    "n_groups": 2,
+    "ssm_state_size": 5,
+    "conv_kernel": 3,
+    "moe_latent_size": 3,
+    "use_bias": True,
+    "use_conv_bias": True,
+}
+_MAMBA_2 = {
+    "mamba_n_heads": 3,
+    "mamba_d_head": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 5,
+    "mamba_d_conv": 3,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": True,
+}
+_SCAN = {
+    "hidden_size": 5,
+    "mamba_expand": 2,
+    "mamba_d_state": 4,
+    "mamba_dt_rank": 3,
+    "mamba_d_conv": 3,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": True,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+}
+_STATES = {
+    "num_heads": 3,
+    "head_dim": 4,
+    "n_groups": 2,
+    "state_size": 5,
+    "conv_kernel": 3,
+    "use_bias": True,
+    "use_conv_bias": True,
+}
+_CONVOLUTION = {
+    "hidden_size": 5,
+    "conv_L_cache": 3,
+    "conv_bias": True,
+    "use_expert_bias": True,
+    "layer_types": ["conv", "full_attention"] * 6,
+}
+_DELTA = {
+    "linear_num_heads": 3,
+    "linear_head_dim": 4,
+    "linear_conv_kernel_dim": 3,
+    "qk_head_dim": 12,
+    "v_head_dim": 6,
+    "layer_types": ["full_attention", "linear_attention"] * 6,
+}
 
 KINDS: Mapping[str, dict[str, Any]] = {
     "plain": {},
@@ -222,6 +276,49 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "latent-none-shared": {
         "experts": _MOE,
         "latent": _LATENT,
+    },
+    "states-and-experts": {
+        "experts": _SHARED,
+        "mlp_bias": True,
+        "stated": {**_MAMBA, "layers_block_type": ["linear_attention", "moe"] * 6},
+    },
+    "states-beside-attention": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "experts": _MOE,
+        "stated": {**_MAMBA_2, "layer_types": ["linear_attention", "full_attention"] * 6},
+    },
+    "states-in-all": {
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "stated": {
+            **_MAMBA_2,
+            "mamba_rms_norm": True,
+            "projectors_bias": True,
+            "attn_layer_indices": [1, 3, 5, 7, 9, 11],
+        },
+    },
+    "states-alone": {"stated": _STATES},
+    "deltas": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "latent": _LATENT.model_copy(update={"q_rank": None, "bias": True}),
+        "o_bias": True,
+        "stated": _DELTA,
+    },
+    "scans": {
+        "experts": _MOE.model_copy(update={"dense_layers": (1,)}),
+        "stated": _SCAN,
+    },
+    "convolutions": {"qk_norm": True, "stated": _CONVOLUTION},
+    "convolutions-experts": {
+        "qk_norm": True,
+        "experts": _MOE.model_copy(update={"dense_layers": (0,)}),
+        "stated": _CONVOLUTION,
+    },
+    "states-and-attention": {
+        "mlp_bias": True,
+        "stated": {**_MAMBA, "layers_block_type": ["mlp", "full_attention"] * 6},
     },
 }
 """A model for every combination of conditions that tables distinguish."""

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING
 
 from support.models.hf_models import MODEL_TYPES
 from support.models.layers import randomise
+from support.models.state_space_cases import STATE_SPACES
 
 TEXT: Mapping[str, object] = {
     "vocab_size": 131,
@@ -220,6 +221,7 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         {"vision_config": {**SIGLIP, "model_type": "clip_vision_model"}},
     ),
     "qwen3_next": ("Qwen3NextForCausalLM", {**TEXT, **LINEAR, **ROUTED}, {}),
+    **{name: (class_name, fields, {}) for name, (class_name, fields) in STATE_SPACES.items()},
 }
 """``model_type`` -> class, fields of its language model, fields of its towers."""
 

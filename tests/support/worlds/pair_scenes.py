@@ -33,7 +33,10 @@ IN_TURN = {
 }
 """GPT-NeoX as the classes compute that have attention and feed-forward in turn."""
 
-PAIRS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+Pair = tuple[str, Mapping[str, Any], str]
+"""Class, switches, the other naming."""
+
+PAIRS: Mapping[str, Pair] = {
     "qwen3_5-torchtitan": ("qwen3_5", {}, "torchtitan-qwen3_5"),
     "qwen3_5_moe-torchtitan": ("qwen3_5_moe", {"num_experts": 11}, "torchtitan-qwen3_5"),
     "qwen3_5_moe-memory": ("qwen3_5_moe", {}, "hf-memory-qwen3_5_moe"),
@@ -79,16 +82,16 @@ CLASSES: Mapping[str, str] = {
 """Name -> its class, where that gives no logits."""
 
 
-def prepare(directory: Path) -> None:
+def prepare(directory: Path, pairs: Mapping[str, Pair] = PAIRS) -> None:
     """Write each model in both namings."""
-    for name, (_, _, to) in PAIRS.items():
-        source = save_hf(_made(name), directory / name / "hf")
+    for name, pair in pairs.items():
+        source, to = save_hf(_made(name, pair), directory / name / "hf"), pair[2]
         convert(source, directory / name / "other.pth", to=to)
         convert(source, directory / name / "dcp", to=to)
 
 
-def _made(name: str) -> Any:
-    model_type, overrides, _ = PAIRS[name]
+def _made(name: str, pair: Pair) -> Any:
+    model_type, overrides, _ = pair
     make = small if model_type in NESTED else tiny
     model = make(model_type, **overrides)
     if name not in CLASSES:
@@ -125,21 +128,21 @@ def _assert_shards(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
         assert torch.equal(tensor.full_tensor(), expected[key]), key
 
 
-def _to_other(name: str) -> Scene:
+def _to_other(name: str, pair: Pair) -> Scene:
     def scene(directory: Path) -> None:
         expected = torch.load(directory / name / "other.pth", weights_only=True)
         model: nn.Module = Shell(expected)
         fully_shard(model)
-        load_init_weights(model, directory / name / "hf", to=PAIRS[name][2])
+        load_init_weights(model, directory / name / "hf", to=pair[2])
         _assert_shards(model, expected)
         assert check(directory / name / "hf", against=model)
 
     return scene
 
 
-def _from_other(name: str, source: str) -> Scene:
+def _from_other(name: str, pair: Pair, source: str) -> Scene:
     def scene(directory: Path) -> None:
-        right, to = _made(name), PAIRS[name][2]
+        right, to = _made(name, pair), pair[2]
         expected = dict(right.state_dict())
         with torch.device("meta"):
             model: nn.Module = type(right)(right.config)
@@ -151,13 +154,16 @@ def _from_other(name: str, source: str) -> Scene:
     return scene
 
 
-SCENES: dict[int, dict[str, Scene]] = {
-    2: {
-        **{f"{name}/to-other": _to_other(name) for name in PAIRS},
-        **{f"{name}/from-pth": _from_other(name, "other.pth") for name in PAIRS},
-        **{f"{name}/from-dcp": _from_other(name, "dcp") for name in PAIRS},
+def scenes_of(pairs: Mapping[str, Pair]) -> dict[str, Scene]:
+    """Each pair in both directions, the way back from two forms."""
+    return {
+        **{f"{name}/to-other": _to_other(name, pair) for name, pair in pairs.items()},
+        **{f"{n}/from-pth": _from_other(n, pair, "other.pth") for n, pair in pairs.items()},
+        **{f"{name}/from-dcp": _from_other(name, pair, "dcp") for name, pair in pairs.items()},
     }
-}
+
+
+SCENES: dict[int, dict[str, Scene]] = {2: scenes_of(PAIRS)}
 
 if __name__ == "__main__":
     take_part(SCENES)

@@ -45,6 +45,10 @@ FIELDS = {
         ("ssm.none", None),
         ("none", None),
         ("heads * none", None),
+        ("none or heads", 3),
+        ("word or heads * dim / 4", 6),
+        ("odd / 2 or none or dim", 8),
+        ("none or word", None),
     ],
 )
 def test_a_size_is_a_field_or_a_product(rule: str, size: int | None) -> None:
@@ -57,7 +61,7 @@ def test_a_list_gives_every_layer_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "heads*dim", "heads * ", "-1", "heads + dim * 2", "a..b", "a "]
+    "rule", ["", "heads*dim", "heads * ", "-1", "heads + dim * 2", "a..b", "a ", "a or", "or a"]
 )
 def test_what_is_no_size_is_told(rule: str) -> None:
     with pytest.raises(LayoutError, match="cannot read the size"):
@@ -76,6 +80,7 @@ KINDS: dict[str, Any] = {
     "yes": True,
     "word": "b",
     "no": False,
+    "narrow": 36,
 }
 
 
@@ -100,6 +105,9 @@ KINDS: dict[str, Any] = {
         ("other if word: b", {0, 3}),
         ("other if word: c", set()),
         ("not other", {1, 2, 4}),
+        ("yes", {0, 1, 2, 3, 4}),
+        ("narrow", {0, 1, 2, 3, 4}),
+        ("no", set()),
     ],
 )
 def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
@@ -116,7 +124,7 @@ def test_a_kind_is_some_of_the_layers(rule: str, layers: set[int]) -> None:
     "rule",
     [
         *("none", "none: a", "types: a", "every none from 1", "first none", "last none", "types"),
-        *("not other", "other if step", "listed_kind if none"),
+        *("not other", "other if step", "listed_kind if none", "yes from 1"),
     ],
 )
 def test_a_kind_that_no_field_tells_is_not_known(rule: str) -> None:
