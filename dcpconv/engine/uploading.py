@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import OutFile
@@ -18,6 +18,9 @@ from dcpconv.engine.units import Unit
 from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.system import System
+
+if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
 
 PART: Final = 16 << 20
 """Bytes of a part, unless the object needs longer ones."""
@@ -56,12 +59,16 @@ class Uploads:
         target: Prefix, or the object itself where the result is one file.
         is_file: Whether it is.
         is_held: Whether no object may become visible before ``release``.
+
+    Attributes:
+        digests: Take what passes.
     """
 
     def __init__(self, target: RemotePath, *, is_file: bool, is_held: bool) -> None:
         self._target = target
         self._is_file = is_file
         self.is_held = is_held
+        self.digests: PassingDigests | None = None
         self.condition = threading.Condition()
         self.waiting = 0
         self.sending = 0
@@ -155,6 +162,8 @@ class Upload:
 
     def skip(self, unit: Unit) -> None:
         """A unit is nothing but zeros."""
+        if self.uploads.digests is not None:
+            self.uploads.digests.file(self.name).take_zeros(unit.offset, unit.nbytes)
         for number, length in self._shares(unit.offset, unit.nbytes):
             self._arrived(number, length)
 
@@ -178,6 +187,7 @@ class Upload:
             StoreError: The object cannot be written.
         """
         view = memoryview(data)
+        self._digest(offset, view)
         while view:
             number, at = divmod(offset, self.size)
             buffer = self._buffer(number)
@@ -198,8 +208,13 @@ class Upload:
             length = min(nbytes, len(buffer) - at)
             with memoryview(buffer) as view:
                 source.read(offset, [view[at : at + length]], length)
+                self._digest(target, view[at : at + length])
             self._arrived(number, length)
             offset, target, nbytes = offset + length, target + length, nbytes - length
+
+    def _digest(self, offset: int, data: memoryview) -> None:
+        if self.uploads.digests is not None:
+            self.uploads.digests.take(self.name, offset, data)
 
     def write_back(self, unit: Unit, system: System) -> None:
         """Parts are sent by themselves."""
