@@ -1,4 +1,5 @@
-"""``fingerprint`` and ``diff`` beside ``cat`` of the same files, and the memory of a manifest.
+"""``fingerprint`` and ``diff`` beside ``cat`` of the same files, what a fingerprint costs a
+conversion, and the memory of a manifest.
 
 Processes take turns, and the best of many counts: files are in the page cache, and whatever else
 the machine does doubles the time of a thread.  CPU seconds are told too, as they vary less.
@@ -22,7 +23,11 @@ from dcpconv import convert
 RUNS = 5
 _IMPORT = "import sys\nimport dcpconv\n"
 _FINGERPRINT = _IMPORT + "dcpconv.fingerprint(sys.argv[1])\nassert 'torch' not in sys.modules\n"
-_DIFF = _IMPORT + "dcpconv.diff(sys.argv[1], sys.argv[2])\n"
+_DIFF = _IMPORT + "dcpconv.diff(sys.argv[1], sys.argv[2])\nassert 'torch' not in sys.modules\n"
+_CONVERT = (
+    "import sys\nfrom dcpconv import convert\n"
+    "convert(sys.argv[1], sys.argv[1] + '.out', form='dcp', to='lingua', overwrite=True{more})\n"
+)
 _PLAN = (
     "import sys\n"
     "from dcpconv.plan.canonical import canonical\n"
@@ -96,14 +101,17 @@ def rows(work: Path, *, gb: float) -> list[Compared]:
         _best("fingerprint hf", _FINGERPRINT, (hf,), target=0.7, limit=100),
         _best("fingerprint dcp, rows relabelled", _FINGERPRINT, (lingua,), target=0.7, limit=100),
         _best("diff hf, dcp lingua: equal", _DIFF, (hf, lingua), target=0.7, limit=100),
-        _best("diff hf, hf: all changed", _DIFF, (hf, tuned), target=0.7, limit=None),
+        _best("diff hf, hf: all changed", _DIFF, (hf, tuned), target=0.7, limit=100),
     ]
+    for name, more in (("convert", ""), ("convert --fingerprint", ", fingerprint=True")):
+        code = _CONVERT.format(more=more)
+        found.append(_best(f"{name}, hf to dcp lingua", code, (hf,), target=None, limit=100))
     shutil.rmtree(place)
     return [*found, _manifest(work)]
 
 
 def _best(
-    name: str, code: str, sources: tuple[Path, ...], *, target: float, limit: float | None
+    name: str, code: str, sources: tuple[Path, ...], *, target: float | None, limit: float | None
 ) -> Compared:
     costs: list[Cost] = []
     floors: list[float] = []

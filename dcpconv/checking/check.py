@@ -6,7 +6,7 @@ Nothing is converted and no tensor is read; torch is imported only by whoever pa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,8 @@ def check(
     allow: Sequence[str] = (),
     dtypes: bool = False,
     data: bool = False,
+    progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
 ) -> Coverage:
     """The account of every key on both sides; true if everything fits.
 
@@ -75,6 +77,8 @@ def check(
         dtypes: Element types must agree too, with the target's or those the config names;
             otherwise differences are notes.
         data: Read every tensor and compare what it holds with the digests of a manifest.
+        progress: Called from the threads with bytes read since its last call.
+        total: Called with the bytes that will be read, before the first is.
 
     Raises:
         NotACheckpointError: The source or target is absent or nothing we know.
@@ -88,7 +92,7 @@ def check(
         source = path_of(source)  # lists a store once
     manifest = manifest_in(against)
     if manifest is not None or data:
-        return _contents(source, manifest, said, data=data)
+        return _contents(source, manifest, said, data=data, progress=progress, total=total)
     adapter = adapter_path(source)
     if adapter is not None and to is None:
         return check_adapter(adapter, against, said)
@@ -138,7 +142,15 @@ def check(
     return coverage or replace(coverage, suggestions=suggest(coverage, weights))
 
 
-def _contents(source: Openable, manifest: Path | None, said: Said, *, data: bool) -> Coverage:
+def _contents(
+    source: Openable,
+    manifest: Path | None,
+    said: Said,
+    *,
+    data: bool,
+    progress: Callable[[int], None] | None,
+    total: Callable[[int], None] | None,
+) -> Coverage:
     """The account against a manifest, by contents where they are asked for."""
     if manifest is None:
         raise DcpconvError(
@@ -149,7 +161,7 @@ def _contents(source: Openable, manifest: Path | None, said: Said, *, data: bool
     is_named = isinstance(source, (str, os.PathLike))
     what = path_of(source) if data and is_named else source
     found = understand(what, said, collects=True)
-    coverage = cover_manifest(found, manifest, data=data)
+    coverage = cover_manifest(found, manifest, data=data, progress=progress, total=total)
     return replace(
         coverage,
         problems=found.problems,

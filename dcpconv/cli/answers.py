@@ -103,6 +103,11 @@ def note(text: str) -> None:
     sys.stderr.write(f"note: {printable_lines(text)}\n")
 
 
+def is_watched() -> bool:
+    """Whether a person is looking at stderr."""
+    return sys.stderr.isatty()
+
+
 def _stop(text: str, code: int) -> NoReturn:
     sys.stderr.write(f"{printable_lines(text)}\n")
     raise typer.Exit(code)

@@ -100,6 +100,7 @@ def check(
     """
     from dcpconv.checking.check import check as run
     from dcpconv.checking.reports import KINDS
+    from dcpconv.cli.progress import bar, calls
     from dcpconv.core.errors import DcpconvError
 
     if report not in KINDS:
@@ -107,18 +108,20 @@ def check(
             f"there is no report {report!r}", [("expected", f"one of {', '.join(KINDS)}")]
         )
     gc.disable()  # millions of small objects without cycles, in a process that ends here
-    coverage = run(
-        source,
-        to=to,
-        against=against,
-        from_=from_,
-        keymap=keymap,
-        assets=assets,
-        spec=spec or (),
-        allow=allow or (),
-        dtypes=dtypes,
-        data=data,
-    )
+    with bar("reading", quiet=not data) as shown:
+        coverage = run(
+            source,
+            to=to,
+            against=against,
+            from_=from_,
+            keymap=keymap,
+            assets=assets,
+            spec=spec or (),
+            allow=allow or (),
+            dtypes=dtypes,
+            data=data,
+            **calls(shown),
+        )
     if html is not None:
         from dcpconv.cli.pictures.page import write
         from dcpconv.cli.pictures.pages import coverage_page

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dcpconv.cli.answers import answers_of, note, say, say_json
+from dcpconv.cli.answers import answers_of, is_watched, note, say, say_json
 from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Spec
 from dcpconv.cli.words import count, parse_size, size
 
@@ -147,8 +146,8 @@ def convert(
         bool,
         typer.Option(
             "--fingerprint",
-            help="Read the result once more and report its fingerprint; a directory gets its"
-            " manifest, dcpconv_fingerprint.json.",
+            help="Take the fingerprint of DST while it is written and report it; a directory gets"
+            " its manifest, dcpconv_fingerprint.json.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -277,8 +276,9 @@ def lines(report: ConversionReport) -> Iterator[str]:
         yield f"disk      {size(report.disk_nbytes)} needed; nothing was written (--dry-run)"
         return
     if report.fingerprint:
-        read = size(report.fingerprint_nbytes)
-        yield f"digest    {report.fingerprint}  {read} of the result read for it"
+        read = report.fingerprint_nbytes
+        how = f"{size(read)} read for it" if read else "taken while it was written"
+        yield f"digest    {report.fingerprint}  {how}"
     yield from _ranks(report)
     moved = ", ".join(f"{size(nbytes)} {name}" for name, nbytes in report.moved.items())
     yield f"moved     {moved or 'nothing'}"
@@ -349,28 +349,10 @@ def _listed(label: str, items: Any) -> Iterator[str]:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on stderr, where a person is looking."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_watched():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bar
+    from dcpconv.cli.progress import bar
 
-    with Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("planning", total=None)
-        yield lambda at: bar.update(task, description="moving", completed=at.done, total=at.total)
+    with bar("moving", quiet=quiet) as shown:
+        yield None if shown is None else lambda at: shown.show(at.done, at.total)

@@ -51,6 +51,7 @@ def diff(
 
     dcpconv diff base finetuned --by layer
     """
+    from dcpconv.cli.progress import bar, calls
     from dcpconv.comparing.diff import diff as run
     from dcpconv.comparing.text import lines
     from dcpconv.core.errors import DcpconvError
@@ -58,18 +59,20 @@ def diff(
     if by not in {None, "layer", "slot"}:
         raise DcpconvError(f"cannot group by {by!r}", [("expected", "layer or slot")])
     gc.disable()  # millions of small objects without cycles, in a process that ends here
-    found = run(
-        a,
-        b,
-        tolerance=tolerance,
-        only=only,
-        stored=stored,
-        from_=from_,
-        keymap=keymap,
-        assets=assets,
-        spec=spec or (),
-        jobs=jobs,
-    )
+    with bar("comparing", quiet=False) as shown:
+        found = run(
+            a,
+            b,
+            tolerance=tolerance,
+            only=only,
+            stored=stored,
+            from_=from_,
+            keymap=keymap,
+            assets=assets,
+            spec=spec or (),
+            jobs=jobs,
+            **calls(shown),
+        )
     if html is not None:
         from dcpconv.cli.pictures.page import write
         from dcpconv.cli.pictures.pages import diff_page

@@ -52,19 +52,22 @@ def fingerprint(
 
     dcpconv check out/checkpoint --against llama.json --data
     """
+    from dcpconv.cli.progress import bar, calls
     from dcpconv.comparing.fingerprint import fingerprint as run
 
     gc.disable()  # millions of small objects without cycles, in a process that ends here
-    found = run(
-        source,
-        from_=from_,
-        keymap=keymap,
-        assets=assets,
-        spec=spec or (),
-        only=only,
-        stored=stored,
-        jobs=jobs,
-    )
+    with bar("reading", quiet=False) as shown:
+        found = run(
+            source,
+            from_=from_,
+            keymap=keymap,
+            assets=assets,
+            spec=spec or (),
+            only=only,
+            stored=stored,
+            jobs=jobs,
+            **calls(shown),
+        )
     if output is not None:
         found.write(Path(output))
     if as_json:

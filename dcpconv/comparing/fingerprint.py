@@ -23,6 +23,7 @@ def fingerprint(
     stored: bool = False,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint's weights, and the digest of every tensor.
 
@@ -39,6 +40,7 @@ def fingerprint(
         stored: Take keys and axes as they are stored, although a table knows them.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         progress: Called from the threads with bytes read since its last call.
+        total: Called with the bytes that will be read, before the first is.
 
     Raises:
         NotACheckpointError: There is nothing of the kind.
@@ -50,4 +52,4 @@ def fingerprint(
     found = with_weights(source, said, only)
     known = canonical(found, as_it_is_stored=stored)
     require_tensors(found.catalog, known.targets)
-    return fingerprint_of(found, known, jobs=jobs, progress=progress)
+    return fingerprint_of(found, known, jobs=jobs, progress=progress, total=total)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dcpconv.plan.canonical import LAYOUTS
 from dcpconv.plan.differences import SAME, Status, TensorDiff, plain
 from dcpconv.sources.opening import End
 
@@ -117,5 +118,11 @@ class Group:
         }
 
 
+_PLACE = {slot: number for number, slot in enumerate(LAYOUTS)}
+
+
 def _order(name: str | int | None) -> tuple[bool, int, str]:
-    return (name is not None, name if isinstance(name, int) else 0, str(name))
+    """What is beside the layers first, layers by number, slots as the list of them has them."""
+    if isinstance(name, int):
+        return True, name, ""
+    return name is not None, _PLACE.get(name or "", len(_PLACE)), name or ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from dcpconv.comparing.records import By, Diff, Group
 from dcpconv.plan.canonical import LAYOUTS
@@ -115,8 +116,11 @@ def _differences(diff: Diff) -> Iterator[str]:
 def _measured(label: str, tensors: Sequence[TensorDiff]) -> Iterator[str]:
     shown = tensors[:_LISTED]
     width = max((len(tensor.name) for tensor in shown), default=0)
-    for tensor in shown:
-        yield f"{label:<9} {tensor.name:<{width}}  {change(tensor)}"
+    rows = [change(tensor).split("  ") for tensor in shown]
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    for tensor, row in zip(shown, rows, strict=True):
+        cells = "  ".join(f"{cell:<{wide}}" for cell, wide in zip(row, widths, strict=False))
+        yield f"{label:<9} {tensor.name:<{width}}  {cells}".rstrip()
     yield from _rest(label, len(tensors))
 
 
@@ -135,7 +139,7 @@ def change(tensor: TensorDiff) -> str:
         f"relative {_number(apart.relative)}  max |a-b| {_number(apart.max_abs)}{place}"
         f"  mean {_number(apart.mean_abs)}  cosine {_cosine(apart.cosine)}"
         f"  |b|/|a| {_cosine(apart.norm_ratio)}"
-        f"  {apart.differing:,} of {tensor.numel:,}{cast}"
+        f"  {apart.differing:,} of {tensor.numel:,} differ{cast}"
     )
 
 

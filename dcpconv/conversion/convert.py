@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
@@ -28,6 +28,7 @@ from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.schemes import is_remote, path_of, target_of
 
 if TYPE_CHECKING:
+    from dcpconv.conversion.printing import ResultDigests
     from dcpconv.engine.placing import Ground
     from dcpconv.engine.uploading import Uploads
     from dcpconv.sources.adapters.naming import Weighed
@@ -110,9 +111,9 @@ def convert(
             for files that ours declines, and for comparison.
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
-        fingerprint: Read the result once it is written and report its fingerprint; a directory
-            gets its manifest.  No way of copying has all bytes pass by: most are shared with the
-            source, or copied by the kernel.
+        fingerprint: Report the fingerprint of the result; a directory gets its manifest.  Bytes are
+            hashed on their way through our buffers, by which all but blocks shared with the source
+            then go; those are read for it.  Several processes read their result back instead.
         overwrite: Replace an existing target, in one step once the result is complete.
         cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
@@ -145,6 +146,7 @@ def convert(
         model_parallel=model_parallel,
         max_file_size=max_file_size,
         overwrite=overwrite,
+        fingerprint=fingerprint,
     )
     here = _downloaded(os.fspath(source)) if cache else path_of(source)
     is_by_torch = _is_by_torch(engine, trust=trust)
@@ -155,12 +157,6 @@ def convert(
             hint="leave --engine torch out, or copy the checkpoint to a disk first",
         )
     ground = None
-    if fingerprint and isinstance(wanted.path, RemotePath):
-        raise DcpconvError(
-            "the manifest of a fingerprint is written beside results on a disk only",
-            [("target", wanted.path)],
-            hint="`dcpconv fingerprint DST` takes one of the result",
-        )
     if fingerprint and is_by_torch:
         raise DcpconvError(
             "torch's engine takes no fingerprint",
@@ -203,9 +199,22 @@ def convert(
         if dry_run:
             return decided.report
         report = decided.report
+        digests: ResultDigests | None = None
+        if fingerprint:
+            from dcpconv.conversion import printing  # noqa: PLC0415 - few ask
+
+            if of == 1:  # several processes read back what they have written, and compare it
+                digests = printing.planned_digests(decided.job, decided.tensors, decided.outline)
         with _overflow_refused():
             if of == 1:
-                moved = _write(decided, ground, jobs=jobs, overwrite=overwrite, progress=progress)
+                moved = _write(
+                    decided,
+                    ground,
+                    jobs=jobs,
+                    overwrite=overwrite,
+                    progress=progress,
+                    digests=digests,
+                )
             else:
                 from dcpconv.conversion.worlds import working  # noqa: PLC0415 - most are alone
 
@@ -225,14 +234,10 @@ def convert(
                     published_by=written.published_by,
                     notes=(*report.notes, *written.notes),
                 )
-        printed: dict[str, Any] = {}
         if fingerprint and rank == report.published_by:
-            from dcpconv.conversion.printing import printed_result  # noqa: PLC0415 - few ask
-
-            printed = printed_result(decided.job, jobs=jobs)
+            report = printing.with_print(report, decided.job, digests, jobs=jobs)
         return replace(
             report,
-            **printed,
             moved={name: nbytes for name in MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
             seconds=time.perf_counter() - started,
@@ -306,6 +311,7 @@ def _write(
     jobs: int | None,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
+    digests: ResultDigests | None,
 ) -> Moved:
     """Carries the plan out, and makes the result visible once it is whole.
 
@@ -315,6 +321,7 @@ def _write(
         jobs: Threads.
         overwrite: Whether an existing target is replaced.
         progress: Called with the bytes done.
+        digests: Take what is written; a manifest of them is published with it.
     """
     job, outline, side = decided.job, decided.outline, decided.side
     total = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
@@ -337,10 +344,16 @@ def _write(
             labels=labels(decided.planned, outline),
             allow_overflow="overflow" in job.aim.source.said.allow,
             uploads=uploads,
+            digests=digests.passing if digests is not None else None,
         )
 
-    def commit() -> list[tuple[str, bytes]]:
-        return [*((file.name, file.read()) for file in side.files), *outline.commit]
+    def commit(place: Path | None) -> list[tuple[str, bytes]]:
+        """What is written last; of what nobody can read yet there is a manifest only if no byte of
+        it has to be read."""
+        manifest: tuple[tuple[str, bytes], ...] = ()
+        if digests is not None and (place is not None or digests.passing.is_whole):
+            manifest = digests.finish(place or job.target, jobs=jobs)
+        return [*manifest, *((file.name, file.read()) for file in side.files), *outline.commit]
 
     if ground is not None:
         from dcpconv.engine.placing import placing  # noqa: PLC0415 - most targets are paths
@@ -349,10 +362,10 @@ def _write(
             ground,
             outline,
             is_file=job.is_one_file,
-            beside=[file.name for file in side.files],
+            beside=[*(file.name for file in side.files), *(digests.beside if digests else ())],
         ) as placed:
             moved = carry_out(placed.path, placed.uploads)
-            placed.publish(commit(), commits=len(outline.commit))
+            placed.publish(commit(None), commits=len(outline.commit))
         return moved
     with staging(
         job.target,
@@ -368,7 +381,7 @@ def _write(
             else spared(outline, source=job.catalog.path, stage=stage.path),
         )
         moved = carry_out(stage.path)
-        stage.publish(commit())
+        stage.publish(commit(stage.path))
     return moved
 
 

@@ -81,7 +81,7 @@ class ConversionReport:
         is_dry_run: Whether nothing was written.
         merged: Tensors that adapters changed.
         fingerprint: Of the result, where it was asked for.
-        fingerprint_nbytes: Bytes of the result that were read for it.
+        fingerprint_nbytes: Bytes that were read for it alone; the others were hashed on their way.
         shares: What each rank wrote, where several processes wrote the result.
         resumed: Payload bytes of it that an earlier run of them had written.
         published_by: The rank that made the result visible.

@@ -40,6 +40,7 @@ class Wanted:
         max_file_size: Bytes of tensors per file at most.
         overwrite: Whether an existing target is replaced.
         stem: Goes into the names of data files, where objects of other names have to stay.
+        fingerprint: Whether its manifest stands beside it.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Wanted:
     model_parallel: int
     max_file_size: int | None
     overwrite: bool
+    fingerprint: bool = False
     stem: str = ""
 
     def form_from(self, source: Form) -> Form:

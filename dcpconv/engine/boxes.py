@@ -326,7 +326,7 @@ def _spread(
         span = itemsize * (1 + sum((count - 1) * step for count, step, _ in nest))
         view = scratch[:span]
         source.read(part.offset + at, [view], span)
-        _assign(nest, itemsize, view, into[target:])
+        assign(nest, itemsize, view, into[target:])
 
 
 def _spans(
@@ -358,7 +358,7 @@ def _spans(
             yield from _spans(offset + a, target + b, nest, itemsize, room)
 
 
-def _assign(loops: tuple[Loop, ...], itemsize: int, source: memoryview, into: memoryview) -> None:
+def assign(loops: tuple[Loop, ...], itemsize: int, source: memoryview, into: memoryview) -> None:
     """Copy a nest between two buffers that start at its first element."""
     width, vector, starts = _strides(loops, itemsize)
     code = _CODES[width]

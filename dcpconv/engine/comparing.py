@@ -1,7 +1,7 @@
 """Two boxes beside each other: equal byte for byte, or by how much their values differ.
 
-Bytes are compared first, without torch; only what is unequal is read again and measured.  Memory:
-four buffers of ``SIZE`` bytes per thread.
+Bytes are compared first; only what is unequal is read again and measured, with numpy.  Memory: two
+buffers of ``_SIZE`` bytes per thread, and a megabyte to measure with.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.sharing import CHUNK, Stretch, share, stretches
+from dcpconv.engine.sharing import Stretch, share, stretches
 from dcpconv.engine.threads import Desk
 from dcpconv.stores.local import Sources
 
 if TYPE_CHECKING:
     from dcpconv.engine.measuring import Measured
+
+CHUNK = 1 << 20
+"""Bytes of each side read and used at a time: they stay in a core's cache between the two."""
 
 _SIZE = 2 * CHUNK
 """Bytes of a buffer: a chunk of each side lies in its halves."""
@@ -43,23 +47,31 @@ class Reader:
         """Elements ``start`` to ``stop`` of either side, as stored."""
         found = []
         for box, sources, at in zip(stretch.boxes, self.sources, (0, CHUNK), strict=True):
-            view = desk.tile[at : at + (stop - start) * box.itemsize]
-            box.read(
-                start,
-                stop,
-                sources=sources,
-                into=view,
-                scratch=lambda: desk.scratch,
-                slices=desk.slices,
-                at=at,
-            )
+            view = desk.tile[at : at + (stop - start) * _dtype_of(box).itemsize]
+            if box.fill.scales:
+                from dcpconv.engine.dequantise import (  # noqa: PLC0415 - few have factors
+                    Computed,
+                )
+
+                made = Computed(box.fill)
+                made.read(start, stop, sources=sources, into=view, scratch=lambda: desk.scratch)
+            else:
+                box.read(
+                    start,
+                    stop,
+                    sources=sources,
+                    into=view,
+                    scratch=lambda: desk.scratch,
+                    slices=desk.slices,
+                    at=at,
+                )
             found.append(view)
         return found[0], found[1]
 
 
 def step_of(boxes: Sequence[Box]) -> int:
     """Elements of which every side fits into a chunk."""
-    return CHUNK // max(box.itemsize for box in boxes)
+    return CHUNK // max(_dtype_of(box).itemsize for box in boxes)
 
 
 def are_equal(
@@ -122,7 +134,8 @@ def measure(
     Sums are kept in fp64, and added in the order of the elements whatever the threads do.
 
     Args:
-        pairs: Fills of as many elements; element types may differ.
+        pairs: Fills of as many elements; element types may differ, and what has scales is compared
+            as it is worth in the fill's target type.
         sources: As for ``are_equal``.
         jobs: Likewise.
         progress: Likewise.
@@ -131,23 +144,23 @@ def measure(
         FormatError: A source file is missing, unreadable or too short.
         SourceChangedError: A source file changed after it was planned with.
     """
-    from dcpconv.engine.measuring import joined, measured  # noqa: PLC0415 - imports torch
+    from dcpconv.engine.measuring import Measure, joined  # noqa: PLC0415 - imports numpy
 
     reader = Reader(sources)
     found: dict[int, dict[int, Measured]] = {}
-    seen: dict[int, float] = {}
     lock = threading.Lock()
+    own = threading.local()
 
     def compare(stretch: Stretch, desk: Desk) -> None:
         step = step_of(stretch.boxes)
-        one, other = (box.fill.source_dtype for box in stretch.boxes)
+        one, other = (_dtype_of(box) for box in stretch.boxes)
+        measured = own.__dict__.setdefault("measured", None) or Measure()
+        own.measured = measured
         parts = []
         for start in range(stretch.start, max(stretch.stop, stretch.start + 1), step):
             stop = min(start + step, stretch.stop)
             both = reader.read(stretch, start, stop, desk)
-            known = seen.get(stretch.number, 0.0)
-            parts.append(measured(*both, dtypes=(one, other), first=start, seen=known))
-            seen[stretch.number] = max(known, parts[-1].max_abs)
+            parts.append(measured(*both, dtypes=(one, other), first=start))
         with lock:
             found.setdefault(stretch.number, {})[stretch.start] = joined(parts)
         if progress is not None:
@@ -157,6 +170,11 @@ def measure(
     for side in sources:
         side.require_unchanged()
     return [joined(held for _, held in sorted(found[number].items())) for number in sorted(found)]
+
+
+def _dtype_of(box: Box) -> DType:
+    """Type of the elements that are compared."""
+    return box.fill.target_dtype if box.fill.scales else box.fill.source_dtype
 
 
 def _address(view: memoryview) -> int:

@@ -20,6 +20,7 @@ from dcpconv.stores.system import SYSTEM, System
 
 if TYPE_CHECKING:
     from dcpconv.core.outline import OutFile
+    from dcpconv.engine.passing import FileDigests, PassingDigests
     from dcpconv.engine.units import Unit
 
 _REFUSALS = {
@@ -93,6 +94,7 @@ class Ladder:
         nbytes: int,
         buffer: memoryview,
         tally: Tally,
+        digests: FileDigests | None = None,
     ) -> None:
         """Copy one run into a file that is zeros there.
 
@@ -104,6 +106,7 @@ class Ladder:
             nbytes: Length of the run.
             buffer: Room for the last rung.
             tally: Gets the bytes added.
+            digests: Takes all bytes: shared ones are read for them, and the kernel copies none.
 
         Raises:
             FormatError: The source is too short or unreadable.
@@ -118,17 +121,28 @@ class Ladder:
                 self._refuse("clone", source.device, device, error)
             else:
                 tally.reflinked += nbytes
+                if digests is not None:
+                    digests.take_from(source, source_offset, target_offset, nbytes, buffer)
                 return
         moved = 0
         shift = target_offset - source_offset
+        end = source_offset
         for begin, length in source.data(source_offset, nbytes):
-            done = self._kernel_copy(source, fd, begin, begin + shift, length, device)
+            done = 0
+            if digests is None:
+                done = self._kernel_copy(source, fd, begin, begin + shift, length, device)
+            else:
+                digests.take_zeros(end + shift, begin - end)
+                self._reserve(fd, begin + shift, length, device)
             tally.copied += done
             if done < length:
                 at = begin + done
-                _buffered_copy(source, fd, at, at + shift, length - done, buffer, self.system)
+                self._buffered_copy(source, fd, at, at + shift, length - done, buffer, digests)
                 tally.buffered += length - done
             moved += length
+            end = begin + length
+        if digests is not None:
+            digests.take_zeros(end + shift, source_offset + nbytes - end)
         tally.holes += nbytes - moved
 
     def _may(self, rung: str, source: int, target: int) -> bool:
@@ -174,23 +188,25 @@ class Ladder:
             done += count
         return done
 
-
-def _buffered_copy(
-    source: SourceFile,
-    fd: int,
-    offset: int,
-    target: int,
-    nbytes: int,
-    buffer: memoryview,
-    system: System,
-) -> None:
-    step, done = min(len(buffer), _CACHED), 0
-    while done < nbytes:
-        length = step - (target + done) % _FOLIO if step > _FOLIO else step
-        view = buffer[: min(length, nbytes - done)]
-        source.read(offset + done, [view], len(view))
-        write(fd, view, target + done, system=system)
-        done += len(view)
+    def _buffered_copy(
+        self,
+        source: SourceFile,
+        fd: int,
+        offset: int,
+        target: int,
+        nbytes: int,
+        buffer: memoryview,
+        digests: FileDigests | None,
+    ) -> None:
+        step, done = min(len(buffer), _CACHED), 0
+        while done < nbytes:
+            length = step - (target + done) % _FOLIO if step > _FOLIO else step
+            view = buffer[: min(length, nbytes - done)]
+            source.read(offset + done, [view], len(view))
+            write(fd, view, target + done, system=self.system)
+            if digests is not None:
+                digests.take(target + done, view)
+            done += len(view)
 
 
 def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SYSTEM) -> None:
@@ -218,10 +234,12 @@ class OutDirectory:
         path: An existing directory.
         fd: The same, open, where its files are there already, as long as they will be: whatever
             takes the name of the directory later is not written to.
+        digests: Take what passes.
     """
 
     path: Path
     fd: int | None = None
+    digests: PassingDigests | None = None
 
     def make(self, name: str, nbytes: int) -> int:
         """Create a file that must not exist."""
@@ -261,10 +279,11 @@ def write_error(error: OSError, path: Path) -> DcpconvError:
 class Output:
     """A file being written; ``pending`` counts its units under way, and the listing of them."""
 
-    __slots__ = ("fd", "name", "path", "pending")
+    __slots__ = ("digests", "fd", "name", "path", "pending")
 
     def __init__(self, target: OutDirectory, file: OutFile) -> None:
         self.name = file.name
+        self.digests = target.digests.file(file.name) if target.digests is not None else None
         self.path = target.path / file.name
         self.pending = 1
         if target.fd is None:
@@ -277,9 +296,13 @@ class Output:
 
     def skip(self, unit: Unit) -> None:
         """What is not written is zeros."""
+        if self.digests is not None:
+            self.digests.take_zeros(unit.offset, unit.nbytes)
 
     def write(self, data: memoryview | bytes, offset: int, *, system: System) -> None:
         write(self.fd, data, offset, system=system)
+        if self.digests is not None:
+            self.digests.take(offset, data)
 
     def write_back(self, unit: Unit, system: System) -> None:
         write_back(self.fd, unit.offset, unit.nbytes, system=system)

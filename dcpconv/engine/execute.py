@@ -22,6 +22,7 @@ from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM, System
 
 if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
     from dcpconv.engine.uploading import Uploads
 
 __all__ = [
@@ -104,6 +105,7 @@ def execute(
     system: System = SYSTEM,
     stints: Iterable[Stint] | None = None,
     made: int | None = None,
+    digests: PassingDigests | None = None,
 ) -> Moved:
     """Create every file of ``outline`` below ``target``, synced to disk.
 
@@ -115,6 +117,7 @@ def execute(
         target: Existing empty directory.
         stints: The part of it to write, where several processes write one result.
         made: The target, open, where its files are there already.
+        digests: Take what is written: the kernel then copies nothing by itself.
         identities: What the source files were when they were planned with (``Catalog.identities``);
             looked at when one is opened, and once more when all is written.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
@@ -141,10 +144,12 @@ def execute(
     size_of_block = 0 if uploads is not None else os.statvfs(target).f_bsize
     block = size_of_block if size_of_block in {512, 1024, 2048, 8192, 16384, 65536} else 4096
     pool = Pool(budget)
+    if uploads is not None:
+        uploads.digests = digests
     with Sources(source, identities=identities, system=system) as sources:
         crew = Crew(
             stints=((file, None) for file in outline.files) if stints is None else stints,
-            target=OutDirectory(target, made),
+            target=OutDirectory(target, made, digests),
             sources=sources,
             ladder=Ladder(block, system),
             desks=[Desk(pool, size) for _ in range(threads)],

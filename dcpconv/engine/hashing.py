@@ -1,54 +1,24 @@
 """Digests of boxes, read in target order and hashed chunk by chunk in several threads.
 
-Memory: three buffers of ``TILE`` bytes per thread, and 32 bytes for every chunk of the tensors
+Memory: three buffers of ``_TILE`` bytes per thread, and 32 bytes for every chunk of the tensors
 under way.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable
-
-from blake3 import blake3
+from collections.abc import Callable, Iterable, Iterator
 
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.sharing import CHUNK, Stretch, share, stretches
+from dcpconv.engine.chunks import CHUNK, chunk_digest, joined
+from dcpconv.engine.passing import PassingDigests
+from dcpconv.engine.sharing import STRETCH, Stretch, share, stretches
 from dcpconv.engine.threads import Desk
 from dcpconv.stores.local import Sources
 
 _TILE = 4 << 20
 """Bytes put together at a time where runs are short, for fewer and longer reads."""
-
-
-def digest_of(data: bytes) -> bytes:
-    """The digest of a tensor whose bytes are at hand: of the digests of its chunks.
-
-    Source: docs/fingerprints.md.
-
-    >>> digest_of(b"").hex()[:16]
-    'af1349b9f5f9a1a6'
-    """
-    chunks = range(0, len(data), CHUNK)
-    return _joined(blake3(data[start : start + CHUNK]).digest() for start in chunks)
-
-
-def digest_of_range(fd: int, start: int, stop: int) -> str:
-    """The digest of bytes of an open file, in hexadecimal; of as many as there are."""
-    hasher = blake3()
-    while start < stop and (data := os.pread(fd, min(CHUNK, stop - start), start)):
-        hasher.update(data)
-        start += len(data)
-    return str(hasher.hexdigest())
-
-
-def digest_of_text(lines: Iterable[str]) -> str:
-    """The digest of lines of ASCII text, in hexadecimal."""
-    hasher = blake3()
-    for line in lines:
-        hasher.update(line.encode("ascii"))
-    return str(hasher.hexdigest())
 
 
 def digests(
@@ -76,18 +46,17 @@ def digests(
 
     def hash_stretch(stretch: Stretch, desk: Desk) -> None:
         (box,) = stretch.boxes
-        found = b"".join(_chunks(box, stretch, desk, sources))
+        found = b"".join(_chunk_digests(box, stretch, desk, sources))
         nbytes = (stretch.stop - stretch.start) * box.itemsize
         is_whole = stretch.start == 0 and stretch.stop == box.fill.numel
         with lock:
             if is_whole:
-                done[stretch.number] = blake3(found).digest()
+                done[stretch.number] = joined((found,))
             else:
                 held = parts.setdefault(stretch.number, {})
                 held[stretch.start] = found
                 if sum(map(len, held.values())) == 32 * _count(box):
-                    joined = (held[start] for start in sorted(held))
-                    done[stretch.number] = _joined(joined)
+                    done[stretch.number] = joined(held[start] for start in sorted(held))
                     del parts[stretch.number]
         if progress is not None:
             progress(nbytes)
@@ -103,15 +72,55 @@ def digests(
     return [done[number] for number in range(len(done))]
 
 
+def finished(passing: PassingDigests, *, sources: Sources, jobs: int | None = None) -> list[bytes]:
+    """The digest of every tensor of a result that is written, in order; what did not pass is read.
+
+    Args:
+        passing: What took the bytes that passed.
+        sources: The files of the result, open.
+        jobs: Threads; as many as there are CPUs, 4 at most, by default.
+
+    Raises:
+        FormatError: A file is missing, unreadable or too short.
+    """
+
+    def hash_stretch(stretch: Stretch, desk: Desk) -> None:
+        (box,) = stretch.boxes
+        first = stretch.start * box.itemsize // CHUNK
+        for chunk, digest in enumerate(_chunk_digests(box, stretch, desk, sources), first):
+            passing.found(stretch.number, chunk, digest)
+        passing.count((stretch.stop - stretch.start) * box.itemsize)
+
+    share(_left(passing), hash_stretch, jobs=jobs, size=_TILE, buffers=2)
+    return passing.digests()
+
+
+def _left(passing: PassingDigests) -> Iterator[Stretch]:
+    """Every chunk that did not pass, neighbours together."""
+    for number, fill, chunks in passing.left():
+        box = Box(fill)
+        length = CHUNK // box.itemsize
+        held: list[int] = []
+        for chunk in chunks:
+            if held and (chunk != held[-1] + 1 or len(held) * CHUNK >= STRETCH):
+                yield _stretch(number, box, held, length)
+                held = []
+            held.append(chunk)
+        if held:
+            yield _stretch(number, box, held, length)
+
+
+def _stretch(number: int, box: Box, chunks: list[int], length: int) -> Stretch:
+    stop = min((chunks[-1] + 1) * length, box.fill.numel)
+    return Stretch(number, (box,), chunks[0] * length, stop)
+
+
 def _count(box: Box) -> int:
     return -(-box.fill.nbytes // CHUNK)
 
 
-def _joined(digests: Iterable[bytes]) -> bytes:
-    return bytes(blake3(b"".join(digests)).digest())
-
-
-def _chunks(box: Box, stretch: Stretch, desk: Desk, sources: Sources) -> Iterable[bytes]:
+def _chunk_digests(box: Box, stretch: Stretch, desk: Desk, sources: Sources) -> Iterable[bytes]:
+    """The digests of all chunks of a stretch, read with a desk of two buffers of ``_TILE``."""
     itemsize = box.itemsize
     step = (_TILE if box.is_fragmented else CHUNK) // itemsize
     for start in range(stretch.start, stretch.stop, step):
@@ -126,4 +135,4 @@ def _chunks(box: Box, stretch: Stretch, desk: Desk, sources: Sources) -> Iterabl
             slices=desk.slices,
         )
         for at in range(0, len(tile), CHUNK):
-            yield blake3(tile[at : at + CHUNK]).digest()
+            yield chunk_digest(tile[at : at + CHUNK])

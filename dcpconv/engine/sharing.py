@@ -11,10 +11,7 @@ from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.threads import Desk, Pool, at_desks
 
-CHUNK = 1 << 20
-"""Bytes read and used at a time: they stay in a core's cache between the two."""
-
-STRETCH = 8 << 20
+STRETCH = 8 << 20  # whole chunks of a digest
 """Bytes of a tensor that a thread takes at a time: no thread is left alone with a huge one, and a
 disk is read forwards."""
 

@@ -287,6 +287,7 @@ class Crew:
                     nbytes=unit.nbytes,
                     buffer=desk.tile,
                     tally=desk.tally,
+                    digests=output.digests,
                 )
             return unit.nbytes
         if isinstance(unit, Given):

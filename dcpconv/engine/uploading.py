@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import OutFile
@@ -19,6 +19,9 @@ from dcpconv.stores.local import SourceFile
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.store import Info
 from dcpconv.stores.system import System
+
+if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
 
 PART: Final = 16 << 20
 """Bytes of a part, unless the object needs longer ones."""
@@ -68,6 +71,9 @@ class Uploads:
         is_held: Whether no object may become visible before ``release``: each makes the result a
             checkpoint, and is made only if nobody else has made one meanwhile.
         known: What was there before, by key.
+
+    Attributes:
+        digests: Take what passes.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Uploads:
         self._is_file = is_file
         self.is_held = is_held
         self.known = known or {}
+        self.digests: PassingDigests | None = None
         self.condition = threading.Condition()
         self.waiting = 0
         self.sending = 0
@@ -183,6 +190,8 @@ class Upload:
 
     def skip(self, unit: Unit) -> None:
         """A unit is nothing but zeros."""
+        if self.uploads.digests is not None:
+            self.uploads.digests.file(self.name).take_zeros(unit.offset, unit.nbytes)
         for number, length in self._shares(unit.offset, unit.nbytes):
             self._arrived(number, length)
 
@@ -206,6 +215,7 @@ class Upload:
             StoreError: The object cannot be written.
         """
         view = memoryview(data)
+        self._digest(offset, view)
         while view:
             number, at = divmod(offset, self.size)
             buffer = self._buffer(number)
@@ -226,8 +236,13 @@ class Upload:
             length = min(nbytes, len(buffer) - at)
             with memoryview(buffer) as view:
                 source.read(offset, [view[at : at + length]], length)
+                self._digest(target, view[at : at + length])
             self._arrived(number, length)
             offset, target, nbytes = offset + length, target + length, nbytes - length
+
+    def _digest(self, offset: int, data: memoryview) -> None:
+        if self.uploads.digests is not None:
+            self.uploads.digests.take(self.name, offset, data)
 
     def write_back(self, unit: Unit, system: System) -> None:
         """Parts are sent by themselves."""

@@ -6,6 +6,7 @@ leaves out, or what it cannot express.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from dcpconv.plan.refusals import refused_features, require_expressible, without
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import STORED
 from dcpconv.sources.understanding import Source
+
+Differing = Callable[[Weights, Sequence[tuple[str, str]]], list[tuple[str, str]]]
+"""Those of the pairs ``(key, owner)`` that hold different values; keys are bare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +137,22 @@ class Aim:
         note = f"{key} and {owner} differ, so they are converted as two tensors"
         return self._cover(self.spec.model_copy(update={"tied": False}), product), (note,)
 
-    def unequal_ties(self, coverage: Coverage) -> list[tuple[str, str]]:
-        """Those of the tied ``(key, owner)`` that are stored twice and hold different values; both
-        tensors are read."""
+    def unequal_ties(
+        self, coverage: Coverage, differing: Differing | None = None
+    ) -> list[tuple[str, str]]:
+        """Those of the tied ``(key, owner)`` that are stored twice and hold different values.
+
+        Args:
+            coverage: The account.
+            differing: Tells which of some pairs differ; by default both tensors are read.
+        """
         pairs = [pair for pair in coverage.tied if self._is_stored_twice(*pair)]
         if not pairs:
             return []
-        from dcpconv.plan.ties import differing  # noqa: PLC0415 - few store a tensor twice
+        if differing is None:
+            from dcpconv.plan import ties  # noqa: PLC0415 - few store a tensor twice
 
+            differing = ties.differing
         return differing(self.weights, pairs)
 
     def _cover(self, spec: ModelSpec | None, product: DType | None) -> Coverage:

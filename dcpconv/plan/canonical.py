@@ -15,7 +15,7 @@ from dcpconv.core.catalog import TensorEntry
 from dcpconv.core.errors import LayoutError
 from dcpconv.core.layout import Axis, Fused, Layout, Node, Summed
 from dcpconv.families.keymaps import Keymap, Pattern, Row, split_key
-from dcpconv.plan.account import Aim
+from dcpconv.plan.account import Aim, Differing
 from dcpconv.plan.coverage import Target, as_stored
 from dcpconv.sources.recognition import Weights
 from dcpconv.sources.understanding import Source
@@ -114,12 +114,15 @@ class Canonical:
         return not self.family
 
 
-def canonical(source: Source, *, as_it_is_stored: bool = False) -> Canonical:
+def canonical(
+    source: Source, *, as_it_is_stored: bool = False, differing: Differing | None = None
+) -> Canonical:
     """The tensors of a source without its naming.  Ties that are stored twice are compared.
 
     Args:
         source: As it was understood.
         as_it_is_stored: Keep the keys although a table knows them.
+        differing: Tells which ties hold different values; by default both tensors are read.
 
     Raises:
         AmbiguousFamilyError: Several namings fit and lead to different bytes.
@@ -134,7 +137,7 @@ def canonical(source: Source, *, as_it_is_stored: bool = False) -> Canonical:
     notes: tuple[str, ...] = ()
     try:
         coverage = going.cover()
-        unequal = going.unequal_ties(coverage)
+        unequal = going.unequal_ties(coverage, differing)
         if unequal and going.spec is not None:
             going = replace(going, spec=going.spec.model_copy(update={"tied": False}))
             coverage = going.cover()

@@ -6,6 +6,7 @@ written, tied, or missing.  All of it is found before anything is moved, and all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -79,6 +80,11 @@ class Target:
     indices: tuple[int, ...] = ()
     values: tuple[float, ...] | None = None
     part: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its sources' elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def how(self) -> How:

@@ -134,6 +134,7 @@ def differences(
     tolerance: float = 0.0,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
 ) -> list[TensorDiff]:
     """Every tensor of both sides, in no particular order; memory does not grow with the models.
 
@@ -142,14 +143,17 @@ def differences(
         known: Their tensors without their namings, under names that mean the same on both sides.
         tolerance: Largest |a-b| that counts as the same.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
-        progress: Called from the threads with bytes of one side compared since its last call.
+        progress: Called from the threads with bytes of one side compared, or measured, since its
+            last call.
+        total: Called with the bytes of one side that will be compared, before the first is; and
+            again with more, once it is known what has to be measured, too.
 
     Raises:
         FormatError: A file is missing, unreadable or too short.
         SourceChangedError: A file changed meanwhile.
     """
     with Sources.of(sides[0].catalog) as here, Sources.of(sides[1].catalog) as there:
-        return _Work(sides, known, (here, there), tolerance, jobs, progress).run()
+        return _Work(sides, known, (here, there), tolerance, jobs, progress, total).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,7 @@ class _Work:
     tolerance: float
     jobs: int | None
     progress: Callable[[int], None] | None
+    total: Callable[[int], None] | None
 
     def run(self) -> list[TensorDiff]:
         one, other = ({target.key: target for target in side.targets} for side in self.known)
@@ -177,10 +182,11 @@ class _Work:
                 tensors.append(self._tensor(a, b, "shape"))
             elif not self._means_values(a, b):
                 tensors.append(self._tensor(a, b, "untold"))
-            elif a.dtype is b.dtype:
+            elif a.dtype is b.dtype and not (_is_product(a) or _is_product(b)):
                 alike.append((a, b))
             else:
                 measured.append((a, b))
+        self._will_do(_nbytes(alike) + _nbytes(measured))
         equal = are_equal(
             map(_fills, alike), sources=self.sources, jobs=self.jobs, progress=self.progress
         )
@@ -189,12 +195,19 @@ class _Work:
                 tensors.append(self._tensor(a, b, "equal"))
             else:
                 measured.append((a, b))
+        self._will_do(_nbytes(alike) + _nbytes(measured))
         return [*tensors, *self._measured(measured)]
+
+    def _will_do(self, nbytes: int) -> None:
+        if self.total is not None:
+            self.total(nbytes)
 
     def _measured(self, pairs: list[tuple[Target, Target]]) -> list[TensorDiff]:
         if not pairs:
             return []
-        found = measure(map(_fills, pairs), sources=self.sources, jobs=self.jobs)
+        found = measure(
+            map(_fills, pairs), sources=self.sources, jobs=self.jobs, progress=self.progress
+        )
         tensors = []
         for (a, b), item in zip(pairs, found, strict=True):
             apart = Apart(
@@ -224,6 +237,8 @@ class _Work:
     def _means_values(self, a: Target, b: Target) -> bool:
         """Whether elements can be compared as numbers: those of scaled blocks only beside others
         of the same type, whose factors are compared too."""
+        if _is_product(a) or _is_product(b):
+            return _is_worth_something(a) and _is_worth_something(b)
         if a.dtype is b.dtype:
             return True
         catalogs = (self.sides[0].catalog, self.sides[1].catalog)
@@ -247,11 +262,31 @@ def _held(target: Target | None) -> Held | None:
 
 
 def _fills(pair: tuple[Target, Target]) -> Pair:
-    return _fill(pair[0]), _fill(pair[1])
+    """Of both sides; what has factors is multiplied out into the other side's type, as a conversion
+    would."""
+    a, b = pair
+    return _fill(a, beside=b), _fill(b, beside=a)
 
 
-def _fill(target: Target) -> Fill:
-    return fill_of(target, (0,) * len(target.shape), target.shape)
+def _fill(target: Target, *, beside: Target | None = None) -> Fill:
+    dtype = beside.dtype if beside is not None and _is_product(target) else None
+    return fill_of(target, (0,) * len(target.shape), target.shape, dtype=dtype)
+
+
+def _is_product(target: Target) -> bool:
+    """Whether its elements are multiplied by factors."""
+    return any(piece.entry.factors is not None for piece in target.pieces)
+
+
+def _is_worth_something(target: Target) -> bool:
+    """Whether its elements are all products, or all numbers."""
+    if _is_product(target):
+        return all(piece.entry.factors is not None for piece in target.pieces)
+    return target.dtype.is_floating_point
+
+
+def _nbytes(pairs: list[tuple[Target, Target]]) -> int:
+    return sum(one.nbytes for one, _ in pairs)
 
 
 def _is_packed(dtype: DType) -> bool:

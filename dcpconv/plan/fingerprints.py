@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import FormatError
+from dcpconv.core.outline import Fill
 from dcpconv.core.printing import printable
 from dcpconv.plan.canonical import IDLE_AS_ZEROS, Canonical, canonical
 from dcpconv.plan.fills import fill_of
@@ -94,7 +95,7 @@ class Fingerprint:
     def digest(self) -> str:
         """The fingerprint itself: ``dcpconv1:`` and 64 hexadecimal digits; ``dcpconv1-stored:``
         where it is over keys as they are stored."""
-        from dcpconv.engine.hashing import digest_of_text  # noqa: PLC0415 - records need none
+        from dcpconv.engine.chunks import digest_of_text  # noqa: PLC0415 - records need none
 
         return f"{self.scheme}:{digest_of_text(tensor.line for tensor in self.tensors)}"
 
@@ -150,6 +151,7 @@ def fingerprint_of(
     *,
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
 ) -> Fingerprint:
     """Reads every tensor of a source once and digests it; memory does not grow with the model.
 
@@ -158,6 +160,7 @@ def fingerprint_of(
         known: Its tensors without their naming, where that is known already.
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         progress: Called from the threads with bytes read since its last call.
+        total: Called with the bytes that will be read, before the first is.
 
     Raises:
         AmbiguousFamilyError: Several namings fit and lead to different bytes.
@@ -165,14 +168,34 @@ def fingerprint_of(
         FormatError: A file is missing, unreadable or too short.
         SourceChangedError: A file changed meanwhile.
     """
-    from dcpconv.engine.hashing import digest_of, digests  # noqa: PLC0415 - records need none
+    from dcpconv.engine.hashing import digests  # noqa: PLC0415 - records need none
 
     known = known or canonical(source)
-    fills = (fill_of(target, (0,) * len(target.shape), target.shape) for target in known.targets)
+    if total is not None:
+        total(sum(target.nbytes for target in known.targets))
     with Sources.of(source.catalog) as sources:
-        found = digests(fills, sources=sources, jobs=jobs, progress=progress)
+        found = digests(fills_of(known), sources=sources, jobs=jobs, progress=progress)
+    return made_of(source, known, found)
+
+
+def fills_of(known: Canonical) -> Iterator[Fill]:
+    """What every tensor consists of, in order."""
+    for target in known.targets:
+        yield fill_of(target, (0,) * len(target.shape), target.shape)
+
+
+def made_of(source: Source, known: Canonical, digests: Iterable[bytes]) -> Fingerprint:
+    """The fingerprint of a source whose digests are known.
+
+    Args:
+        source: As it was understood.
+        known: Its tensors without their naming.
+        digests: Of every one of them, in order.
+    """
+    from dcpconv.engine.chunks import digest_of  # noqa: PLC0415 - records need none
+
     tensors, left_out = [], list(known.left_out)
-    for target, digest in zip(known.targets, found, strict=True):
+    for target, digest in zip(known.targets, digests, strict=True):
         made = TensorPrint(target.key, target.dtype.label, target.shape, digest)
         if IDLE_AS_ZEROS.intersection(target.slots) and digest == digest_of(bytes(made.nbytes)):
             left_out.append((target.key, "all zeros, so that it does nothing"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +39,22 @@ def manifest_beside(weights: Path) -> Path:
     return weights.with_name(f"{weights.name}.{MANIFEST}")
 
 
-def cover_manifest(source: Source, path: Path, *, data: bool) -> Coverage:
+def cover_manifest(
+    source: Source,
+    path: Path,
+    *,
+    data: bool,
+    progress: Callable[[int], None] | None = None,
+    total: Callable[[int], None] | None = None,
+) -> Coverage:
     """The account of a source against a manifest; true if everything agrees.
 
     Args:
         source: What there is.
         path: The manifest.
         data: Read and digest every tensor whose name, shape and type agree.
+        progress: As for ``fingerprint_of``.
+        total: Likewise.
 
     Raises:
         FormatError: The manifest is none, or was edited; a tensor cannot be read.
@@ -72,7 +81,8 @@ def cover_manifest(source: Source, path: Path, *, data: bool) -> Coverage:
     is_read = data and not source.problems
     if is_read:
         some = replace(known, targets=(*whole, *idle))
-        found = {tensor.name: tensor for tensor in fingerprint_of(source, some).tensors}
+        made_again = fingerprint_of(source, some, progress=progress, total=total)
+        found = {tensor.name: tensor for tensor in made_again.tensors}
         changed = [
             _fault(target, f"{target.key} holds other values than the manifest says")
             for target in whole

@@ -19,6 +19,8 @@ from dcpconv.cli.app import app
 from dcpconv.comparing.text import lines
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, SourceChangedError
+from support.checkpoints.families import hf_tensors
+from support.checkpoints.scaled_blocks import published
 from support.models.hf_models import save_hf, tiny
 
 NAMINGS: list[tuple[str, Form, str]] = [
@@ -106,6 +108,16 @@ ODD: list[tuple[str, Tensor, Tensor, str, int]] = [
     ("from-zero", torch.zeros(3), torch.ones(3), "differs", 3),
     ("empty", torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.float16), "close", 0),
     ("scalar", torch.tensor(3), torch.tensor(4), "differs", 1),
+    (
+        "large-int",
+        torch.tensor([2**24], dtype=torch.int32),
+        torch.tensor([2**24 + 1]),
+        "differs",
+        1,
+    ),
+    ("huge-int", torch.tensor([2**62, 7]), torch.tensor([2**62 + 1, 7]), "differs", 1),
+    ("far-int", torch.tensor([-(2**63), 5]), torch.tensor([2**63 - 1, 5]), "differs", 1),
+    ("overflow", torch.tensor([3e38, 1.0]), torch.tensor([-3e38, 1.0]), "differs", 1),
     ("bool", torch.tensor([True, False]), torch.tensor([True, True]), "differs", 1),
     ("complex", torch.tensor([1 + 2j, 3.0]), torch.tensor([1 + 2j, 4 + 1j]), "differs", 1),
     ("int-and-float", torch.tensor([1, 2]), torch.tensor([1.0, 2.0]), "close", 0),
@@ -181,15 +193,47 @@ def test_shapes_and_keys_of_one_side(tmp_path: Path) -> None:
     assert found.is_told
 
 
-def test_packed_weights_beside_plain_ones_are_not_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("to", ["stored", "torchtitan-deepseek_v3"])
+def test_weights_with_factors_are_compared_as_they_are_worth(
+    tmp_path: Path, kind: torch.dtype, to: str
+) -> None:
+    packed, worth = published(tmp_path)
+    plain = tmp_path / "plain"
+    factors = {key for key in hf_tensors(packed) if key.endswith("_scale_inv")}
+    tensors = {
+        key: tensor.to(kind) if f"{key}_scale_inv" in factors else tensor
+        for key, tensor in worth.items()
+    }
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    convert(plain, tmp_path / "out", form="dcp", to=to, chunks=2)
+    assets = packed if to != "stored" else None
+
+    for a, b in ((packed, tmp_path / "out"), (tmp_path / "out", packed)):
+        found = diff(a, b, assets=assets)
+        assert found, [t.name for t in found.tensors if t.status not in {"equal", "close"}]
+        assert len(found.of("close")) >= len(factors)
+        assert any("as --dequantize would write it" in note for note in found.notes)
+
+    key = "model.layers.1.self_attn.o_proj.weight"
+    tensors[key][3, 5] += 4
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    (tensor,) = diff(packed, plain).of("differs")
+    assert tensor.apart is not None
+    assert tensor.apart.at == (3, 5)
+    assert tensor.apart.differing == 1
+    assert tensor.apart.max_abs == pytest.approx(4, rel=0.01)
+
+
+def test_packed_weights_that_cannot_be_multiplied_out_are_not_told(tmp_path: Path) -> None:
     weight = torch.randn(128, 128)
     packed = {
         "w.weight": weight.to(torch.float8_e4m3fn),
-        "w.weight_scale_inv": torch.ones(1, 1),
+        "w.weight_scale_inv": torch.ones(3, 5),
     }
     save_file(packed, tmp_path / "a.safetensors")
     save_file(
-        {"w.weight": weight.bfloat16(), "w.weight_scale_inv": torch.ones(1, 1)},
+        {"w.weight": weight.bfloat16(), "w.weight_scale_inv": torch.ones(3, 5)},
         tmp_path / "b.safetensors",
     )
     names = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
@@ -199,7 +243,7 @@ def test_packed_weights_beside_plain_ones_are_not_told(tmp_path: Path) -> None:
     assert not found.is_told
     done = CliRunner().invoke(app, ["diff", *names])
     assert done.exit_code == 2
-    assert "--dequantize" in done.stdout
+    assert "f8e4m3 with factors beside bf16" in done.stdout
 
 
 def test_unknown_models_are_compared_by_their_keys(tmp_path: Path) -> None:
@@ -253,12 +297,15 @@ def test_the_command_answers_by_its_exit_code(tmp_path: Path) -> None:
     assert run(a, b, "--by", "moon")[0] == 2
 
 
-def test_equal_checkpoints_are_told_without_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_equal", [True, False], ids=["equal", "changed"])
+def test_no_torch_is_needed_and_no_numpy_for_what_is_equal(
+    tmp_path: Path, *, is_equal: bool
+) -> None:
     source = save_hf(tiny("llama"), tmp_path / "hf")
-    convert(source, tmp_path / "dcp", form="dcp", to="lingua")
+    convert(source, tmp_path / "dcp", form="dcp", to="lingua", dtype=None if is_equal else "bf16")
     code = (
-        "import sys; from dcpconv import diff; assert diff(*sys.argv[1:]);"
-        " assert not {'torch', 'numpy'} & set(sys.modules)"
+        f"import sys; from dcpconv import diff; assert bool(diff(*sys.argv[1:])) is {is_equal};"
+        f" assert not {{'torch', *({is_equal} and ['numpy'] or [])}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, source, tmp_path / "dcp"], check=True)
 

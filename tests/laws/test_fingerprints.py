@@ -134,7 +134,10 @@ def test_form_and_naming_do_not_matter(tmp_path: Path, model_type: str, to: str)
     forms: tuple[Form, ...] = ("hf", "dcp")
     for form in forms:
         target = tmp_path / f"as-{form}"
-        convert(source, target, form=form, to=to, chunks=3 if form == "dcp" else 1)
+        chunks = 3 if form == "dcp" else 1
+        report = convert(source, target, form=form, to=to, chunks=chunks, fingerprint=True)
+        assert report.fingerprint == expected
+        assert report.fingerprint_nbytes == report.moved.get("reflinked", 0)
         assets = source if to.startswith("torchtitan") else None  # which writes no parameter file
         assert fingerprint(target, assets=assets).digest == expected
 

@@ -34,7 +34,7 @@ def diff_page(diff: Diff) -> str:
         figures = ["", "", "", ""]
         if apart is not None:
             values = (apart.relative, apart.max_abs, apart.mean_abs, apart.cosine)
-            figures = [f"{value:.4g}" for value in values]
+            figures = [f"{value:.6g}" for value in values]
         rows.append([printable(tensor.name), tensor.status.replace("_", " "), *figures])
     sections = [grids.of_diff(diff)]
     if rows:

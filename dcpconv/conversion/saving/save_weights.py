@@ -39,6 +39,7 @@ class SaveOptions(TypedDict, total=False):
     allow: Sequence[str]
     max_file_size: int | None
     overwrite: bool
+    fingerprint: bool
     whole_files: bool | None
     jobs: int | None
     progress: Callable[[int], None] | None

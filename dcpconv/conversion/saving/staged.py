@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.distributed.checkpoint.planner import SavePlan
 
 from dcpconv.conversion.deciding import Decided, decide
+from dcpconv.conversion.printing import ResultDigests, planned_digests, with_print
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.conversion.request import Request
 from dcpconv.conversion.saving.held import Held, Tie, held_by
@@ -36,6 +37,7 @@ class Stage:
         staging: Where it is before it is published.
         stack: Holds the staging directory; closing it removes what was not published.
         by_file: Whether every file is written by one rank, from its first byte to its last.
+        digests: What makes the manifest, where there is to be one.
     """
 
     decided: Decided
@@ -43,6 +45,7 @@ class Stage:
     staging: Staging
     stack: ExitStack
     by_file: bool
+    digests: ResultDigests | None = None
 
     def shares(self, ranks: int) -> list[Share]:
         """What every rank writes."""
@@ -77,9 +80,13 @@ class Stage:
                     hint='choose bf16 or fp32; allow=["overflow"] writes infinities instead',
                 ) from error
         beside = [(file.name, file.read()) for file in decided.side.files]
+        report = decided.report
+        if self.digests is not None:
+            beside += self.digests.finish(self.staging.path, jobs=None)
+            report = with_print(report, decided.job, self.digests, jobs=None)
         self.staging.publish([*beside, *decided.outline.commit])
         return replace(
-            decided.report,
+            report,
             lossy=lossy_casts(losses, decided.tensors, decided.outline),
             seconds=seconds,
             is_dry_run=False,
@@ -125,7 +132,10 @@ def stage(plans: Sequence[SavePlan], request: Request, *, whole_files: bool | No
             decided = replace(decided, report=report)
         if not by_file:
             _make_files(place.path, decided.outline)
-        return Stage(decided, ties, place, stack.pop_all(), bool(by_file))
+        digests = None
+        if request.wanted.fingerprint:
+            digests = planned_digests(decided.job, decided.tensors, decided.outline)
+        return Stage(decided, ties, place, stack.pop_all(), bool(by_file), digests)
 
 
 def _tied(held: Held, request: Request) -> tuple[Held, tuple[Tie, ...]]:

@@ -61,6 +61,8 @@ class CheckpointWriter(StorageWriter):
             ``overflow`` allows a cast to produce infinities.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         overwrite: Replace an existing target, in one step once the result is complete.
+        fingerprint: Report the fingerprint of the result, which rank 0 reads for it, and leave its
+            manifest in it: ``runs verify --deep`` compares the contents with that later.
         whole_files: Have every file written by one rank, from its first byte to its last, which
             the other ranks send what they hold of it; by default only on file systems that take
             no bytes in any order.
@@ -71,7 +73,7 @@ class CheckpointWriter(StorageWriter):
 
     Attributes:
         report: What was saved, on every rank, once ``dcp.save`` has returned; on other ranks than
-            the first without what casts lost.
+            the first without what casts lost and without the fingerprint.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class CheckpointWriter(StorageWriter):
         allow: Sequence[str] = (),
         max_file_size: int | None = None,
         overwrite: bool = False,
+        fingerprint: bool = False,
         whole_files: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
         jobs: int | None = None,
@@ -109,6 +112,7 @@ class CheckpointWriter(StorageWriter):
             model_parallel=1,
             max_file_size=max_file_size,
             overwrite=overwrite,
+            fingerprint=fingerprint,
         )
         self._target = target
         self._request = Request(SOURCE, said, only, wanted, trust=False)

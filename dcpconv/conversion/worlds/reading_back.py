@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import Outline
+from dcpconv.engine.chunks import digest_of_range
 from dcpconv.engine.cutting import OutPiece
-from dcpconv.engine.hashing import digest_of_range
 
 
 def digests_of(

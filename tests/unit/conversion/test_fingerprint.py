@@ -1,4 +1,4 @@
-"""``convert --fingerprint``: what is on disk afterwards, read once, with its manifest beside it."""
+"""``convert --fingerprint``: of what is on disk afterwards, taken on the way there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dcpconv import check, convert, fingerprint
@@ -15,9 +16,11 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.plan.fingerprints import MANIFEST, read_manifest
 from support.models.hf_models import save_hf, tiny
 
+FORMS: tuple[Form, ...] = ("hf", "dcp", "torch")
+
 
 @pytest.mark.parametrize("to", ["hf", "lingua", "stored"])
-@pytest.mark.parametrize("form", ["hf", "dcp", "torch"])
+@pytest.mark.parametrize("form", FORMS)
 def test_it_is_the_fingerprint_of_the_result(tmp_path: Path, form: Form, to: str) -> None:
     source = save_hf(tiny("llama", tie_word_embeddings=True), tmp_path / "hf")
     expected = fingerprint(source)
@@ -26,7 +29,7 @@ def test_it_is_the_fingerprint_of_the_result(tmp_path: Path, form: Form, to: str
     report = convert(source, target, form=form, to=to, fingerprint=True)
 
     assert report.fingerprint == expected.digest
-    assert report.fingerprint_nbytes == expected.nbytes
+    assert report.fingerprint_nbytes == report.moved.get("reflinked", 0)
     assert report.to_json()["fingerprint"] == expected.digest
     if form != "torch":
         assert read_manifest(target / MANIFEST).digest == expected.digest
@@ -69,4 +72,63 @@ def test_the_command_says_what_it_read(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "o"), "--fingerprint"])
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("digest")]
     assert fingerprint(source).digest in line
-    assert "of the result read for it" in line
+    assert line.endswith(("taken while it was written", " read for it"))
+
+
+def bytes_read() -> int:
+    """By this process so far, in any way: the kernel's own copies count, reflinks do not."""
+    counted = Path("/proc/self/io").read_text(encoding="ascii")
+    return int(counted.partition("rchar: ")[2].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts no reads here")
+@pytest.mark.parametrize(
+    "options", [{"to": "stored"}, {"to": "lingua"}, {"dtype": "bf16"}], ids=str
+)
+def test_every_byte_is_read_once(tmp_path: Path, options: dict[str, str]) -> None:
+    source = save_hf(tiny("llama", vocab_size=40_009), tmp_path / "hf")
+    weights = (source / "model.safetensors").stat().st_size
+    convert(source, tmp_path / "warm", form="dcp", fingerprint=True, **options)  # type: ignore[arg-type]
+
+    before = bytes_read()
+    report = convert(source, tmp_path / "out", form="dcp", fingerprint=True, **options)  # type: ignore[arg-type]
+    read = bytes_read() - before
+
+    assert report.fingerprint == fingerprint(tmp_path / "out").digest
+    assert weights <= read < 1.1 * weights
+
+
+def test_a_file_whose_chunks_pass_in_another_order_has_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that the target stores turned round: there is no room to put all of them together."""
+    source = save_hf(tiny("gpt_oss", dtype=torch.bfloat16), tmp_path / "hf")
+    monkeypatch.setattr("dcpconv.engine.passing.ROOM", 0)
+    report = convert(source, tmp_path / "out", form="dcp", chunks=3, fingerprint=True)
+    assert report.fingerprint == fingerprint(source).digest
+    assert report.fingerprint_nbytes > 0
+    assert read_manifest(tmp_path / "out" / MANIFEST).digest == report.fingerprint
+
+
+def test_files_that_share_a_tensor_are_read_afterwards(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama", vocab_size=132), tmp_path / "hf")
+    options = {"form": "torch", "to": "meta", "model_parallel": 2, "fingerprint": True}
+    report = convert(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert report.fingerprint == fingerprint(source).digest
+    assert report.fingerprint_nbytes >= fingerprint(source).nbytes
+
+
+def test_a_tie_of_two_values_is_two_tensors(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama", tie_word_embeddings=True), tmp_path / "hf")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    equal = tensors["model.embed_tokens.weight"].clone()
+    for head in (equal, equal + 1):
+        save_file({**tensors, "lm_head.weight": head}, file)
+        expected = fingerprint(source)
+        assert len(expected.tensors) == (29 if head is equal else 30)
+        for form in FORMS:
+            target = tmp_path / ("out.pth" if form == "torch" else f"out-{form}")
+            for to in ("hf", "stored", "lingua"):
+                report = convert(source, target, form=form, to=to, fingerprint=True, overwrite=True)
+                assert report.fingerprint == expected.digest

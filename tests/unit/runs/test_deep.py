@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
-from dcpconv import fingerprint
+from dcpconv import CheckpointWriter, fingerprint, save_weights
 from dcpconv.cli.app import app
+from dcpconv.core.catalog import Form
+from dcpconv.plan.fingerprints import MANIFEST, read_manifest
 from dcpconv.plan.manifests import manifest_beside
 from dcpconv.runs import verify_checkpoints
+from support.models.hf_models import tiny
 from support.runs.run_dirs import example
 
 
@@ -55,3 +60,39 @@ def test_a_step_without_a_fingerprint_is_noted(tmp_path: Path) -> None:
     plain = CliRunner().invoke(app, ["runs", "verify", str(tmp_path / "run")])
     assert plain.exit_code == done.exit_code
     assert "contents" not in plain.stdout
+
+
+@pytest.mark.parametrize("form", ["hf", "dcp"])
+def test_saving_writes_what_a_deep_look_compares_with(tmp_path: Path, form: Form) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    for step in (100, 200):
+        target = tmp_path / "run" / f"step-{step}"
+        report = save_weights(model, target, form=form, fingerprint=True)
+        assert report.fingerprint == fingerprint(target).digest
+        assert read_manifest(target / MANIFEST).digest == report.fingerprint
+        with torch.no_grad():
+            model.get_input_embeddings().weight.add_(1)
+
+    def problems() -> list[tuple[str, ...]]:
+        found = list(verify_checkpoints(tmp_path / "run", deep=True))
+        assert not [note for step in found for note in step.notes]
+        return [step.problems for step in found]
+
+    assert problems() == [(), ()]
+    rotten = max((tmp_path / "run/step-200").glob("*.[sd]*"), key=lambda f: f.stat().st_size)
+    data = bytearray(rotten.read_bytes())
+    data[-3000] ^= 1
+    rotten.write_bytes(data)
+    good, bad = problems()
+    assert not good
+    assert len(bad) == 1
+
+
+def test_what_torch_saves_through_the_writer_has_its_manifest(tmp_path: Path) -> None:
+    state = tiny("llama").state_dict()
+    writer = CheckpointWriter(tmp_path / "out", form="dcp", fingerprint=True)
+    save(state, storage_writer=writer, no_dist=True)
+    assert writer.report is not None
+    assert writer.report.fingerprint == fingerprint(tmp_path / "out").digest
+    assert writer.report.fingerprint_nbytes == writer.report.target.nbytes
+    assert (tmp_path / "out" / MANIFEST).is_file()

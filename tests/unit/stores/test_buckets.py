@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
-from dcpconv import CheckpointReader, check, convert, load_init_weights
+from dcpconv import CheckpointReader, check, convert, fingerprint, load_init_weights
 from dcpconv.cli.app import app
 from dcpconv.core.errors import FormatError, SourceChangedError
 from dcpconv.formats.opening import open_checkpoint
+from dcpconv.plan.fingerprints import MANIFEST
 from dcpconv.stores.schemes import path_of
 from dcpconv.stores.store import StoreError
 from support.checkpoints.adapters import factors, peft_tensors, save_peft
@@ -56,6 +57,30 @@ def test_a_result_has_the_bytes_that_it_has_on_a_disk(
     assert bucket.contents(f"b/{name}") == files(here)
     assert files(tmp_path / "c" / name) == files(here)
     assert not bucket.unfinished()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_fingerprint_of_a_result_is_taken_on_its_way_into_a_bucket(
+    name: str, bucket: Bucket, model: Path
+) -> None:
+    report = convert(model, f"s3://{BUCKET}/a/{name}", fingerprint=True, **FORMS[name])
+    assert report.fingerprint == fingerprint(model).digest
+    assert report.fingerprint_nbytes == 0
+    stated = bucket.contents(f"a/{name}").get(MANIFEST)
+    assert (stated is None) is (name == "out.pth")
+    if stated is not None:
+        assert json.loads(stated)["fingerprint"] == report.fingerprint
+
+
+def test_what_is_read_back_from_a_bucket_comes_too_late_for_a_manifest(
+    bucket: Bucket, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcpconv.engine.passing.ROOM", 0)
+    report = convert(model, f"s3://{BUCKET}/a", to="lingua", fingerprint=True)
+    assert report.fingerprint == fingerprint(model).digest
+    assert report.fingerprint_nbytes > 0
+    assert MANIFEST not in bucket.contents("a")
+    assert any("too late for a manifest" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", FORMS)
