@@ -352,7 +352,7 @@ def _write(
             beside=[file.name for file in side.files],
         ) as placed:
             moved = carry_out(placed.path, placed.uploads)
-            placed.publish(commit(), commits=len(outline.commit))
+            placed.publish(commit())
         return moved
     with staging(
         job.target,
