@@ -26,6 +26,7 @@ from typing import Any
 
 from bench.data import write_llama
 from bench.measure import copy_floor, status
+from bench.models import plain_lingua, plain_llama
 
 CHUNK = 8 << 20
 THREADS = 4
@@ -78,10 +79,9 @@ def _one(name: str, hf: Path, out: Path) -> dict[str, float]:
 
     import dcpconv.conversion.saving.save_weights  # noqa: PLC0415
     import dcpconv.loading.init_weights  # noqa: PLC0415
-    from bench.loading import plain_llama  # noqa: PLC0415
 
     torch.zeros(1, device="cuda")
-    model = _lingua(hf) if "Lingua" in name else plain_llama(hf)
+    model = plain_lingua(hf) if "Lingua" in name else plain_llama(hf)
     run: Callable[[Any, Path], None] = CASES.get(name, _nothing)
     if name == SAVE:
         dcpconv.load_init_weights(model, hf, device="cuda")
@@ -98,18 +98,6 @@ def _one(name: str, hf: Path, out: Path) -> dict[str, float]:
 
 def _nothing(model: Any, hf: Path) -> None:
     del model, hf
-
-
-def _lingua(hf: Path) -> Any:
-    import torch  # noqa: PLC0415
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from dcpconv.families import configs  # noqa: PLC0415
-    from lingua_model import LinguaModel  # noqa: PLC0415
-
-    params = configs.write_config("lingua", configs.read_spec(hf))
-    with torch.device("meta"):
-        return LinguaModel.from_params(params, max_seqlen=64).to(torch.bfloat16)
 
 
 def _ours(model: Any, hf: Path) -> None:

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.data import MIB, llama_shapes, write_llama
+from bench.data import MIB, write_llama
 from bench.measure import status
+from bench.models import hugging_face, lingua
 
 RANKS = 2
 WALL_TARGET = 0.5
@@ -176,54 +177,6 @@ def _rank(options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def _shard(model: Any, layers: Any) -> Any:
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
-
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return model
-
-
-def _lingua(hf: Path) -> Any:
-    """Lingua's shape, with the head tied to the embedding."""
-    import torch  # noqa: PLC0415
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-    from dcpconv.families import configs  # noqa: PLC0415
-    from lingua_model import LinguaModel  # noqa: PLC0415
-
-    params = configs.write_config("lingua", configs.read_spec(hf))
-    with torch.device("meta"):
-        model = LinguaModel.from_params(params, max_seqlen=64).to(torch.bfloat16)
-    return _shard(model, model.layers)
-
-
-def plain_llama(hf: Path) -> Any:
-    """Parameters under the names of the files and nothing else, on the meta device."""
-    import torch  # noqa: PLC0415
-    from torch import nn  # noqa: PLC0415
-
-    count = json.loads((hf / "config.json").read_text())["num_hidden_layers"]
-    model = nn.Module()
-    for key, shape in llama_shapes(layers=count).items():
-        *path, name = key.split(".")
-        parent = model
-        for part in path:
-            if part not in parent._modules:  # noqa: SLF001
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.register_parameter(
-            name, nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
-        )
-    return model
-
-
-def _hugging_face(hf: Path) -> Any:
-    model = plain_llama(hf)
-    return _shard(model, model.get_submodule("model.layers").children())
-
-
 def _ours(model: Any, source: Path) -> None:
     from dcpconv import load_init_weights  # noqa: PLC0415
 
@@ -304,11 +257,11 @@ class Case:
 
 
 CASES = {
-    "load_init_weights, HF -> Lingua": Case(_lingua, _ours, is_ours=True),
-    "load_init_weights, HF -> HF": Case(_hugging_face, _ours, is_ours=True),
-    "dcpconv convert, then dcp.load": Case(_lingua, _stock, converts=True),
-    "HuggingFaceStorageReader, dcp.load": Case(_hugging_face, _stock_hf),
-    "torch.load on rank 0, broadcast_from_rank0": Case(_hugging_face, _broadcast, source="pth"),
+    "load_init_weights, HF -> Lingua": Case(lingua, _ours, is_ours=True),
+    "load_init_weights, HF -> HF": Case(hugging_face, _ours, is_ours=True),
+    "dcpconv convert, then dcp.load": Case(lingua, _stock, converts=True),
+    "HuggingFaceStorageReader, dcp.load": Case(hugging_face, _stock_hf),
+    "torch.load on rank 0, broadcast_from_rank0": Case(hugging_face, _broadcast, source="pth"),
 }
 
 

@@ -21,12 +21,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from bench.data import write_llama
-from bench.loading import RANKS, _hugging_face, _lingua
+from bench.loading import RANKS
 from bench.measure import copy_floor, status
+from bench.models import hugging_face, lingua, torchtitan
 
 FLOOR_TARGET = 1.3
 """Of ``cp`` and ``fsync`` of the result."""
@@ -138,6 +141,7 @@ def _rank(options: argparse.Namespace) -> None:
 
     model = case.build(options.hf)
     load_init_weights(model, options.hf)
+    case.warm()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
     before, started = status("VmRSS"), time.perf_counter()
@@ -169,6 +173,50 @@ def _torchs(model: Any, options: argparse.Namespace) -> None:
         thread_count_consolidation=2,
     )
     save(state, storage_writer=writer)
+    _sync(options)
+
+
+@cache
+def _of_torchtitan() -> tuple[Any, Any, Any]:
+    """Its checkpoint manager, the modes of that, and the adapter of Llama 3."""
+    from unittest.mock import MagicMock  # noqa: PLC0415
+
+    # Kernels for experts on several devices, which the package imports whatever it runs on.
+    sys.modules.setdefault("torchtitan.distributed.minimal_async_ep.kernels", MagicMock())
+    from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: PLC0415
+    from torchtitan.models.llama3.state_dict_adapter import (  # noqa: PLC0415
+        Llama3StateDictAdapter,
+    )
+
+    return CheckpointManager, AsyncMode, Llama3StateDictAdapter
+
+
+def _torchtitans(model: Any, options: argparse.Namespace) -> None:
+    """What its checkpoint manager does for ``last_save_in_hf``: names by the adapter, then torch's
+    own writer with consolidation."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict  # noqa: PLC0415
+
+    manager_class, mode, adapter_class = _of_torchtitan()
+    config = json.loads((options.hf / "config.json").read_text())
+    attention = SimpleNamespace(
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+    )
+    numbers = SimpleNamespace(
+        dim=config["hidden_size"],
+        layers=[SimpleNamespace(attention=attention)],
+        enable_weight_tying=True,
+    )
+    manager = manager_class.__new__(manager_class)  # nothing else of a trainer is there
+    manager.sd_adapter = adapter_class(numbers, str(options.hf))
+    state = get_model_state_dict(model)
+    manager.dcp_save(state, str(options.out), mode.DISABLED, to_hf=True)
+    _sync(options)
+
+
+def _sync(options: argparse.Namespace) -> None:
+    """As ours is."""
     if options.rank == 0:
         for path in options.out.glob("*.safetensors"):
             with path.open("rb") as file:
@@ -190,10 +238,12 @@ class Case:
     Attributes:
         build: The sharded model, without weights.
         save: Saves it, in every rank.
+        warm: Imports what that takes.
     """
 
     build: Callable[[Path], Any]
     save: Callable[..., None]
+    warm: Callable[[], object] = tuple
 
 
 def _whole_files(model: Any, options: argparse.Namespace) -> None:
@@ -202,11 +252,13 @@ def _whole_files(model: Any, options: argparse.Namespace) -> None:
 
 PEER = "HuggingFaceStorageWriter, consolidated"
 CASES = {
-    "save_weights, HF names": Case(_hugging_face, _ours),
-    "save_weights, Lingua -> HF": Case(_lingua, _ours),
-    "save_weights, whole files": Case(_hugging_face, _whole_files),
-    PEER: Case(_hugging_face, _torchs),
-    "dcp.save (DCP, nothing converted)": Case(_hugging_face, _torch_dcp),
+    "save_weights, HF names": Case(hugging_face, _ours),
+    "save_weights, Lingua -> HF": Case(lingua, _ours),
+    "save_weights, torchtitan -> HF": Case(torchtitan, _ours),
+    "save_weights, whole files": Case(hugging_face, _whole_files),
+    PEER: Case(hugging_face, _torchs),
+    "torchtitan, last_save_in_hf": Case(torchtitan, _torchtitans, _of_torchtitan),
+    "dcp.save (DCP, nothing converted)": Case(hugging_face, _torch_dcp),
 }
 
 

@@ -192,7 +192,7 @@ def _model(wrap: str, hf: Path) -> Any:
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
     from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415
 
-    from bench.loading import plain_llama  # noqa: PLC0415
+    from bench.models import plain_llama  # noqa: PLC0415
 
     model = plain_llama(hf)
     if wrap == "fsdp2":

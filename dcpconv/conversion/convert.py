@@ -7,19 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dcpconv.conversion.alone import write_alone
 from dcpconv.conversion.deciding import Decided, decide, require_model_in
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.request import Request, Wanted, float_dtype, guarded, told
-from dcpconv.conversion.summary import labels, lossy_casts
+from dcpconv.conversion.request import Request, Wanted, float_dtype, told
+from dcpconv.conversion.summary import lossy_casts
 from dcpconv.core.catalog import Catalog, Form
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
-from dcpconv.engine.execute import MOVED, Moved, execute
-from dcpconv.engine.publish import staging
-from dcpconv.engine.space import check_space, spared
-from dcpconv.families.side_files import disk_nbytes
+from dcpconv.engine.execute import MOVED
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.adapters.spotting import adapter_in
 from dcpconv.sources.opening import parameters_of
@@ -29,8 +28,8 @@ from dcpconv.stores.schemes import is_remote, path_of, target_of
 
 if TYPE_CHECKING:
     from dcpconv.conversion.printing import ResultDigests
-    from dcpconv.engine.placing import Ground
-    from dcpconv.engine.uploading import Uploads
+    from dcpconv.conversion.worlds.afar import Afar
+    from dcpconv.conversion.worlds.seats import Seat
     from dcpconv.sources.adapters.naming import Weighed
 
 Engine = Literal["stream", "torch"]
@@ -119,7 +118,8 @@ def convert(
         dry_run: Do everything but write.
         progress: Called with the bytes done, from worker threads; on rank 0 those of all ranks.
         rank: Which of several processes this is that write one result together; each calls this
-            with the same arguments, and all see the directory of the target.
+            with the same arguments, and all see the directory of the target.  Into a store only
+            processes write together that torchrun has started, with the ranks that it gave them.
         of: How many they are; they return, or raise, together.
         run: What tells this start of them from another, where something does.
 
@@ -156,44 +156,75 @@ def convert(
             [("source", here), ("target", wanted.path)],
             hint="leave --engine torch out, or copy the checkpoint to a disk first",
         )
-    ground = None
     if fingerprint and is_by_torch:
         raise DcpconvError(
             "torch's engine takes no fingerprint",
             hint="`dcpconv fingerprint DST` takes one of the result",
         )
+    seat, afar = None, None
     if of != 1 or rank:
         from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415 - most are alone
 
         seat = Seat(rank, of, run)
         seat.require_streaming(by_torch=is_by_torch)
-        if isinstance(wanted.path, RemotePath):
-            raise DcpconvError(
-                "several processes write one result on a disk that all of them see only",
-                [("target", wanted.path)],
-                hint="convert to a URL with one process: leave --rank and --of out",
-            )
+        wanted.require_disk_for_manifest()
+        if isinstance(wanted.path, RemotePath) and not dry_run:
+            from dcpconv.conversion.worlds.afar import met  # noqa: PLC0415 - likewise
+
+            afar = met(seat, wanted.path)
     request = Request(here, said, only, wanted, trust, _adapters(adapter))
+    with nullcontext() if afar is None else afar.telling():
+        report = _converted(
+            request,
+            seat,
+            afar,
+            by_torch=is_by_torch,
+            jobs=jobs,
+            fingerprint=fingerprint,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    return replace(report, seconds=0.0 if dry_run else time.perf_counter() - started)
+
+
+def _converted(
+    request: Request,
+    seat: Seat | None,
+    afar: Afar | None,
+    *,
+    by_torch: bool,
+    jobs: int | None,
+    fingerprint: bool,
+    dry_run: bool,
+    progress: Callable[[Progress], None] | None,
+) -> ConversionReport:
+    """Looks, decides and moves; ``seat`` and ``afar`` are of one of several processes."""
+    ground = None
+
+    def advance(done: int, total: int) -> None:
+        if progress is not None:
+            progress(Progress(done, total))
+
     if not dry_run:
-        ground = request.check_target()
+        ground = request.check_target() if afar is None else afar.look(request.check_target)
         if ground is not None:
-            request = replace(request, wanted=replace(wanted, stem=ground.stem))
-        if is_by_torch and (form := request.plain_form()) is not None:
+            request = replace(request, wanted=replace(request.wanted, stem=ground.stem))
+        if by_torch and (form := request.plain_form()) is not None:
             from dcpconv.conversion import torch_engine  # noqa: PLC0415 - imports torch
 
             return torch_engine.convert_plain(
                 request.source,
-                wanted.path,
+                request.wanted.path,
                 form=form,
-                overwrite=overwrite,
-                trust=trust,
+                overwrite=request.wanted.overwrite,
+                trust=request.trust,
                 require=lambda catalog: require_model_in(catalog, request),
             )
     alone = _alone(request)
     if alone is not None:
         opened: AbstractContextManager[Catalog] = nullcontext(alone.job.catalog)
     else:
-        opened = _opened(request, by_torch=is_by_torch, dry_run=dry_run)
+        opened = _opened(request, by_torch=by_torch, dry_run=dry_run)
     with opened as everything:
         decided = alone or decide(everything, request)
         if dry_run:
@@ -203,29 +234,20 @@ def convert(
         if fingerprint:
             from dcpconv.conversion import printing  # noqa: PLC0415 - few ask
 
-            if of == 1:  # several processes read back what they have written, and compare it
+            if seat is None:  # several processes read back what they have written, and compare it
                 digests = printing.planned_digests(decided.job, decided.tensors, decided.outline)
         with _overflow_refused():
-            if of == 1:
-                moved = _write(
-                    decided,
-                    ground,
-                    jobs=jobs,
-                    overwrite=overwrite,
-                    progress=progress,
-                    digests=digests,
-                )
+            if seat is None:
+                moved = write_alone(decided, ground, jobs=jobs, progress=advance, digests=digests)
             else:
                 from dcpconv.conversion.worlds import working  # noqa: PLC0415 - most are alone
 
-                written = working.write_shared(
-                    decided,
-                    seat,
-                    jobs=jobs,
-                    reads_back=fingerprint,
-                    overwrite=overwrite,
-                    progress=lambda done, total: progress and progress(Progress(done, total)),
+                write = (
+                    afar.write
+                    if afar
+                    else partial(working.write_shared, seat=seat, reads_back=fingerprint)
                 )
+                written = write(decided, jobs=jobs, progress=advance)
                 moved = written.moved
                 report = replace(
                     report,
@@ -234,13 +256,12 @@ def convert(
                     published_by=written.published_by,
                     notes=(*report.notes, *written.notes),
                 )
-        if fingerprint and rank == report.published_by:
+        if fingerprint and (0 if seat is None else seat.rank) == report.published_by:
             report = printing.with_print(report, decided.job, digests, jobs=jobs)
         return replace(
             report,
             moved={name: nbytes for name in MOVED if (nbytes := getattr(moved, name))},
             lossy=lossy_casts(moved.losses, decided.tensors, decided.outline),
-            seconds=time.perf_counter() - started,
             is_dry_run=False,
         )
 
@@ -302,87 +323,6 @@ def _open_without_torch(request: Request) -> Catalog:
     except FormatError as error:
         hint = "leave --dry-run out: only torch reads this, and it can tell by converting alone"
         raise FormatError(error.headline, error.facts, hint=hint) from error
-
-
-def _write(
-    decided: Decided,
-    ground: Ground | None,
-    *,
-    jobs: int | None,
-    overwrite: bool,
-    progress: Callable[[Progress], None] | None,
-    digests: ResultDigests | None,
-) -> Moved:
-    """Carries the plan out, and makes the result visible once it is whole.
-
-    Args:
-        decided: The plan.
-        ground: What is at a target in a store; ``None`` where the target is a path.
-        jobs: Threads.
-        overwrite: Whether an existing target is replaced.
-        progress: Called with the bytes done.
-        digests: Take what is written; a manifest of them is published with it.
-    """
-    job, outline, side = decided.job, decided.outline, decided.side
-    total = sum(fill.nbytes for file in outline.files for _, fill in file.payloads)
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(Progress(done, total))
-
-    def carry_out(target: Path, uploads: Uploads | None = None) -> Moved:
-        return execute(
-            outline,
-            source=job.catalog.path,
-            target=target,
-            identities=job.catalog.identities,
-            jobs=jobs,
-            progress=advance,
-            labels=labels(decided.planned, outline),
-            allow_overflow="overflow" in job.aim.source.said.allow,
-            uploads=uploads,
-            digests=digests.passing if digests is not None else None,
-        )
-
-    def commit(place: Path | None) -> list[tuple[str, bytes]]:
-        """What is written last; of what nobody can read yet there is a manifest only if no byte of
-        it has to be read."""
-        manifest: tuple[tuple[str, bytes], ...] = ()
-        if digests is not None and (place is not None or digests.passing.is_whole):
-            manifest = digests.finish(place or job.target, jobs=jobs)
-        return [*manifest, *((file.name, file.read()) for file in side.files), *outline.commit]
-
-    if ground is not None:
-        from dcpconv.engine.placing import placing  # noqa: PLC0415 - most targets are paths
-
-        with placing(
-            ground,
-            outline,
-            is_file=job.is_one_file,
-            beside=[*(file.name for file in side.files), *(digests.beside if digests else ())],
-        ) as placed:
-            moved = carry_out(placed.path, placed.uploads)
-            placed.publish(commit(None), commits=len(outline.commit))
-        return moved
-    with staging(
-        job.target,
-        overwrite=overwrite,
-        is_file=job.is_one_file,
-        source=guarded(job.catalog.source, job.target, job.catalog.files),
-    ) as stage:
-        check_space(
-            job.target,
-            disk_nbytes(outline, side),
-            reflinkable=0
-            if is_remote(job.catalog.path)
-            else spared(outline, source=job.catalog.path, stage=stage.path),
-        )
-        moved = carry_out(stage.path)
-        stage.publish(commit(stage.path))
-    return moved
 
 
 @contextmanager

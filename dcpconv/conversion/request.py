@@ -69,6 +69,19 @@ class Wanted:
         """Files of a model-parallel result; 1 for every other."""
         return self.model_parallel if form == "torch" and self.to == "meta" else 1
 
+    def require_disk_for_manifest(self) -> None:
+        """Refuses a fingerprint of what several processes write into a store: they read it back.
+
+        Raises:
+            DcpconvError: One is asked for.
+        """
+        if self.fingerprint and isinstance(self.path, RemotePath):
+            raise DcpconvError(
+                "several processes take the fingerprint of a result on a disk only",
+                [("target", self.path)],
+                hint=f"leave it out: `dcpconv fingerprint {self.path}` takes one of the result",
+            )
+
     def is_one_file(self, form: Form) -> bool:
         """Whether the result is a file and not a directory."""
         return form == "torch" and self.ranks(form) == 1

@@ -159,11 +159,7 @@ class Ladder:
         """Find disk blocks once for a whole run and not for every page: a seventh less work."""
         if nbytes < _WORTH_RESERVING or not self._may("reserve", device, device):
             return
-        try:
-            self.system.reserve(fd, target, nbytes)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
+        if not reserve(fd, target, nbytes, system=self.system):
             self.refused.add(("reserve", device, device))
 
     def _kernel_copy(
@@ -216,6 +212,21 @@ def write(fd: int, data: memoryview | bytes, offset: int, *, system: System = SY
         count = system.pwrite(fd, view, offset)
         offset += count
         view = view[count:]
+
+
+def reserve(fd: int, offset: int, nbytes: int, *, system: System = SYSTEM) -> bool:
+    """Find disk blocks for bytes that will be written; returns whether the file system does that.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    try:
+        system.reserve(fd, offset, nbytes)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        return False
+    return True
 
 
 def write_back(fd: int, offset: int, nbytes: int, *, system: System = SYSTEM) -> None:

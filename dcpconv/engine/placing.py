@@ -144,17 +144,21 @@ class Placing:
         made: Keys that are not of the result unless it is published.
         replaced: Small objects that were replaced, as they were.
         marks: Keys of the marks of this conversion.
+        commits: How many of the last files make the data a checkpoint; none of one file.
         attempted: The commit object that may be there, and may not, and what it holds.
+        is_shared: Whether other processes may be making objects of the result.
         is_published: Whether it is a checkpoint by now.
     """
 
     path: RemotePath
     uploads: Uploads
     ground: Ground
+    commits: int
     made: set[str] = field(default_factory=set)
     replaced: dict[str, bytes] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
     attempted: tuple[str, bytes] | None = None
+    is_shared: bool = False
     is_published: bool = False
 
     @property
@@ -162,23 +166,63 @@ class Placing:
         """The store."""
         return self.path.origin.store
 
-    def publish(self, commit: Sequence[tuple[str, bytes]] = (), *, commits: int = 0) -> None:
+    @property
+    def is_of_one_process(self) -> bool:
+        """Whether all data has to come from the process that publishes: a commit is of one, and a
+        file that makes the result a checkpoint by itself is shown by the one that sends it."""
+        return self.store.commits or not self.commits
+
+    def share(self, outline: Outline) -> None:
+        """Other processes make objects of the result too; ``others_have_ended`` ends that."""
+        self.is_shared = True
+        self.made.update((self.path / file.name).key for file in outline.files)
+
+    def others_have_ended(self) -> None:
+        """Other processes make no more objects."""
+        self.is_shared = False
+
+    def require_lengths(self, outline: Outline) -> None:
+        """Every object that other processes made is where readers will look, and whole.
+
+        Raises:
+            StoreError: One is not; all are listed.
+        """
+        if self.is_of_one_process:
+            return
+        mine = set(self.uploads.keys)
+        theirs = {key: file for file in outline.files if (key := self._key(file.name)) not in mine}
+        found = self.store.walk(self.path.key) if theirs else {}
+        lengths = {key: found[key].nbytes if key in found else None for key in theirs}
+        wrong = [
+            ("object", f"{self.store.where(key)}: {_length(nbytes)}, not {theirs[key].nbytes:,}")
+            for key, nbytes in lengths.items()
+            if nbytes != theirs[key].nbytes
+        ]
+        if wrong:
+            hint = "give every rank the same endpoint, account and region"
+            raise StoreError(
+                "another rank's objects are not where they should be", wrong, hint=hint
+            )
+
+    def _key(self, name: str) -> str:
+        return (self.path / name).key
+
+    def publish(self, commit: Sequence[tuple[str, bytes]] = ()) -> None:
         """Write what stands beside the data, then the commit object, and remove what is replaced.
 
         Args:
             commit: ``(relative name, content)``, in order.
-            commits: How many of the last ones make the data a checkpoint; none of one file.
 
         Raises:
             TargetExistsError: Somebody else finished meanwhile.
             StoreError: An object could not be written.
         """
-        beside = commit[: len(commit) - commits] if commits else commit
-        for name, data in beside:
-            self._beside((self.path / name).key, data)
+        first = len(commit) - self.commits
+        for name, data in commit[:first]:
+            self._beside(self._key(name), data)
         self.uploads.release()
-        for name, data in commit[len(commit) - commits :] if commits else ():
-            key = (self.path / name).key
+        for name, data in commit[first:]:
+            key = self._key(name)
             known = self.ground.objects.get(key)
             self.made.add(key)
             self.attempted = (key, data)
@@ -187,7 +231,7 @@ class Placing:
                 self.attempted = None
                 raise finished_first(self.path / name)
         self.is_published = not self.store.commits
-        new = {*self.uploads.keys, *((self.path / name).key for name, _ in commit)}
+        new = {*self.uploads.keys, *self.made}
         with suppress(DcpconvError):  # the result is whole, whatever stays beside it
             self.store.delete([*self.marks, *({*self.ground.objects, *self.ground.left} - new)])
         self.store.finish()
@@ -234,7 +278,12 @@ class Placing:
         for key, data in self.replaced.items():
             self.store.put(key, iter([data]), nbytes=len(data), part=len(data) + 1, at_once=1)
         new = {*self.uploads.made, *self.made} - {*self.ground.objects}
-        self.store.delete([*new, *self.marks])
+        # The mark tells the next conversion what a process that still runs may make after this.
+        self.store.delete([*new, *(() if self.is_shared else self.marks)])
+
+
+def _length(nbytes: int | None) -> str:
+    return "is not there" if nbytes is None else f"{nbytes:,} bytes"
 
 
 @contextmanager
@@ -254,7 +303,7 @@ def placing(
     """
     target = ground.target
     uploads = Uploads(target, is_file=is_file, is_held=not outline.commit, known=ground.objects)
-    placed = Placing(target, uploads, ground)
+    placed = Placing(target, uploads, ground, len(outline.commit))
     try:
         if not is_file and not target.origin.store.commits:
             names = [*beside, *(file.name for file in reversed(outline.files))]

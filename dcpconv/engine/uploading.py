@@ -182,10 +182,14 @@ class Upload:
 
     def announce(self, unit: Unit) -> None:
         """A unit is about to be done; those announced later begin where it ends, or after that."""
+        self.expect(unit.offset, unit.nbytes)
+
+    def expect(self, offset: int, nbytes: int) -> None:
+        """As ``announce``, of a range of bytes."""
         with self.uploads.condition:
-            for number, length in self._shares(unit.offset, unit.nbytes):
+            for number, length in self._shares(offset, nbytes):
                 self._parts.setdefault(number, _Part()).pending += length
-            self._listed = max(self._listed, (unit.offset + unit.nbytes) // self.size)
+            self._listed = max(self._listed, (offset + nbytes) // self.size)
             self.uploads.condition.notify_all()
 
     def skip(self, unit: Unit) -> None:

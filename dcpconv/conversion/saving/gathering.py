@@ -1,4 +1,4 @@
-"""Writes files from the first byte to the last, where a file system takes them no other way.
+"""Writes files from the first byte to the last, where a disk or a store takes them no other way.
 
 Every file has one owner.  All owners go through their files at the same time, a window each per
 round; in a round every rank sends every owner what it holds of that owner's window.  A rank needs
@@ -7,11 +7,10 @@ memory for the window that it writes and for as many bytes that it sends, whatev
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from dcpconv.conversion.saving.runs import Losses, Run, runs_of
 from dcpconv.conversion.saving.shares import Owned, Share, Write
+from dcpconv.conversion.saving.whole_files import WholeFiles
 from dcpconv.engine.boxes import restrict
-from dcpconv.engine.copying import write_error
 from dcpconv.engine.execute import CastLoss
 from dcpconv.engine.tensors import memory
 
@@ -38,68 +37,116 @@ class _Window:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """How it ended, after all ranks have told each other.
+
+    Attributes:
+        losses: What casts of this rank changed by more than rounding.
+        failure: What went wrong on this rank.
+        is_whole: Whether nothing went wrong on any.
+    """
+
+    losses: tuple[CastLoss, ...]
+    failure: Exception | None
+    is_whole: bool
+
+
 def gather_files(
     share: Share,
     *,
     item: Callable[[int], Tensor],
+    check: Callable[[], None],
+    files: WholeFiles,
     group: Any,
     progress: Callable[[int], None],
-) -> tuple[CastLoss, ...]:
+) -> Gathered:
     """Write the files that this rank owns, and send the others what it holds of theirs.
 
-    All ranks of the group have to call this.
+    All ranks of the group have to call this.  The first failure of one ends it for all, and
+    returns where all have ended.
 
     Args:
         share: What this rank holds, and who writes what.
         item: The tensor of an item of the rank's plan.
+        check: Raises where this rank holds something that must not be written.
+        files: Where the files go that this rank owns.
         group: From ``sending_group``.
         progress: Called with the bytes of this rank's tensors that have gone out.
-
-    Returns:
-        What casts changed by more than rounding.
-
-    Raises:
-        NoSpaceError: The disk is full.
     """
     losses = Losses()
     ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
     by_file: dict[str, list[Write]] = defaultdict(list)
     for write in share.writes:
         by_file[write.file].append(write)
-    failure: OSError | None = None
-    writer = _Writer(share.directory)
-    for windows in _rounds(share.whole, ranks):
-        sent = [
-            [] if window is None else list(_held_in(window, by_file, item, losses))
-            for window in windows
-        ]
-        progress(sum(len(run.data) for runs in sent for run in runs))
-        head, body = _exchange(sent, group)
-        window = windows[rank]
-        if window is None or failure is not None:
-            continue  # the others still wait for what this rank holds
+    failure: Exception | None = None
+    is_whole = False
+    try:
         try:
-            writer.append(window, head, body)
-        except OSError as error:
+            check()
+        except Exception as error:  # noqa: BLE001 - the others hear of it first
             failure = error
-    writer.close()
-    if failure is not None:
-        raise write_error(failure, share.directory) from failure
-    return losses.all()
+        for windows in _rounds(share.whole, ranks):
+            sent: list[list[Run]] | None = None
+            try:
+                if failure is None:
+                    sent = [list(_held_in(window, by_file, item, losses)) for window in windows]
+                    progress(sum(len(run.data) for runs in sent for run in runs))
+            except Exception as error:  # noqa: BLE001 - likewise
+                failure, sent = error, None
+            received = _exchange(sent, ranks, group)
+            if received is None:
+                break
+            if (window := windows[rank]) is None:
+                continue
+            try:
+                files.append(window.file, window.start, _assembled(window, *received))
+            except Exception as error:  # noqa: BLE001 - likewise
+                failure = error
+        else:
+            try:
+                if failure is None:
+                    files.settle()
+                    is_whole = True
+            except Exception as error:  # noqa: BLE001 - likewise
+                failure = error
+        if not is_whole:
+            files.give_up()
+        is_whole = _all_are_well(group, is_well=is_whole)
+    finally:
+        if not is_whole:
+            files.give_up()
+    return Gathered(losses.all(), failure, is_whole)
 
 
-def sending_group(group: dist.ProcessGroup | None) -> Any:
-    """A group of the same ranks that sends memory of this process; ``None`` for a process alone.
+def _all_are_well(group: Any, *, is_well: bool) -> bool:
+    """Whether that is so on every rank."""
+    told = torch.tensor([int(is_well)])
+    if group is not None:
+        dist.all_reduce(told, dist.ReduceOp.MIN, group=group)
+    return bool(told.item())
+
+
+@contextmanager
+def sending_group(group: dist.ProcessGroup | None) -> Iterator[Any]:
+    """Lends a group of the same ranks that sends memory of this process; ``None`` for a process
+    alone.
 
     All ranks of the group have to call this.
     """
     if not dist.is_initialized():
-        return None
+        yield None
+        return
     group = group or dist.group.WORLD
     if "gloo" in dist.get_backend_config(group):
-        return group
+        yield group
+        return
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    try:
+        yield made
+    finally:
+        dist.destroy_process_group(made)
 
 
 def _rounds(files: Sequence[Owned], ranks: int) -> Iterator[list[_Window | None]]:
@@ -116,12 +163,14 @@ def _windows(files: Sequence[Owned]) -> Iterator[_Window]:
 
 
 def _held_in(
-    window: _Window,
+    window: _Window | None,
     by_file: dict[str, list[Write]],
     item: Callable[[int], Tensor],
     losses: Losses,
 ) -> Iterator[Run]:
     """What this rank holds of a window."""
+    if window is None:
+        return
     for write in by_file[window.file.name]:
         itemsize = write.target_dtype.itemsize
         # An element on the border is sent for both windows, and each keeps its part.
@@ -138,9 +187,14 @@ def _held_in(
             yield from runs_of(write, parts, item(write.item), losses)
 
 
-def _exchange(sent: list[list[Run]], group: Any) -> tuple[list[list[int]], Tensor]:
+def _exchange(
+    sent: list[list[Run]] | None, ranks: int, group: Any
+) -> tuple[list[list[int]], Tensor] | None:
     """What all ranks hold of this rank's window: ``[offset in the file, length]`` of every run, and
-    their bytes end to end."""
+    their bytes end to end; ``None`` where a rank sends nothing, because something went wrong."""
+    if sent is None:
+        _swap_sizes(torch.full((ranks, 2), -1), group)
+        return None
     heads = [
         torch.tensor([(run.offset, len(run.data)) for run in runs], dtype=torch.int64).view(-1)
         for runs in sent
@@ -152,14 +206,21 @@ def _exchange(sent: list[list[Run]], group: Any) -> tuple[list[list[int]], Tenso
             into[at : at + len(run.data)] = run.data
             at += len(run.data)
     sizes = torch.tensor([[len(head), len(body)] for head, body in zip(heads, bodies, strict=True)])
-    wanted = torch.empty_like(sizes)
-    if group is None:
-        wanted = sizes
-    else:
-        dist.all_to_all_single(wanted, sizes, group=group)
+    wanted = _swap_sizes(sizes, group)
+    if bool((wanted < 0).any()):
+        return None
     head = _swap(heads, wanted[:, 0].tolist(), group).view(-1, 2).tolist()
     body = _swap(bodies, wanted[:, 1].tolist(), group)
     return head, body
+
+
+def _swap_sizes(sizes: Tensor, group: Any) -> Tensor:
+    """Bytes and runs that every rank has for this one, of those that each has for every other."""
+    if group is None:
+        return sizes
+    wanted = torch.empty_like(sizes)
+    dist.all_to_all_single(wanted, sizes, group=group)
+    return wanted
 
 
 def _swap(sent: Sequence[Tensor], wanted: list[int], group: Any) -> Tensor:
@@ -173,45 +234,22 @@ def _swap(sent: Sequence[Tensor], wanted: list[int], group: Any) -> Tensor:
     return received
 
 
-class _Writer:
-    """The files that this rank owns, one after another, each from its first byte to its last."""
+def _assembled(window: _Window, head: Sequence[Sequence[int]], body: Tensor) -> memoryview:
+    """All bytes of a window, once all that lies in it has come."""
+    data = memoryview(bytearray(window.stop - window.start))
+    for offset, literal in window.file.literals:
+        _lay(data, offset - window.start, memoryview(literal))
+    view, at = memory(body), 0
+    for offset, nbytes in head:
+        _lay(data, offset - window.start, view[at : at + nbytes])
+        at += nbytes
+    return data
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._fd = -1
 
-    def append(self, window: _Window, head: Sequence[Sequence[int]], body: Tensor) -> None:
-        """Write a window once all that lies in it has come."""
-        file = window.file
-        data = memoryview(bytearray(window.stop - window.start))
-        for offset, literal in file.literals:
-            self._lay(data, offset - window.start, memoryview(literal))
-        view, at = memory(body), 0
-        for offset, nbytes in head:
-            self._lay(data, offset - window.start, view[at : at + nbytes])
-            at += nbytes
-        if window.start == 0:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            path = self._directory / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, flags, 0o666)
-        while data:
-            data = data[os.write(self._fd, data) :]
-        if window.stop == file.nbytes:
-            os.fsync(self._fd)
-            self.close()
-
-    @staticmethod
-    def _lay(window: memoryview, at: int, data: memoryview) -> None:
-        """Put what lies in the window to its place."""
-        data = data[max(0, -at) :]
-        at = max(0, at)
-        length = min(len(data), len(window) - at)
-        if length > 0:
-            window[at : at + length] = data[:length]
-
-    def close(self) -> None:
-        """Let go of a file that is whole, or that will never be."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+def _lay(window: memoryview, at: int, data: memoryview) -> None:
+    """Put what lies in the window to its place."""
+    data = data[max(0, -at) :]
+    at = max(0, at)
+    length = min(len(data), len(window) - at)
+    if length > 0:
+        window[at : at + length] = data[:length]

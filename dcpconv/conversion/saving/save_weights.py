@@ -64,7 +64,8 @@ def save_weights(
     Args:
         model: Sharded in any way that ``get_model_state_dict`` knows, on any device; or the parts
             of one that this rank holds, as pipelines have them.
-        target: Where the result goes; every rank has to see it.
+        target: Where the result goes: a path that every rank sees, or a URL of ``s3``, ``gs``,
+            ``az`` or ``hf``.
         to: Naming of the result; by default ``hf`` for the hf form, else the model's own.
         assets: Directory with the model's config and tokenizer, or its parameter file; a model of
             transformers has its config with it.
@@ -76,6 +77,7 @@ def save_weights(
         NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
         TargetExistsError: The target exists, or is being written.
         NoSpaceError: The disk cannot hold the result.
+        StoreError: The store cannot be read, or does not take the result.
         DcpconvError: A rank failed otherwise; every rank raises the same error.
     """
     parts = [model] if isinstance(model, nn.Module) else list(model)

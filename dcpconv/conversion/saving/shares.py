@@ -71,7 +71,7 @@ class Share:
     """What one rank writes.
 
     Attributes:
-        directory: Where the files are.
+        directory: Where the files are, on a disk or in a store.
         writes: What this rank holds, in the order of the files.
         ties: Pairs of items that must be equal, of which this rank holds the first.
         report: Of the whole result.
@@ -95,6 +95,7 @@ def share_out(
     directory: Path,
     report: ConversionReport,
     by_file: bool = False,
+    by_first: bool = False,
 ) -> list[Share]:
     """Every rank's share, by rank.
 
@@ -105,6 +106,7 @@ def share_out(
         directory: Where the files are.
         report: Of the whole result.
         by_file: Whether every file is written by one rank, from its first byte to its last.
+        by_first: Whether that is the first rank for all of them.
     """
     writes: list[list[Write]] = [[] for _ in range(ranks)]
     for file in outline.files:
@@ -119,7 +121,7 @@ def share_out(
                     tuple(parts),
                 )
                 writes[rank_of(place)].append(write)
-    whole = _owned(outline, ranks) if by_file else ()
+    whole = _owned(outline, 1 if by_first else ranks) if by_file else ()
     return [
         Share(
             directory,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import SavePlan
 
@@ -19,12 +20,18 @@ from dcpconv.conversion.saving.shares import Share, literals_of, share_out
 from dcpconv.conversion.summary import labels, lossy_casts
 from dcpconv.core.errors import DcpconvError, FormatError, LossyCastError
 from dcpconv.core.outline import Outline
-from dcpconv.engine.copying import OutDirectory, write, write_error
+from dcpconv.engine.copying import OutDirectory, reserve, write, write_error
 from dcpconv.engine.execute import CastLoss, refuse_overflow, summed
 from dcpconv.engine.publish import Staging, staging
 from dcpconv.engine.space import check_space, writes_anywhere
 from dcpconv.families.side_files import disk_nbytes
 from dcpconv.sources.understanding import understand
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import target_of
+
+if TYPE_CHECKING:
+    from dcpconv.engine.placing import Ground, Placing
+    from dcpconv.engine.uploading import Uploads
 
 
 @dataclass
@@ -34,18 +41,28 @@ class Stage:
     Attributes:
         decided: What it is.
         ties: Items that have to be equal for it to be right.
-        staging: Where it is before it is published.
-        stack: Holds the staging directory; closing it removes what was not published.
+        place: Where it is before it is published.
+        stack: Holds the place; closing it removes what was not published.
         by_file: Whether every file is written by one rank, from its first byte to its last.
         digests: What makes the manifest, where there is to be one.
     """
 
     decided: Decided
     ties: tuple[Tie, ...]
-    staging: Staging
+    place: Staging | Placing
     stack: ExitStack
     by_file: bool
     digests: ResultDigests | None = None
+
+    @property
+    def uploads(self) -> Uploads | None:
+        """What makes objects of the coordinator's files, where the result goes into a store."""
+        return None if isinstance(self.place, Staging) else self.place.uploads
+
+    def all_have_ended(self) -> None:
+        """No rank writes any more."""
+        if not isinstance(self.place, Staging):
+            self.place.others_have_ended()
 
     def shares(self, ranks: int) -> list[Share]:
         """What every rank writes."""
@@ -53,9 +70,10 @@ class Stage:
             self.decided.outline,
             self.ties,
             ranks=ranks,
-            directory=self.staging.path,
+            directory=self.place.path,
             report=self.decided.report,
             by_file=self.by_file,
+            by_first=not isinstance(self.place, Staging) and self.place.is_of_one_process,
         )
 
     def publish(self, found: Iterable[CastLoss], *, seconds: float) -> ConversionReport:
@@ -81,10 +99,12 @@ class Stage:
                 ) from error
         beside = [(file.name, file.read()) for file in decided.side.files]
         report = decided.report
+        if not isinstance(self.place, Staging):
+            self.place.require_lengths(decided.outline)
         if self.digests is not None:
-            beside += self.digests.finish(self.staging.path, jobs=None)
+            beside += self.digests.finish(self.place.path, jobs=None)
             report = with_print(report, decided.job, self.digests, jobs=None)
-        self.staging.publish([*beside, *decided.outline.commit])
+        self.place.publish([*beside, *decided.outline.commit])
         return replace(
             report,
             lossy=lossy_casts(losses, decided.tensors, decided.outline),
@@ -106,7 +126,16 @@ def stage(plans: Sequence[SavePlan], request: Request, *, whole_files: bool | No
         NotExpressibleError: The target naming cannot hold the model; all reasons are listed.
         TargetExistsError: The target exists, or is being written.
         NoSpaceError: The disk cannot hold the result.
+        StoreError: The store cannot be read, or is not written to.
     """
+    ground = None
+    target = target_of(request.wanted.path)
+    if isinstance(target, RemotePath):
+        request = replace(request, wanted=replace(request.wanted, path=target))
+        request.wanted.require_disk_for_manifest()
+        ground = request.check_target()
+    if ground is not None:
+        request = replace(request, wanted=replace(request.wanted, stem=ground.stem))
     held, ties = _tied(held_by(plans), request)
     decided = decide(held.catalog, request)
     if decided.job.keeps_nesting and held.catalog.objects:
@@ -116,6 +145,11 @@ def stage(plans: Sequence[SavePlan], request: Request, *, whole_files: bool | No
             hint='only="model" leaves them out; torch saves them in a DCP of its own',
         )
     with ExitStack() as stack:
+        if ground is not None:
+            placed = stack.enter_context(_placed(ground, decided, ranks=len(plans)))
+            if placed.is_of_one_process and len(plans) > 1:
+                decided = _noting(decided, "the store takes this result from one process: rank 0")
+            return Stage(decided, ties, placed, stack.pop_all(), by_file=True)
         place = stack.enter_context(
             staging(
                 request.wanted.path,
@@ -128,14 +162,31 @@ def stage(plans: Sequence[SavePlan], request: Request, *, whole_files: bool | No
         if by_file is None and not writes_anywhere(place.path):
             by_file = True
             note = "the file system takes no bytes in any order: every file was written by one rank"
-            report = replace(decided.report, notes=(*decided.report.notes, note))
-            decided = replace(decided, report=report)
+            decided = _noting(decided, note)
         if not by_file:
             _make_files(place.path, decided.outline)
         digests = None
         if request.wanted.fingerprint:
             digests = planned_digests(decided.job, decided.tensors, decided.outline)
         return Stage(decided, ties, place, stack.pop_all(), bool(by_file), digests)
+
+
+def _noting(decided: Decided, note: str) -> Decided:
+    report = replace(decided.report, notes=(*decided.report.notes, note))
+    return replace(decided, report=report)
+
+
+@contextmanager
+def _placed(ground: Ground, decided: Decided, *, ranks: int) -> Iterator[Placing]:
+    """A place in a store."""
+    from dcpconv.engine.placing import placing  # noqa: PLC0415 - most targets are paths
+
+    beside = [file.name for file in decided.side.files]
+    is_file = decided.job.is_one_file
+    with placing(ground, decided.outline, is_file=is_file, beside=beside) as placed:
+        if ranks > 1 and not placed.is_of_one_process:
+            placed.share(decided.outline)
+        yield placed
 
 
 def _tied(held: Held, request: Request) -> tuple[Held, tuple[Tie, ...]]:
@@ -158,7 +209,9 @@ def _make_files(directory: Path, outline: Outline) -> None:
     name = ""
     try:
         for file in outline.files:
-            fds[file.name] = target.make(file.name, file.nbytes)
+            name = file.name
+            fds[name] = target.make(name, file.nbytes)
+            reserve(fds[name], 0, file.nbytes)  # blocks found one by one cost each write time
         for name, offset, data in literals_of(outline):
             write(fds[name], data, offset)
     except OSError as error:

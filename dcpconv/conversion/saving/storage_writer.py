@@ -32,9 +32,13 @@ from dcpconv.conversion.saving.held import SOURCE, unequal
 from dcpconv.conversion.saving.runs import are_equal
 from dcpconv.conversion.saving.shares import Share
 from dcpconv.conversion.saving.staged import Stage, stage
+from dcpconv.conversion.saving.whole_files import InStore, OnDisk, WholeFiles
 from dcpconv.conversion.saving.writing import write_share
 from dcpconv.core.catalog import Form
+from dcpconv.engine.execute import CastLoss
 from dcpconv.sources.said import Said
+from dcpconv.stores.remote import RemotePath
+from dcpconv.stores.schemes import target_of
 
 
 class CheckpointWriter(StorageWriter):
@@ -43,10 +47,12 @@ class CheckpointWriter(StorageWriter):
     The result is the one that ``convert`` makes of the DCP that torch would have written, but for
     blanks behind the header of a safetensors file, which line it up with its source.  It is whole
     or absent: rank 0 renames it into place once every rank has written and synced its part.  All
-    ranks have to see the target's directory.
+    ranks have to see the target's directory.  In a store every object is sent by one rank, which
+    the others send what they hold of it, and the index or ``.metadata`` is made last.
 
     Args:
-        target: Where the result goes; ``checkpoint_id`` of ``dcp.save`` goes before it.
+        target: Where the result goes, a path or a URL of ``s3``, ``gs``, ``az`` or ``hf``;
+            ``checkpoint_id`` of ``dcp.save`` goes before it.
         form: ``hf``, ``dcp`` or ``torch``.
         to: Naming of the result; by default ``hf`` for the hf form, else the model's own.
         from_: Naming of the model, where its keys leave a choice.
@@ -64,8 +70,8 @@ class CheckpointWriter(StorageWriter):
         fingerprint: Report the fingerprint of the result, which rank 0 reads for it, and leave its
             manifest in it: ``runs verify --deep`` compares the contents with that later.
         whole_files: Have every file written by one rank, from its first byte to its last, which
-            the other ranks send what they hold of it; by default only on file systems that take
-            no bytes in any order.
+            the other ranks send what they hold of it; by default only in stores, and on file
+            systems that take no bytes in any order.
         process_group: The ranks that save together, the one that ``dcp.save`` is given.
         jobs: Threads per rank.
         progress: Called with the bytes that this rank has written since its last call, from worker
@@ -126,7 +132,7 @@ class CheckpointWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Any path will do."""
+        """Any path will do, and any URL that is written to."""
         del checkpoint_id
         return True
 
@@ -156,7 +162,8 @@ class CheckpointWriter(StorageWriter):
         self._started = time.perf_counter()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """A rank says what it holds."""
+        """A rank says what it holds, if it knows where that goes: a URL needs packages."""
+        target_of(self._request.wanted.path)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -175,22 +182,24 @@ class CheckpointWriter(StorageWriter):
         share = plan.storage_data
         if not isinstance(share, Share):
             raise TypeError("the save plan is of another writer")
-        differing = [
-            (tie.second.index.fqn, tie.owner.index.fqn)
-            for tie in share.ties
-            if not are_equal(_held(tie.second, planner), _held(tie.owner, planner))
-        ]
-        if differing:
-            raise unequal(differing)
         progress = self._progress or (lambda _: None)
+
+        def check() -> None:
+            differing = [
+                (tie.second.index.fqn, tie.owner.index.fqn)
+                for tie in share.ties
+                if not are_equal(_held(tie.second, planner), _held(tie.owner, planner))
+            ]
+            if differing:
+                raise unequal(differing)
 
         def item(number: int) -> Tensor:
             return _held(plan.items[number], planner)
 
         if share.whole:
-            group = sending_group(self._group)
-            losses = gather_files(share, item=item, group=group, progress=progress)
+            losses = self._gather(share, item, check, progress)
         else:
+            check()
             losses = write_share(share, item=item, jobs=self._jobs, progress=progress)
         seconds = time.perf_counter() - self._started
         self.report = replace(share.report, is_dry_run=False, seconds=seconds)
@@ -204,6 +213,43 @@ class CheckpointWriter(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _gather(
+        self,
+        share: Share,
+        item: Callable[[int], Tensor],
+        check: Callable[[], None],
+        progress: Callable[[int], None],
+    ) -> tuple[CastLoss, ...]:
+        """Write whole files together with the other ranks; returns what casts lost."""
+        with sending_group(self._group) as group:
+            gathered = gather_files(
+                share,
+                item=item,
+                check=check,
+                files=self._files(share),
+                group=group,
+                progress=progress,
+            )
+        if self._stage is not None:
+            self._stage.all_have_ended()
+            if not gathered.is_whole:
+                self.abandon()
+        if gathered.failure is not None:
+            raise gathered.failure
+        return gathered.losses
+
+    def _files(self, share: Share) -> WholeFiles:
+        """Where this rank's files go."""
+        if not isinstance(share.directory, RemotePath):
+            return OnDisk(share.directory)
+        uploads = self._stage.uploads if self._stage is not None else None
+        if uploads is None:
+            from dcpconv.engine.uploading import Uploads  # noqa: PLC0415 - most targets are paths
+
+            # What is one file comes from rank 0, and so does what is shown at the end only.
+            uploads = Uploads(share.directory, is_file=False, is_held=False)
+        return InStore(uploads)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Rank 0 makes the result visible once every rank has written its part."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dcpconv.conversion.saving.runs import Losses, Run, runs_of
@@ -16,6 +17,10 @@ from dcpconv.core.errors import FormatError
 from dcpconv.engine.copying import write as write_all
 from dcpconv.engine.copying import write_back, write_error
 from dcpconv.engine.execute import CastLoss
+
+STRIDE = 8 << 20
+"""Bytes per write.  A file takes one write at a time (ext4, XFS), so the others wait for as long as
+one takes; and the disk starts on what is written."""
 
 
 def write_share(
@@ -44,6 +49,7 @@ def write_share(
     with ExitStack() as stack:
         names = dict.fromkeys(write.file for write in share.writes)
         fds = {name: _open(share.directory / name, stack) for name in names}
+        _wait_for_devices(item(number) for number in {write.item for write in share.writes})
         pool = ThreadPoolExecutor(jobs or min(4, os.cpu_count() or 1), "dcpconv-save")
         stack.callback(pool.shutdown, cancel_futures=True)
 
@@ -62,6 +68,13 @@ def write_share(
     return losses.all()
 
 
+def _wait_for_devices(held: Iterable[Tensor]) -> None:
+    """Threads copy on the default stream: what the caller's stream is at has to be done by then."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for device in {tensor.device for tensor in held if tensor.device.type == "cuda"}:
+            torch.cuda.current_stream(device).synchronize()
+
+
 def _open(path: Path, stack: ExitStack) -> int:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -76,8 +89,12 @@ def _open(path: Path, stack: ExitStack) -> int:
 
 
 def _put(fd: int, run: Run) -> None:
-    write_all(fd, run.data, run.offset)
-    write_back(fd, run.offset, len(run.data))
+    data, offset = run.data, run.offset
+    while data:
+        piece = data[: STRIDE - offset % STRIDE]
+        write_all(fd, piece, offset)
+        write_back(fd, offset, len(piece))
+        data, offset = data[len(piece) :], offset + len(piece)
 
 
 def _sync(fd: int, path: Path) -> None:

@@ -14,8 +14,14 @@ class GoneRankError(RankError):
     """A process of the conversion has ended, or does not answer; another run goes on."""
 
 
-def to_record(error: BaseException, *, rank: int, host: str) -> dict[str, Any]:
-    """What the others raise when this rank fails.
+def to_record(
+    error: BaseException,
+    *,
+    rank: int,
+    host: str,
+    again: str = "run the same again: it goes on with what is written",
+) -> dict[str, Any]:
+    """What the others raise when this rank fails; ``again`` says what to do where it is gone.
 
     ``keep`` says whether what is written stays for a run that goes on: it does where a process is
     gone or was told to end, as schedulers do, and not where the user or the files say no.
@@ -33,7 +39,7 @@ def to_record(error: BaseException, *, rank: int, host: str) -> dict[str, Any]:
         "kind": GoneRankError.__name__ if is_told(error) else RankError.__name__,
         "headline": f"rank {rank} {'was told to end' if is_told(error) else how}",
         "facts": [["rank", f"{rank} on {host}"]],
-        "hint": "run the same again: it goes on with what is written" if is_told(error) else None,
+        "hint": again if is_told(error) else None,
         "keep": is_told(error),
     }
 

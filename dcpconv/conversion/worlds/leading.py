@@ -7,25 +7,24 @@ directory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dcpconv.conversion.deciding import Decided
-from dcpconv.conversion.summary import labels
 from dcpconv.conversion.worlds import watching
 from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import GoneRankError, is_told, to_record
 from dcpconv.conversion.worlds.meeting import Meeting, State
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
 from dcpconv.conversion.worlds.reading_back import require_digests
+from dcpconv.conversion.worlds.results import added_up
 from dcpconv.conversion.worlds.seats import host
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import write_error
-from dcpconv.engine.execute import CastLoss, Moved, refuse_overflow, together
 from dcpconv.engine.publish import Staging, inherited
 
 
@@ -112,7 +111,7 @@ class Lead:
         decided, meeting, stage = self.decided, self.meeting, self._own_stage()
         ends = [meeting.end_of(rank) or {} for rank in range(meeting.seat.size)]
         pieces = self.plan.pieces(decided.outline)
-        written = _added_up(decided, self.plan, [end["moved"] for end in ends])
+        written = added_up(decided, [*self.plan.before, *(end["moved"] for end in ends)])
         if meeting.is_succeeded:
             raise GoneRankError(
                 "another rank leads by now",
@@ -175,24 +174,6 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise write_error(error, path) from error
-
-
-def moved_of(record: dict[str, Any]) -> Moved:
-    """What a rank moved, as it was written."""
-    losses = tuple(CastLoss(**loss) for loss in record["losses"])
-    return Moved(**{**record, "losses": losses})
-
-
-def _added_up(decided: Decided, plan: Plan, records: Iterable[dict[str, Any]]) -> Moved:
-    """What all ranks moved, earlier runs included.
-
-    Raises:
-        LossyCastError: Casts overflowed.
-    """
-    moved = together(map(moved_of, [*plan.before, *records]), decided.outline)
-    if "overflow" not in decided.job.aim.source.said.allow:
-        refuse_overflow(moved.losses, labels(decided.planned, decided.outline))
-    return moved
 
 
 def _is_published(outline: Outline, stage: Staging) -> bool:

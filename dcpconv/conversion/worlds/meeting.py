@@ -76,11 +76,18 @@ class Meeting:
     """The files of one directory, as one rank reads and writes them.
 
     Args:
-        path: The directory.
+        path: The directory, or what people are told of where the ranks meet.
         seat: Which rank this is.
         token: Of this run.
         leads: Whether this rank leads from the beginning.
+
+    Attributes:
+        together: What to see to where a rank does not come.
+        again: What to do where one is gone.
     """
+
+    together = "start all ranks at once; their targets must be one directory"
+    again = "run the same again: it goes on with what is written"
 
     def __init__(self, path: Path, seat: Seat, token: str, *, leads: bool = False) -> None:
         self.path, self.seat, self.token = path, seat, token
@@ -166,18 +173,36 @@ class Meeting:
                 leads=now.leads if leads is None else leads,
             )
             record = {name: getattr(self._beat, name) for name in Beat.__slots__}
-            text = json.dumps(record).encode()
-            # In place: what another host has cached of a directory may be old for a minute.
-            fd = os.open(self.path / f"rank-{self.seat.rank}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.pwrite(fd, b"%08x %s\n" % (zlib.crc32(text), text), 0)
-            finally:
-                os.close(fd)
+            self._show(record)
+
+    def _show(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record).encode()
+        # In place: what another host has cached of a directory may be old for a minute.
+        fd = os.open(self.path / f"rank-{self.seat.rank}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, b"%08x %s\n" % (zlib.crc32(text), text), 0)
+        finally:
+            os.close(fd)
 
     def beat_of(self, rank: int) -> Beat | None:
         """What a rank of this run says; ``None`` where it has said nothing, or is saying it."""
-        found = read_beat(self.path, rank)
+        found = self._shown_by(rank)
         return found if found is not None and found.token == self.token else None
+
+    def _shown_by(self, rank: int) -> Beat | None:
+        return read_beat(self.path, rank)
+
+    def put(self, name: str, record: dict[str, Any]) -> None:
+        """Let the others read a record, whole.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_record(self.path / name, record)
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """The record of that name, if it can be read by now."""
+        return read_record(self.path / name)
 
     def end(self, state: State, record: dict[str, Any]) -> None:
         """Say how it ended for this rank.
@@ -185,20 +210,20 @@ class Meeting:
         Raises:
             OSError: It cannot.
         """
-        write_record(self.path / f"end-{self.seat.rank}-{self.token}", record)
+        self.put(f"end-{self.seat.rank}-{self.token}", record)
         self.beat(state)
 
     def end_of(self, rank: int) -> dict[str, Any] | None:
         """How it ended for a rank of this run, if that can be read by now."""
-        return read_record(self.path / f"end-{rank}-{self.token}")
+        return self.get(f"end-{rank}-{self.token}")
 
     def refuse(self, record: dict[str, Any]) -> None:
         """Say that a process cannot be a rank of this run, which then ends."""
-        write_record(self.path / f"refused-{self.token}", record)
+        self.put(f"refused-{self.token}", record)
 
     def refusal(self) -> dict[str, Any] | None:
         """Why a process cannot be a rank of this run, if one has said so."""
-        return read_record(self.path / f"refused-{self.token}")
+        return self.get(f"refused-{self.token}")
 
     def note_done(self, record: dict[str, Any]) -> None:
         """Note what is on disk by now, for a run that has to go on with it."""

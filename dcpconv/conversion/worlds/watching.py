@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class Watch:
         progress: Called with the payload bytes that all ranks have written, where this one leads.
         succeed: Called with the rank that led and has ended after its share; tells whether this one
             leads from now on.  ``None`` where nobody may.
+        require_no_fault: Raises where one of these ranks has failed before it came; by default
+            what it has left beside the target tells.
 
     Attributes:
         fault: The error that ends the conversion, once there is one.
@@ -63,6 +65,7 @@ class Watch:
         *,
         progress: Callable[[int], None],
         succeed: Callable[[int], bool] | None = None,
+        require_no_fault: Callable[[Iterable[int]], None] | None = None,
     ) -> None:
         self.meeting = meeting
         self.fault: DcpconvError | None = None
@@ -76,7 +79,7 @@ class Watch:
         self._since = time.monotonic()
         self._seen: dict[int, _Seen] = {}
         self._progress = progress
-        self._start = this_start()
+        self._require_no_fault = require_no_fault or this_start().require_no_fault
         self._succeed = succeed
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dcpconv-watch", daemon=True)
@@ -136,7 +139,8 @@ class Watch:
 
     def _run(self) -> None:
         while True:
-            with suppress(OSError):  # it shows for the others, and in what this rank writes
+            # It shows for the others, and in what this rank writes.
+            with suppress(OSError, DcpconvError):
                 self.meeting.beat(nbytes=self.nbytes)
             self.look()
             if self._closing.wait(BEAT):
@@ -176,19 +180,19 @@ class Watch:
         """What this rank makes of another, as the one that leads, or of the one that does."""
         beat = seen.beat
         if beat is None:
-            self._start.require_no_fault([rank])
+            self._require_no_fault([rank])
             if now - seen.at > PATIENCE:
                 raise GoneRankError(
                     f"rank {rank} has not come",
                     [("rank", rank), ("waited", f"{PATIENCE:.0f} s"), ("at", self.meeting.path)],
-                    hint="start all ranks at once; their targets must be one directory",
+                    hint=self.meeting.together,
                 )
         elif beat.state == "failed":
             record = self.meeting.end_of(rank)
             if record is not None and "kind" in record:
                 raise from_record(record)
         elif beat.state == "working" and _has_ended(seen, now):
-            raise _gone(beat, rank, now - seen.at)
+            raise _gone(beat, rank, now - seen.at, self.meeting)
 
     def _follow(self, rank: int, seen: _Seen, now: float) -> None:
         self._judge(rank, seen, now)
@@ -199,7 +203,7 @@ class Watch:
             self.verdict = record if record is not None and "shares" in record else None
         elif seen.beat.state == "left" or (seen.beat.state == "done" and _has_ended(seen, now)):
             if self._succeed is None:
-                raise _gone(seen.beat, rank, now - seen.at)
+                raise _gone(seen.beat, rank, now - seen.at, self.meeting)
             self._leader, self._since = None, now
             self._led.append(rank)
 
@@ -225,12 +229,12 @@ def _has_ended(seen: _Seen, now: float) -> bool:
     return seen.beat is not None and (seen.beat.is_gone or now - seen.at > LOST_AFTER)
 
 
-def _gone(beat: Beat, rank: int, silent: float) -> GoneRankError:
+def _gone(beat: Beat, rank: int, silent: float, meeting: Meeting) -> GoneRankError:
     how = "does not answer" if silent > LOST_AFTER else "has ended without a word"
     return GoneRankError(
         f"rank {rank} {how}",
         [("rank", f"{rank} on {beat.host}"), ("process", beat.pid)],
-        hint="run the same again: it goes on with what is written",
+        hint=meeting.again,
     )
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dcpconv.conversion.report import RankShare
 from dcpconv.conversion.request import guarded
 from dcpconv.conversion.worlds.early import this_start
 from dcpconv.conversion.worlds.faults import is_told, to_record
-from dcpconv.conversion.worlds.leading import Lead, moved_of, writing
+from dcpconv.conversion.worlds.leading import Lead, writing
 from dcpconv.conversion.worlds.look import compare, look_of
 from dcpconv.conversion.worlds.meeting import Meeting, forget_others, set_up, write_record
 from dcpconv.conversion.worlds.planning import (
@@ -27,6 +27,7 @@ from dcpconv.conversion.worlds.planning import (
     wait_for_plan,
 )
 from dcpconv.conversion.worlds.reading_back import digests_of
+from dcpconv.conversion.worlds.results import SharedResult
 from dcpconv.conversion.worlds.seats import RankError, Seat, host
 from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.engine import cutting
@@ -36,32 +37,12 @@ from dcpconv.engine.execute import Moved, execute, together
 from dcpconv.engine.publish import RESULT, SHARES, staging, staging_directory
 
 
-@dataclass(frozen=True, slots=True)
-class SharedResult:
-    """What all ranks did.
-
-    Attributes:
-        moved: Bytes by how they got there.
-        shares: What each rank wrote.
-        resumed: Payload bytes that an earlier run had written.
-        notes: What else a user should know.
-        published_by: The rank that made the result visible, and reports.
-    """
-
-    moved: Moved
-    shares: tuple[RankShare, ...]
-    resumed: int
-    notes: tuple[str, ...]
-    published_by: int
-
-
 def write_shared(
     decided: Decided,
     seat: Seat,
     *,
     jobs: int | None,
     reads_back: bool,
-    overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> SharedResult:
     """Write this rank's share of a result; all ranks return, or raise, when all of it has ended.
@@ -71,7 +52,6 @@ def write_shared(
         seat: Which rank this is.
         jobs: Threads of this rank.
         reads_back: Take digests of what was written, and compare them before it is published.
-        overwrite: Replace an existing target.
         progress: Called on rank 0 with payload bytes done, and all there are.
 
     Raises:
@@ -82,9 +62,7 @@ def write_shared(
     path = staging_directory(decided.job.target) / SHARES
     if seat.rank or is_led_by_another(path, seat):
         return _follow(decided, seat, jobs=jobs, reads_back=reads_back)
-    return _lead(
-        decided, seat, jobs=jobs, reads_back=reads_back, overwrite=overwrite, progress=progress
-    )
+    return _lead(decided, seat, jobs=jobs, reads_back=reads_back, progress=progress)
 
 
 def _lead(
@@ -93,14 +71,13 @@ def _lead(
     *,
     jobs: int | None,
     reads_back: bool,
-    overwrite: bool,
     progress: Callable[[int, int], None],
 ) -> SharedResult:
     job = decided.job
     look = look_of(decided)
     with staging(
         job.target,
-        overwrite=overwrite,
+        overwrite=job.wanted.overwrite,
         is_file=job.is_one_file,
         source=guarded(job.catalog.source, job.target, job.catalog.files),
         goes_on=lambda root: unfinished(root / SHARES, look) is not None,
@@ -182,7 +159,7 @@ def _take_part(
     if not watch.leads:
         with suppress(OSError):
             meeting.beat("left")
-    return _told(verdict)
+    return SharedResult.of(verdict)
 
 
 def _work(
@@ -237,13 +214,3 @@ def _opened(result: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _told(verdict: dict[str, Any]) -> SharedResult:
-    return SharedResult(
-        moved=moved_of(verdict["moved"]),
-        shares=tuple(RankShare(**share) for share in verdict["shares"]),
-        resumed=verdict["resumed"],
-        notes=tuple(verdict["notes"]),
-        published_by=verdict["published_by"],
-    )

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed
 
 from dcpconv import convert
 from dcpconv.conversion.report import ConversionReport
@@ -87,15 +89,53 @@ def environment() -> dict[str, str]:
     }
 
 
-def start(program: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """One rank as a process of its own."""
+def start(
+    program: str, *arguments: str | Path, given: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """One rank as a process of its own; ``given`` is what its environment has beside."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env={**environment(), **(given or {})},
     )
+
+
+def torchrun(count: int, directory: Path, program: str, *arguments: str | Path) -> Any:
+    """What a real torchrun makes of so many ranks."""
+    file = directory / "rank.py"
+    file.write_text(program)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(count), str(file), *map(str, arguments)),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+
+
+@contextmanager
+def agent(ranks: int) -> Iterator[list[dict[str, str]]]:
+    """What torchrun gives its workers, without the part of it that ends all where one ends."""
+    store = distributed.TCPStore(  # type: ignore[attr-defined]  # as torch documents it
+        "127.0.0.1", 0, ranks + 1, is_master=True, wait_for_workers=False
+    )
+    yield [
+        {
+            "TORCHELASTIC_RUN_ID": "tests",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+        }
+        for rank in range(ranks)
+    ]
 
 
 def rank_of(

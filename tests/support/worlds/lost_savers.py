@@ -1,6 +1,7 @@
 """Two ranks that save, of which one dies when half is written; run as a script by ``run_ranks``.
 
-The file ``victim`` in their directory says which one; the survivor writes down what it heard.
+The file ``victim`` in their directory says which one, and ``target`` where the result would go, if
+not below their directory; the survivor writes down what it heard.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from dcpconv import save_weights
+from dcpconv.conversion.saving.whole_files import InStore
 from dcpconv.conversion.saving.writing import write_share
 
 TIMEOUT_S = 30
@@ -34,13 +36,19 @@ def main() -> None:
         write_share(share, **options)
         os._exit(0)
 
+    def dies_afar(*_: Any) -> NoReturn:
+        os._exit(0)
+
     if rank == int((directory / "victim").read_text()):
         patch("dcpconv.conversion.saving.storage_writer.write_share", dies).start()
+        patch.object(InStore, "settle", dies_afar).start()
+    afar = directory / "target"
+    target = afar.read_text() if afar.exists() else directory / "out/hf"
     model = torch.nn.Sequential(torch.nn.Linear(300, 7), torch.nn.Linear(7, 300))
     fully_shard(model)
     found = {"error": "", "text": ""}
     try:
-        save_weights(model, directory / "out/hf")
+        save_weights(model, target, max_file_size=8500)
     except Exception as error:  # noqa: BLE001 - its class is what the test looks at
         found = {"error": type(error).__name__, "text": str(error)}
     (directory / "heard.json").write_text(json.dumps(found))
