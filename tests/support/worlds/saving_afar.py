@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from dcpconv import CheckpointWriter, save_weights
 from dcpconv.conversion.saving import gathering
 from dcpconv.conversion.saving.whole_files import InStore
+from dcpconv.core.outline import OutFile
 from dcpconv.engine import uploading
 from dcpconv.stores.objects import ObjectsStore
 from dcpconv.stores.store import StoreError
@@ -54,16 +55,16 @@ def is_last() -> bool:
 
 @contextmanager
 def _sent() -> Iterator[list[str]]:
-    """Keys of the objects that this rank sends in parts."""
-    keys: list[str] = []
-    put = ObjectsStore.put
+    """Names of the files that this rank makes objects of."""
+    names: list[str] = []
+    made = uploading.Uploads.open
 
-    def noting(store: ObjectsStore, key: str, parts: Any, **options: Any) -> None:
-        keys.append(key)
-        put(store, key, parts, **options)
+    def noting(uploads: uploading.Uploads, file: OutFile) -> uploading.Upload:
+        names.append(file.name)
+        return made(uploads, file)
 
-    with patch.object(ObjectsStore, "put", noting):
-        yield keys
+    with patch.object(uploading.Uploads, "open", noting):
+        yield names
 
 
 def _forms(directory: Path) -> Any:
@@ -75,9 +76,9 @@ def _forms(directory: Path) -> Any:
         for form, options in FORMS.items():
             target = place(directory, "afar", form)
             save_weights(model, target, assets=config, **options)
-            with _sent() as keys:
+            with _sent() as names:
                 report = save_weights(model, afar(f"forms/{form}"), assets=config, **options)
-            heard[form] = {"sent": keys, "notes": report.notes, "path": report.target.path}
+            heard[form] = {"sent": names, "notes": report.notes, "path": report.target.path}
     return heard
 
 
