@@ -48,6 +48,7 @@ def measure(hf: Path, work: Path, *, runs: int) -> dict[str, list[dict[str, floa
                 text=True,
             ).stdout
             found[name].append(json.loads(told.splitlines()[-1]))
+            sys.stderr.write(f"{name}: {found[name][-1]['seconds']:.2f} s\n")  # if it is stopped
             shutil.rmtree(out, ignore_errors=True)
         found[COPY].append({"seconds": copy_floor(hf, work / "copy").seconds, "above": 0.0})
         shutil.rmtree(work / "copy")

@@ -26,6 +26,7 @@ from support.worlds import load_scenes
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_faults import Read
 from support.worlds.sharded_models import (
+    DEVICE,
     Wrap,
     build,
     ddp,
@@ -276,7 +277,9 @@ def _in_part_of_the_job(directory: Path) -> Any:
         return None
     model = build(meta=True)
     with patch.object(moving, "TILE", SMALL):
-        report = load_init_weights(model, directory / "hf-untied", process_group=group, read="once")
+        report = load_init_weights(
+            model, directory / "hf-untied", process_group=group, read="once", device=DEVICE
+        )
     _equal(model, expected(directory))
     return report.nbytes_read
 

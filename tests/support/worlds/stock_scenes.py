@@ -18,6 +18,7 @@ from dcpconv.loading.init_weights import load_init_weights
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_scenes import WRAPS
 from support.worlds.sharded_models import (
+    DEVICE,
     LAYERS,
     Wrap,
     build,
@@ -52,7 +53,8 @@ def _stock(wrap: Wrap, *, meta: bool) -> Scene:
 
     def scene(directory: Path) -> Any:
         model = wrap(build(meta=meta))
-        report = load_init_weights(model, directory / "hf-untied", engine="torch")
+        device = DEVICE if wrap is plain else None
+        report = load_init_weights(model, directory / "hf-untied", engine="torch", device=device)
         _equal(model, wrap(expected(directory)))
         return {"engine": report.engine, "notes": report.notes, "tensors": len(report.loaded)}
 
