@@ -42,6 +42,8 @@ _BY_LAYOUT: Mapping[str, str] = {
     "E": "layer.router_bias",
     "m d": "layer.expert.gate layer.expert.up double.expert.gate double.expert.up",
     "d m": "layer.expert.down double.expert.down",
+    "m u": "layer.inner.expert.up",
+    "u m": "layer.inner.expert.down",
     "(S s) d": "layer.shared.gate layer.shared.up",
     "d (S s)": "layer.shared.down",
     "(S s)": "layer.shared.gate_bias layer.shared.up_bias",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from dcpconv.core.catalog import Catalog, Shapes
 from dcpconv.core.errors import DcpconvError
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.sources.key_lists import is_keylist, is_model, read_keylist, read_model
 from dcpconv.sources.said import Said
 from dcpconv.stores.schemes import path_of
 
@@ -78,6 +77,13 @@ def open_source(
         NotACheckpointError: There is nothing of the kind.
         FormatError: A file is malformed.
     """
+    from dcpconv.sources.key_lists import (  # noqa: PLC0415 - conversions read none
+        is_keylist,
+        is_model,
+        read_keylist,
+        read_model,
+    )
+
     if is_model(what):
         from dcpconv.sources.live_models import live_model  # noqa: PLC0415 - files have no model
 

@@ -16,7 +16,6 @@ from dcpconv.families.beside import weights_beside
 from dcpconv.families.configs.patching import patched_spec
 from dcpconv.families.keymaps import Keymap, is_known, keymaps
 from dcpconv.families.parameter_files import ParameterFile, read_parameter_file
-from dcpconv.sources.key_lists import is_keylist
 from dcpconv.sources.numbers import inferred_spec, shares_head
 from dcpconv.sources.opening import End, Openable, Opened, only_config, open_source
 from dcpconv.sources.recognition import Weights, recognise
@@ -147,6 +146,8 @@ def understand_described(what: Openable, said: Said) -> Source:
     """
     if not isinstance(what, (str, os.PathLike)):
         return understand(what, said)
+    from dcpconv.sources.key_lists import is_keylist  # noqa: PLC0415 - conversions read none
+
     path = path_of(what)
     if path.suffix == ".json" and path.is_file() and not is_keylist(path):
         return _config(path, said)

@@ -107,7 +107,7 @@ def test_every_file_of_every_rank_is_watched(
         change(file)
         return execute(*args, **kwargs)
 
-    monkeypatch.setattr("dcpconv.conversion.convert.execute", late)
+    monkeypatch.setattr("dcpconv.conversion.alone.execute", late)
     with pytest.raises(DcpconvError) as caught:
         convert(source, tmp_path / "out", form="dcp")
     assert file.name in str(caught.value)

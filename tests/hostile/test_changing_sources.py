@@ -17,7 +17,7 @@ from dcpconv import CheckpointReader, convert
 from dcpconv.core.errors import DcpconvError, SourceChangedError
 from dcpconv.engine.execute import execute
 
-CARRIES_OUT = "dcpconv.conversion.convert.execute"
+CARRIES_OUT = "dcpconv.conversion.alone.execute"
 SHAPES = {"a.weight": (300, 40), "b.weight": (40, 300), "c.bias": (70,)}
 
 

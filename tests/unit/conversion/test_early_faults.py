@@ -18,7 +18,7 @@ from dcpconv.conversion.worlds.seats import Seat
 from dcpconv.core.errors import DcpconvError, NoSpaceError
 from dcpconv.engine.publish import FAULTS, staging_directory
 from support.checkpoints.check_cases import llama_shapes, write_hf
-from support.worlds.conversions import in_threads, make_small
+from support.worlds.conversions import in_threads, make_small, until
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,8 @@ def test_an_old_fault_is_of_another_run(rank: int, source: Path, tmp_path: Path)
 def test_what_the_meeting_tells_is_not_told_twice(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(meeting: Meeting, *_: object) -> None:
+        until(lambda: meeting.beat_of(1 - meeting.seat.rank) is not None)  # both have come
         raise NoSpaceError("the disk filled up", [("file", "x")])
 
     monkeypatch.setattr(Meeting, "note_done", full)
