@@ -53,9 +53,14 @@ def fqn_of(key: str) -> str:
 def state_of(model: nn.Module) -> dict[str, Any]:
     """A model's state dict, as its hooks make it."""
     try:
-        return dict(get_model_state_dict(model))
+        state = dict(get_model_state_dict(model, options=StateDictOptions(strict=False)))
     except AttributeError:
         return dict(_bare(model).state_dict())
+    # torch 2.6 leaves out what has no memory yet (``_get_model_state_dict``).
+    is_left_out = any(one.is_meta for one in model.parameters()) and not any(
+        isinstance(value, Tensor) and value.is_meta for value in state.values()
+    )
+    return dict(_bare(model).state_dict()) if is_left_out else state
 
 
 def set_state(model: nn.Module, state: Mapping[str, Any]) -> None:
