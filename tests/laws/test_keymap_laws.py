@@ -17,7 +17,8 @@ from dcpconv.families.keymaps import Keymap, Row, keymaps
 from dcpconv.plan.matching import cover
 from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import recognise
-from support.checkpoints.virtual import KINDS, carried_out, checkpoint, slots_of, spec_of
+from support.checkpoints.virtual import carried_out, checkpoint, slots_of
+from support.checkpoints.virtual_kinds import KINDS, spec_of
 
 TABLES = list(keymaps().values())
 EACH = [pytest.param(table, id=table.name) for table in TABLES]

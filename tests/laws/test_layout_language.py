@@ -14,7 +14,8 @@ from dcpconv.families.keymaps import Keymap, read_keymap
 from dcpconv.plan.matching import cover
 from dcpconv.sources.drafting import checked_keymap
 from dcpconv.sources.recognition import recognise
-from support.checkpoints.virtual import Virtual, carried_out, checkpoint, laid_out, spec_of
+from support.checkpoints.virtual import Virtual, carried_out, checkpoint, laid_out
+from support.checkpoints.virtual_kinds import spec_of
 
 ONE = """\
 name = "one"

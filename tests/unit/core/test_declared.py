@@ -10,7 +10,7 @@ import pytest
 from dcpconv.core.declared import Measured, check_kind, check_size, fields_of, size_of
 from dcpconv.core.errors import LayoutError
 from dcpconv.core.spec import Declared
-from support.checkpoints.virtual import spec_of
+from support.checkpoints.virtual_kinds import spec_of
 
 FIELDS = {
     "heads": 3,

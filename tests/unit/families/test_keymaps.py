@@ -24,7 +24,7 @@ from support.checkpoints.families import (
     load_hf,
     torch_tensors,
 )
-from support.checkpoints.virtual import KINDS, spec_of
+from support.checkpoints.virtual_kinds import KINDS, spec_of
 from support.models.hf_models import save_hf, tiny
 
 DOCS = Path(__file__).parents[3] / "docs"

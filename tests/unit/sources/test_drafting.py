@@ -15,7 +15,8 @@ from dcpconv.formats.opening import open_checkpoint
 from dcpconv.sources.drafting import checked_keymap, draft, foreign_slots
 from dcpconv.sources.explaining import Explanations
 from dcpconv.sources.parameter_shapes import expected as expected_of
-from support.checkpoints.virtual import checkpoint, slots_of, spec_of
+from support.checkpoints.virtual import checkpoint, slots_of
+from support.checkpoints.virtual_kinds import spec_of
 from support.models.hf_models import save_hf
 from support.models.nested_models import small
 

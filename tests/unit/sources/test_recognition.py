@@ -17,7 +17,8 @@ from dcpconv.families.configs import read_spec
 from dcpconv.families.keymaps import keymaps
 from dcpconv.sources.fitting import bare
 from dcpconv.sources.recognition import recognise
-from support.checkpoints.virtual import checkpoint, spec_of
+from support.checkpoints.virtual import checkpoint
+from support.checkpoints.virtual_kinds import spec_of
 from support.models.chatglm import ChatGLM, ChatGLMConfig
 from support.models.hf_models import MODEL_TYPES, save_hf, tiny
 from support.models.minimind import MiniMind, MiniMindConfig
