@@ -180,7 +180,6 @@ def convert(
             afar,
             by_torch=is_by_torch,
             jobs=jobs,
-            fingerprint=fingerprint,
             dry_run=dry_run,
             progress=progress,
         )
@@ -194,12 +193,11 @@ def _converted(
     *,
     by_torch: bool,
     jobs: int | None,
-    fingerprint: bool,
     dry_run: bool,
     progress: Callable[[Progress], None] | None,
 ) -> ConversionReport:
     """Looks, decides and moves; ``seat`` and ``afar`` are of one of several processes."""
-    ground = None
+    ground, fingerprint = None, request.wanted.fingerprint
 
     def advance(done: int, total: int) -> None:
         if progress is not None:
