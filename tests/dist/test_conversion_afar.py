@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,8 @@ import pytest
 
 from dcpconv import check, convert
 from dcpconv.core.errors import DcpconvError
-from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.machine.s3_server import BUCKET, Bucket, serving_s3
-from support.worlds.conversions import agent, ends, script, start, torchrun, tree
+from support.worlds.conversions import agent, ends, random_hf, script, start, torchrun, tree
 
 CHUNKS = ("--form", "dcp", "--chunks", "6")
 """A result of six objects with data."""
@@ -57,12 +55,7 @@ def bucket() -> Iterator[Bucket]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_hf(tmp_path_factory.mktemp("hf") / "source", llama_shapes(), files=2)
-    for file in made.glob("*.safetensors"):
-        with file.open("r+b") as opened:
-            opened.seek(4000)
-            opened.write(os.urandom(file.stat().st_size - 4000))
-    return made
+    return random_hf(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,6 +20,7 @@ from support.worlds.conversions import (
     SMALL,
     ends,
     environment,
+    random_hf,
     ranks,
     script,
     staged,
@@ -51,13 +51,7 @@ OTHER_CLOCK = "import time\ntime.time = lambda: 0.0\n"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_hf(tmp_path_factory.mktemp("hf") / "source", llama_shapes(), files=2)
-    for file in made.glob("*.safetensors"):
-        state = file.stat()
-        with file.open("r+b") as opened:
-            opened.seek(4000)
-            opened.write(os.urandom(state.st_size - 4000))
-    return made
+    return random_hf(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

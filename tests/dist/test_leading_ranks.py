@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,16 @@ import pytest
 from dcpconv import convert
 from dcpconv.conversion.worlds.meeting import read_beat
 from support.checkpoints.check_cases import llama_shapes, write_hf
-from support.worlds.conversions import ends, rank_of, ranks, script, staged, tree, until
+from support.worlds.conversions import (
+    ends,
+    random_hf,
+    rank_of,
+    ranks,
+    script,
+    staged,
+    tree,
+    until,
+)
 
 LEAVES = """
 import os, signal, time
@@ -63,12 +71,7 @@ STEPS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = write_hf(tmp_path_factory.mktemp("hf") / "source", llama_shapes(), files=2)
-    for file in made.glob("*.safetensors"):
-        with file.open("r+b") as opened:
-            opened.seek(4000)
-            opened.write(os.urandom(file.stat().st_size - 4000))
-    return made
+    return random_hf(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(scope="module")

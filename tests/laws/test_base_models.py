@@ -25,7 +25,7 @@ from support.checkpoints.families import (
     load_hf,
     torch_tensors,
 )
-from support.models.hf_models import tiny
+from support.models.hf_models import IN_TURN, ONE_KV_HEAD, tiny
 from support.models.layers import randomise
 from support.models.torchtitan import Titan, TitanConfig
 
@@ -45,12 +45,6 @@ def hidden(model: Any) -> torch.Tensor:
 
 
 TIED = {"tie_word_embeddings": True}
-IN_TURN = {
-    "use_parallel_residual": False,
-    "num_key_value_heads": 6,
-    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0},
-}
-ONE_KV_HEAD = {"num_key_value_heads": 1}
 PAIRS = [
     pytest.param("smollm3", "llama", "LlamaModel", {"num_hidden_layers": 11}, id="smollm3-llama"),
     pytest.param("seed_oss", "llama", "LlamaModel", {"attention_bias": False}, id="seed_oss-llama"),

@@ -15,8 +15,8 @@ from dcpconv.core.errors import NotExpressibleError
 from dcpconv.families.configs.model_type import class_name, heads_of
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from support.checkpoints.families import RIGHT, TOKENS, assert_same, hf_tensors
+from support.models.hf_models import IN_TURN, ONE_KV_HEAD, tiny
 from support.models.hf_models import MODEL_TYPES as TINY
-from support.models.hf_models import tiny
 from support.models.layers import randomise
 
 HEADS = ("score", "score_bias", "spans", "no_head")
@@ -84,12 +84,6 @@ def test_its_keys_are_all_known_and_go_there_and_back(
     assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
 
 
-IN_TURN = {
-    "use_parallel_residual": False,
-    "num_key_value_heads": 6,
-    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0},
-}
-ONE_KV_HEAD = {"num_key_value_heads": 1}
 PAIRS = [
     pytest.param("smollm3", "llama", "spans", {"num_hidden_layers": 11}, id="smollm3-llama"),
     pytest.param("llama", "smollm3", "spans", {"tie_word_embeddings": True}, id="llama-smollm3"),

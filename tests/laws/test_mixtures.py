@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from dcpconv import check, convert
-from dcpconv.families.configs import read_spec
 from dcpconv.families.configs.mixtures import MIXTURES
-from dcpconv.families.keymaps import resolve_family
-from dcpconv.sources.parameter_shapes import expected
 from support.checkpoints.families import (
     RIGHT,
+    assert_config_says_every_key,
+    assert_every_form_holds,
     assert_same,
     difference,
     hf_tensors,
@@ -48,14 +47,7 @@ def experts(model_type: str, count: int) -> dict[str, Any]:
 def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_type: str) -> None:
     overrides = {**MANY, **experts(model_type, 12), **ALL_LAYERS.get(model_type, {})}
     model = tiny(model_type, dtype=torch.bfloat16, **overrides)
-    source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
-    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
-    convert(tmp_path / "dcp", tmp_path / "live.pth")
-    live = torch.load(tmp_path / "live.pth", weights_only=True)
-    assert_same(live["model"], dict(model.state_dict()))
-
-    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
-    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+    assert_every_form_holds(model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +58,7 @@ def test_the_config_alone_says_every_key_and_shape(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = tiny(model_type, **overrides)
-    model.config.save_pretrained(tmp_path)
-    spec = read_spec(tmp_path)
-    table = resolve_family("hf-memory", model_type)
-    found = {key: shape for key, shape, _ in expected(table, spec)}
-    real = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if spec.tied:
-        del real["lm_head.weight"]
-    assert found == real
+    assert_config_says_every_key(model, model_type, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

@@ -14,9 +14,14 @@ from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import NotExpressibleError
 from dcpconv.families.configs import read_spec
 from dcpconv.families.configs.by_kind import BY_KIND
-from dcpconv.families.keymaps import resolve_family
-from dcpconv.sources.parameter_shapes import expected
-from support.checkpoints.families import assert_same, hf_tensors, load_hf, logits
+from support.checkpoints.families import (
+    assert_config_says_every_key,
+    assert_every_form_holds,
+    assert_same,
+    hf_tensors,
+    load_hf,
+    logits,
+)
 from support.models.by_kind_cases import BY_KIND_CASES, MANY
 from support.models.hf_models import save_hf, tiny
 
@@ -26,14 +31,7 @@ CASES = [*(pytest.param(name, {}, id=name) for name in BY_KIND), *BY_KIND_CASES]
 @pytest.mark.parametrize("model_type", BY_KIND)
 def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_type: str) -> None:
     model = tiny(model_type, dtype=torch.bfloat16, **MANY[model_type])
-    source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
-    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
-    convert(tmp_path / "dcp", tmp_path / "live.pth")
-    live = torch.load(tmp_path / "live.pth", weights_only=True)
-    assert_same(live["model"], dict(model.state_dict()))
-
-    convert(tmp_path / "live.pth", tmp_path / "back", form="hf", to="hf", assets=source)
-    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
+    assert_every_form_holds(model, tmp_path)
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), CASES)
@@ -41,16 +39,8 @@ def test_the_config_alone_says_every_key_and_shape(
     tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
     model = tiny(model_type, **overrides)
-    model.config.save_pretrained(tmp_path)
-    spec = read_spec(tmp_path)
-    assert spec.unaccounted == ()
-    found = {
-        key: shape for key, shape, _ in expected(resolve_family("hf-memory", model_type), spec)
-    }
-    real = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if spec.tied:
-        del real["lm_head.weight"]
-    assert found == real
+    assert_config_says_every_key(model, model_type, tmp_path)
+    assert read_spec(tmp_path).unaccounted == ()
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), CASES)

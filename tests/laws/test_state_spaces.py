@@ -19,6 +19,7 @@ from dcpconv.sources.parameter_shapes import expected
 from dcpconv.sources.recognition import recognise
 from support.checkpoints.families import (
     RIGHT,
+    assert_every_form_holds,
     assert_same,
     difference,
     hf_tensors,
@@ -51,17 +52,8 @@ def empty(model: Any) -> Any:
 @pytest.mark.parametrize("model_type", STATE_SPACES)
 def test_every_form_and_both_namings_hold_the_same_bits(tmp_path: Path, model_type: str) -> None:
     model = small(model_type, **LONG[model_type]).to(torch.bfloat16)
-    source = save_hf(model, tmp_path / "hf", max_shard_size="100KB")
-    convert(source, tmp_path / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
-    convert(tmp_path / "dcp", tmp_path / "live.pth")
-    live = torch.load(tmp_path / "live.pth", weights_only=True)
-    assert_same(live["model"], dict(model.state_dict()))
-
-    convert(
-        tmp_path / "live.pth", tmp_path / "back", form="hf", to=saved(model_type), assets=source
-    )
-    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
-    assert fingerprint(tmp_path / "back").digest == fingerprint(source).digest
+    assert_every_form_holds(model, tmp_path, saved=saved(model_type))
+    assert fingerprint(tmp_path / "back").digest == fingerprint(tmp_path / "hf").digest
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), STATE_SPACE_CASES)

@@ -1,4 +1,5 @@
-"""What the tests of naming families share: reading results with stock tools, and logits."""
+"""What the tests of naming families share: reading results with stock tools, logits, trips through
+every form."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from dcpconv import convert
+from dcpconv.families.configs import read_spec
+from dcpconv.families.keymaps import resolve_family
+from dcpconv.sources.parameter_shapes import expected
+from support.models.hf_models import save_hf
 from support.models.layers import random_tokens
 
 RIGHT = 1e-4
@@ -52,9 +58,39 @@ def difference(left: Any, right: Any) -> float:
     return float((logits(left) - logits(right)).abs().max())
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """The same keys with the same types and bits."""
-    assert sorted(found) == sorted(expected)
-    for key, tensor in expected.items():
+    assert sorted(found) == sorted(right)
+    for key, tensor in right.items():
         assert found[key].dtype == tensor.dtype, key
         assert torch.equal(found[key], tensor), key
+
+
+def assert_every_form_holds(model: Any, directory: Path, *, saved: str = "hf") -> None:
+    """The same bits as hf (below ``hf`` and ``back``), and in memory as dcp and ``torch.save``.
+
+    Args:
+        model: A model of transformers.
+        directory: Where all of that goes.
+        saved: The naming in which transformers saves it.
+    """
+    source = save_hf(model, directory / "hf", max_shard_size="100KB")
+    convert(source, directory / "dcp", form="dcp", to="hf-memory", root="model", chunks=3)
+    convert(directory / "dcp", directory / "live.pth")
+    live = torch.load(directory / "live.pth", weights_only=True)
+    assert_same(live["model"], dict(model.state_dict()))
+
+    convert(directory / "live.pth", directory / "back", form="hf", to=saved, assets=source)
+    assert_same(hf_tensors(directory / "back"), hf_tensors(source))
+
+
+def assert_config_says_every_key(model: Any, model_type: str, directory: Path) -> None:
+    """The config alone tells the keys and shapes that the live model has."""
+    model.config.save_pretrained(directory)
+    spec = read_spec(directory)
+    table = resolve_family("hf-memory", model_type)
+    found = {key: shape for key, shape, _ in expected(table, spec)}
+    real = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if spec.tied:
+        del real["lm_head.weight"]
+    assert found == real

@@ -7,7 +7,6 @@ was asked, sends less than it says, and says another ETag.
 
 from __future__ import annotations
 
-import http.client
 import random
 import socket
 import struct
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from support.machine.relay import Answer, Relay
 
 FAULTS = (
     "late",
@@ -94,20 +95,9 @@ def at_random(seed: int, share: float) -> Callable[[str, str], str]:
 
 
 def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            del format, args
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:
-                return  # the client has gone
-
+    class Handler(Relay):
         def _any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.body()
             with proxy.lock:
                 fault = proxy.choose(self.command, self.path)
                 asked = Asked(self.command, self.path, self.headers.get("Range", ""), fault)
@@ -115,52 +105,32 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             if fault == "late":
                 time.sleep(0.02)
             if fault.isdigit():
-                self._answer(int(fault), {}, b"")
+                self._answer(Answer(int(fault), {}, b""))
                 return
             if fault == "cut before":
                 self._cut()
                 return
-            status, headers, data = self._forwarded(body)
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
+            answer = self.relayed(proxy.backend.netloc, body, headers)
             if fault == "cut after":
                 self._cut()
                 return
-            if fault == "other tag" and "etag" in headers and self.command == "GET":
-                headers["etag"] = '"another"'
-            if fault == "shorter" and self.command == "GET" and data:
-                data = data[: len(data) // 2]
-            self._answer(status, headers, data, stops=fault == "cut in the middle")
+            if fault == "other tag" and "etag" in answer.headers and self.command == "GET":
+                answer.headers["etag"] = '"another"'
+            if fault == "shorter" and self.command == "GET" and answer.data:
+                answer = answer._replace(data=answer.data[: len(answer.data) // 2])
+            self._answer(answer, stops=fault == "cut in the middle")
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815 - as the base class
 
-        def _forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            backend = http.client.HTTPConnection(
-                proxy.backend.hostname or "", proxy.backend.port, timeout=60
-            )
-            try:
-                headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
-                backend.request(self.command, self.path, body, headers)
-                found = backend.getresponse()
-                kept = {name.lower(): value for name, value in found.getheaders()}
-                return found.status, kept, found.read()
-            finally:
-                backend.close()
-
-        def _answer(
-            self, status: int, headers: dict[str, str], data: bytes, *, stops: bool = False
-        ) -> None:
-            self.send_response(status)
-            is_head = self.command == "HEAD"
-            length = headers.get("content-length", "0") if is_head else str(len(data))
-            for name, value in headers.items():
-                if name not in {"connection", "content-length", "transfer-encoding", "date"}:
-                    self.send_header(name, value)
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            if stops and data and not is_head:
-                self.wfile.write(data[: len(data) // 2])
+        def _answer(self, answer: Answer, *, stops: bool = False) -> None:
+            if not self.begin_answer(answer):
+                return
+            if stops and answer.data:
+                self.wfile.write(answer.data[: len(answer.data) // 2])
                 self._cut()
-            elif not is_head:
-                self.wfile.write(data)
+            else:
+                self.wfile.write(answer.data)
 
         def _cut(self) -> None:
             """Reset the connection, as a machine does that has lost it."""

@@ -9,7 +9,6 @@ Source: cloud.google.com/storage/docs/xml-api: "Request preconditions", "PUT Obj
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import shutil
 import socket
@@ -26,7 +25,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from support.machine.relay import Answer, Relay
+
 _MATCH = "x-goog-if-generation-match"
+_FAILED = b"<Error><Code>PreconditionFailed</Code></Error>"
 
 
 class Google:
@@ -51,20 +53,9 @@ class Google:
 
 
 def _handler(google: Google) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            del format, args
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:
-                return  # the client has gone
-
+    class Handler(Relay):
         def _any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = self.body()
             found = urlsplit(self.path)
             path, query = unquote(found.path), found.query
             makes = (self.command == "PUT" and not query) or (
@@ -76,46 +67,31 @@ def _handler(google: Google) -> type[BaseHTTPRequestHandler]:
             with google.lock:
                 wanted = self.headers.get(_MATCH)
                 if wanted not in {None, str(google.generations.get(path, 0))}:
-                    self._answer(412, {}, b"<Error><Code>PreconditionFailed</Code></Error>")
+                    self._answer(Answer(412, {}, _FAILED))
                     return
                 self._pass_on(path, body, makes=True)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815 - as the base class
 
         def _pass_on(self, path: str, body: bytes, *, makes: bool = False) -> None:
-            connection = http.client.HTTPConnection(google.backend, timeout=60)
             headers = {
                 name.lower().replace("x-goog-copy-source", "x-amz-copy-source"): value
                 for name, value in self.headers.items()
                 if name.lower() not in {"connection", "authorization", _MATCH}
             }
             headers["authorization"] = "AWS nobody:nothing"  # moto refuses who has none
-            try:
-                connection.request(self.command, self.path, body, headers)
-                found = connection.getresponse()
-                answer, data = dict(found.getheaders()), found.read()
-            finally:
-                connection.close()
-            if makes and found.status == 200:
+            answer = self.relayed(google.backend, body, headers)
+            if makes and answer.status == 200:
                 google.generations[path] = next(google.counter)
-            elif self.command == "DELETE" and found.status < 300 and "?" not in self.path:
+            elif self.command == "DELETE" and answer.status < 300 and "?" not in self.path:
                 google.generations.pop(path, None)
             if path in google.generations:
-                answer["x-goog-generation"] = str(google.generations[path])
-            self._answer(found.status, answer, data)
+                answer.headers["x-goog-generation"] = str(google.generations[path])
+            self._answer(answer)
 
-        def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
-            self.send_response(status)
-            dropped = {"connection", "transfer-encoding", "date", "server", "content-length"}
-            length = {name.lower(): value for name, value in headers.items()}.get("content-length")
-            for name, value in headers.items():
-                if name.lower() not in dropped:
-                    self.send_header(name, value)
-            is_head = self.command == "HEAD"
-            self.send_header("Content-Length", (length or "0") if is_head else str(len(data)))
-            self.end_headers()
-            if not is_head:
-                self.wfile.write(data)
+        def _answer(self, answer: Answer) -> None:
+            if self.begin_answer(answer):
+                self.wfile.write(answer.data)
 
     return Handler
 

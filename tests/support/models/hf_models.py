@@ -49,6 +49,27 @@ _INDEXER: Mapping[str, object] = {"index_topk": 8, "index_n_heads": 4, "index_he
 _GROUPS: Mapping[str, object] = {"n_group": 2, "topk_group": 1}
 _NEXT = {"num_nextn_predict_layers": 0}
 
+IN_TURN: Mapping[str, Any] = {
+    "use_parallel_residual": False,
+    "num_key_value_heads": 6,
+    "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0},
+}
+"""A GPT-NeoX that other classes can hold: its blocks one after the other, all channels turned."""
+
+ONE_KV_HEAD: Mapping[str, Any] = {"num_key_value_heads": 1}
+
+GEMMA4_BY_KIND: Mapping[str, object] = {
+    "global_head_dim": 24,
+    "num_global_key_value_heads": 3,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": 137,
+    "hidden_size_per_layer_input": 7,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 52,
+    "pad_token_id": 0,
+}
+
 MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "llama": {"head_dim": 16},
     "mistral": {"head_dim": 16, "sliding_window": None},
@@ -226,17 +247,9 @@ MODEL_TYPES: Mapping[str, Mapping[str, object]] = {
     "phimoe": {"num_local_experts": 5},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
     "gemma4_text": {
+        **GEMMA4_BY_KIND,
         "head_dim": 16,
-        "global_head_dim": 24,
-        "num_global_key_value_heads": 3,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        "sliding_window": 8,
-        "vocab_size_per_layer_input": 137,
-        "hidden_size_per_layer_input": 7,
-        "num_experts": 5,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 52,
-        "pad_token_id": 0,
     },
     "mimo_v2_flash": {
         **_ROUTED,

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING
 
-from support.models.hf_models import MODEL_TYPES
+from support.models.hf_models import GEMMA4_BY_KIND, MODEL_TYPES
 from support.models.layers import randomise
 from support.models.state_space_cases import STATE_SPACES
 
@@ -29,6 +29,17 @@ TEXT: Mapping[str, object] = {
     "eos_token_id": 2,
 }
 """What the language models have in common; their own sizes are odd too."""
+
+MOON: Mapping[str, object] = {
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "patch_size": 4,
+    "pos_emb_height": 5,
+    "pos_emb_width": 5,
+}
+"""The tower of Kimi K2.5 and Muse Glimmer."""
 
 LINEAR: Mapping[str, object] = {
     "linear_conv_kernel_dim": 3,
@@ -86,15 +97,7 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         "MuseGlimmerForConditionalGeneration",
         {**TEXT, "sliding_window": 8, "num_hidden_layers": 11},
         {
-            "vision_config": {
-                "hidden_size": 48,
-                "intermediate_size": 56,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 3,
-                "patch_size": 4,
-                "pos_emb_height": 5,
-                "pos_emb_width": 5,
-            },
+            "vision_config": {**MOON},
             "out_hidden_size": 192,
             "projector_hidden_size": 40,
         },
@@ -133,16 +136,8 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
         "Gemma4ForConditionalGeneration",
         {
             **TEXT,
-            "global_head_dim": 24,
-            "num_global_key_value_heads": 3,
-            "sliding_window": 8,
+            **GEMMA4_BY_KIND,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "vocab_size_per_layer_input": 137,
-            "hidden_size_per_layer_input": 7,
-            "num_experts": 5,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 52,
-            "pad_token_id": 0,
         },
         {
             "vision_config": {
@@ -192,15 +187,7 @@ NESTED: Mapping[str, tuple[str, Mapping[str, object], Mapping[str, object]]] = {
             "topk_method": "noaux_tc",
         },
         {
-            "vision_config": {
-                "hidden_size": 48,
-                "intermediate_size": 56,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 3,
-                "patch_size": 4,
-                "pos_emb_height": 5,
-                "pos_emb_width": 5,
-            },
+            "vision_config": {**MOON},
             "projection_hidden_size": 48,
             "tie_word_embeddings": False,
         },

@@ -17,6 +17,7 @@ from torch import distributed
 
 from dcpconv import convert
 from dcpconv.conversion.report import ConversionReport
+from support.checkpoints.check_cases import llama_shapes, write_hf
 
 SMALL: Mapping[str, float] = {
     "dcpconv.engine.cutting.SMALLEST": 4096,
@@ -42,6 +43,17 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small results into many pieces, and wait for nobody long."""
     for name, value in SMALL.items():
         monkeypatch.setattr(name, value)
+
+
+def random_hf(directory: Path) -> Path:
+    """A checkpoint of two files that hold any bytes behind their headers."""
+    made = write_hf(directory / "source", llama_shapes(), files=2)
+    for file in made.glob("*.safetensors"):
+        state = file.stat()
+        with file.open("r+b") as opened:
+            opened.seek(4000)
+            opened.write(os.urandom(state.st_size - 4000))
+    return made
 
 
 def in_threads(

@@ -150,28 +150,35 @@ def _opens() -> Iterator[list[str]]:
         _OPENED = []
 
 
+@contextmanager
+def _opened_before_moving(hosts: int, below: Path) -> Iterator[list[str]]:
+    """Which files below a path are opened on one of some hosts before anything moves."""
+    found: list[str] = []
+    original = moving._materialise
+
+    def stop_counting(*arguments: Any) -> None:
+        found.extend(Path(path).name for path in opened if str(below) in path)
+        original(*arguments)
+
+    with (
+        on_hosts(hosts),
+        patch.object(moving, "_materialise", stop_counting),
+        _opens() as opened,
+    ):
+        yield found
+
+
 def _planning(name: str, hosts: int, *, own: bool = False) -> Scene:
     """Which files of the checkpoint are opened before anything moves."""
 
     def scene(directory: Path) -> Any:
         host = host_of(dist.get_rank(), hosts)
         source = directory / (f"{name}-{host}" if own else name)
-        found: list[str] = []
-        original = moving._materialise
-
-        def stop_counting(*arguments: Any) -> None:
-            found.extend(path for path in opened if str(source) in path)
-            original(*arguments)
-
         model = fsdp2()(build(meta=True))
-        with (
-            on_hosts(hosts),
-            patch.object(moving, "_materialise", stop_counting),
-            _opens() as opened,
-        ):
+        with _opened_before_moving(hosts, source) as found:
             load_init_weights(model, source)
         _equal(model, fsdp2()(expected(directory)))
-        return [Path(path).name for path in found]
+        return found
 
     return scene
 
@@ -182,19 +189,8 @@ def _adapting(name: str, hosts: int, *, own: bool = False, read: Read = "auto") 
     def scene(directory: Path) -> Any:
         host = host_of(dist.get_rank(), hosts)
         adapter = directory / (f"{name}-{host}" if own else name)
-        found: list[str] = []
-        original = moving._materialise
-
-        def stop_counting(*arguments: Any) -> None:
-            found.extend(path for path in opened if str(adapter) in path)
-            original(*arguments)
-
         model = fsdp2()(build(meta=True))
-        with (
-            on_hosts(hosts),
-            patch.object(moving, "_materialise", stop_counting),
-            _opens() as opened,
-        ):
+        with _opened_before_moving(hosts, adapter) as found:
             load_init_weights(model, directory / "hf-untied", adapter=adapter, read=read)
         right = expected(directory)
         weights = lingua_weights(torch.load(directory / "adapted.pt"))
@@ -202,7 +198,7 @@ def _adapting(name: str, hosts: int, *, own: bool = False, read: Read = "auto") 
             for fqn, parameter in right.named_parameters():
                 parameter.copy_(weights[fqn])
         _equal(model, fsdp2()(right))
-        return [Path(path).name for path in found]
+        return found
 
     return scene
 
