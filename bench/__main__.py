@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from bench import (
@@ -23,7 +22,7 @@ from bench import (
 )
 from bench.cases import CASES, PEERS, prepare
 from bench.data import write_llama
-from bench.measure import Result, beside_floor, table
+from bench.measure import Result, beside_floor, table, workplace
 from bench.writing import write_page
 
 
@@ -50,11 +49,9 @@ def main() -> int:
         "--write", action="store_true", help="write docs/benchmarks.md and its plot"
     )
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
     sections: dict[str, list[Result]] = {}
     notes: list[str] = []
-    try:
+    with workplace(options.work) as work:
         sections["ordinary disk"] = _disk(work, options)
         for kind in ("xfs", "btrfs"):
             found = loop.mounted(kind, work, gigabytes=options.gb * 4 + 2)
@@ -73,8 +70,6 @@ def main() -> int:
         started = start_up.rows(work)
         growth = [] if options.no_scale else scale.rows(work)
         ranked = [] if options.no_scale else rank_files.rows(work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     for title, results in sections.items():
         _say(f"\n{title}\n{table(results)}")
     if loaded:

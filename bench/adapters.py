@@ -7,11 +7,10 @@ import json
 import shutil
 import struct
 import sys
-import tempfile
 from pathlib import Path
 
 from bench.data import header, llama_shapes, write_llama
-from bench.measure import Cost, run_python
+from bench.measure import Cost, run_python, workplace
 
 RANK = 16
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,10 +57,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="runs of each")
     parser.add_argument("--work", type=Path, default=Path("out"), help="directory to write in")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work))
     costs: dict[str, list[Cost]] = {"dcpconv": [], "peft": []}
-    try:
+    with workplace(options.work) as work:
         base = write_llama(work / "base", gigabytes=options.gb)
         layers = json.loads((base / "config.json").read_text())["num_hidden_layers"]
         adapter = write_adapter(work / "adapter", layers=layers)
@@ -69,8 +66,6 @@ def main() -> None:
             for name, code in (("dcpconv", OURS), ("peft", PEFT)):
                 costs[name].append(run_python(code, base, adapter, work / "made"))
                 shutil.rmtree(work / "made")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     seconds = {name: min(c.seconds for c in some) for name, some in costs.items()}
     peaks = {name: max(c.peak for c in some) for name, some in costs.items()}
     for name, some in costs.items():

@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import write_llama
-from bench.measure import copy_floor, status
+from bench.measure import copy_floor, in_threads, status, workplace
 from bench.models import plain_lingua, plain_llama
 
 CHUNK = 8 << 20
@@ -163,11 +162,7 @@ def _floor(model: Any, hf: Path) -> None:
                 events[turn].record(stream)
         stream.synchronize()
 
-    threads = [threading.Thread(target=loop) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(THREADS, loop)
     os.close(fd)
 
 
@@ -198,13 +193,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.case is not None:
         sys.stdout.write(json.dumps(_one(options.case, options.hf, options.out)) + "\n")
         return 0
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="gpu-", dir=options.work))
-    try:
+    with workplace(options.work) as work:
         hf = write_llama(work / "hf", gigabytes=options.gb)
         found = measure(hf, work, runs=options.runs)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.write(table(found) + "\n")

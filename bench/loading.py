@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import MIB, write_llama
-from bench.measure import status
+from bench.measure import status, workplace
 from bench.models import hugging_face, lingua
 
 RANKS = 2
@@ -280,12 +280,8 @@ def main() -> int:
     if options.rank is not None:
         _rank(options)
         return 0
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="loading-", dir=options.work))
-    try:
+    with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, runs=options.runs)) + "\n")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

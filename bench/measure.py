@@ -1,4 +1,4 @@
-"""Runs one command in a fresh process and reads what it cost."""
+"""What runs cost, each in a fresh process; a place for them, and threads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +104,26 @@ def status(field: str) -> float:
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise KeyError(field)
+
+
+@contextmanager
+def workplace(parent: Path) -> Iterator[Path]:
+    """A directory on the disk to measure, for as long as it is needed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="bench-", dir=parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def in_threads(count: int, loop: Callable[[], None]) -> None:
+    """Run a loop in so many threads at once, to their end."""
+    threads = [threading.Thread(target=loop) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def copy_floor(source: Path, target: Path) -> Cost:

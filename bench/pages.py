@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.measure import in_threads
+
 MIB = 1 << 20
 TENSOR = 16 * MIB
 """Bytes of each tensor: about a layer's matrix, and more than glibc keeps when it is freed."""
@@ -64,11 +66,7 @@ def _read(file: Path, nbytes: int, *, is_huge: bool) -> float:
             os.preadv(fd, [memory(tensor)], number * TENSOR)
 
     fd = os.open(file, os.O_RDONLY)
-    threads = [threading.Thread(target=loop) for _ in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(THREADS, loop)
     os.close(fd)
     return time.perf_counter() - started
 

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.data import deepseek_shapes, write_sparse
-from bench.measure import status
+from bench.measure import status, workplace
 from bench.ranks_picture import picture
 
 FILES_OF_671B = 163
@@ -302,12 +300,8 @@ def main() -> int:
         network=options.network,
         latency=options.latency,
     )
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="ranks-", dir=options.work))
-    try:
+    with workplace(options.work) as work:
         found = simulate(scale, some_of(scale), work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     if options.picture:

@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bench.data import llama_config, llama_shapes, write_llama, write_safetensors
-from bench.measure import run_python
+from bench.measure import run_python, workplace
 from dcpconv import convert
 
 TARGET = 1 / 0.85
@@ -349,12 +349,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of every row")
     parser.add_argument("--work", type=Path, default=Path("out"))
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="bench-", dir=options.work)).resolve()
-    try:
+    with workplace(options.work.resolve()) as work:
         results = rows(work, gb=options.gb, rounds=options.rounds)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     sys.stdout.write(f"{table(results)}\n")
     return 0
 

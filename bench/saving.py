@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.data import write_llama
 from bench.loading import RANKS
-from bench.measure import copy_floor, status
+from bench.measure import copy_floor, status, workplace
 from bench.models import hugging_face, lingua, torchtitan
 
 FLOOR_TARGET = 1.3
@@ -277,12 +277,8 @@ def main() -> int:
     if options.rank is not None:
         _rank(options)
         return 0
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="saving-", dir=options.work))
-    try:
+    with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, rounds=options.rounds)) + "\n")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

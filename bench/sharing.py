@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.data import write_llama
-from bench.measure import status
+from bench.measure import in_threads, status, workplace
 
 CHUNK = 8 << 20
 
@@ -266,11 +265,7 @@ def _preadv(case: Case, model: Any, hf: Path, rank: int) -> int:
             while done < stop:
                 done += os.preadv(fd, [view[done:stop]], begin + done)
 
-    threads = [threading.Thread(target=loop) for _ in range(min(4, os.cpu_count() or 1))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(min(4, os.cpu_count() or 1), loop)
     os.close(fd)
     return end - begin
 
@@ -291,13 +286,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.rank is not None:
         sys.stdout.write(json.dumps(_rank(options)) + "\n")
         return 0
-    options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="sharing-", dir=options.work))
-    try:
+    with workplace(options.work) as work:
         hf = write_llama(work / "hf", gigabytes=options.gb)
         found = measure(hf, runs=options.runs, only=options.only)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.stdout.write(table(found) + "\n")
