@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data import MIB, write_llama
-from bench.measure import status, workplace
+from bench.measure import leave, status, workplace
 from bench.models import hugging_face, lingua
 
 RANKS = 2
@@ -279,7 +279,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rank is not None:
         _rank(options)
-        return 0
+        leave()
     with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, runs=options.runs)) + "\n")
     return 0

@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.data import write_llama
 from bench.loading import RANKS
-from bench.measure import copy_floor, status, workplace
+from bench.measure import copy_floor, leave, status, workplace
 from bench.models import hugging_face, lingua, torchtitan
 
 FLOOR_TARGET = 1.3
@@ -276,7 +276,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rank is not None:
         _rank(options)
-        return 0
+        leave()
     with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, rounds=options.rounds)) + "\n")
     return 0

@@ -25,7 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.data import write_llama
-from bench.measure import in_threads, status, workplace
+from bench.measure import in_threads, leave, status, workplace
 
 CHUNK = 8 << 20
 
@@ -285,7 +285,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     if options.rank is not None:
         sys.stdout.write(json.dumps(_rank(options)) + "\n")
-        return 0
+        leave()
     with workplace(options.work) as work:
         hf = write_llama(work / "hf", gigabytes=options.gb)
         found = measure(hf, runs=options.runs, only=options.only)
