@@ -12,21 +12,19 @@ in the page cache for all rows.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bench.data import MIB, write_llama
-from bench.measure import leave, status, workplace
+from bench.measure import status, workplace
 from bench.models import hugging_face, lingua
+from bench.worlds import add_rank_options, join, leave, run_world
 
 RANKS = 2
 WALL_TARGET = 0.5
@@ -118,24 +116,7 @@ def table(results: Sequence[Loaded]) -> str:
 
 def _world(name: str, source: Path, hf: Path) -> tuple[float, float, float]:
     """``(seconds, peak MiB, shard MiB)`` of the worse rank of one run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with tempfile.TemporaryDirectory() as meeting:
-        processes = [
-            subprocess.Popen(  # noqa: S603  our own interpreter
-                [
-                    *(sys.executable, "-W", "ignore", "-m", "bench.loading", "--rank", str(rank)),
-                    *("--case", name, "--source", source, "--hf", hf, "--meeting", meeting),
-                ],
-                stdout=subprocess.PIPE,
-                env=environment,
-                text=True,
-            )
-            for rank in range(RANKS)
-        ]
-        told = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{name}: a rank failed")
-    found = [json.loads(text.splitlines()[-1]) for text in told]
+    found = run_world("bench.loading", name, ranks=RANKS, places={"source": source, "hf": hf})
     seconds, peak, shard = (
         max(float(one[field]) for one in found) for field in ("seconds", "peak", "shard")
     )
@@ -145,17 +126,12 @@ def _world(name: str, source: Path, hf: Path) -> tuple[float, float, float]:
 # -- what a rank does ------------------------------------------------------------------------
 
 
-def _rank(options: argparse.Namespace) -> None:
+def _rank(options: argparse.Namespace) -> NoReturn:
     import torch  # noqa: PLC0415 - only ranks need it
     import torch.distributed as dist  # noqa: PLC0415
 
     case = CASES[options.case]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{options.meeting}/rendezvous",
-        rank=options.rank,
-        world_size=RANKS,
-    )
+    join(options, ranks=RANKS)
     model = case.build(options.hf)
     case.warm_up()
     dist.barrier()
@@ -172,9 +148,8 @@ def _rank(options: argparse.Namespace) -> None:
     )
     assert not any(tensor.is_meta for tensor in model.parameters())
     assert all(t.to_local().isfinite().any() for t in model.parameters() if t.to_local().numel())
-    sys.stdout.write(json.dumps({"seconds": seconds, "peak": peak, "shard": held / MIB}) + "\n")
     del torch
-    dist.destroy_process_group()
+    leave({"seconds": seconds, "peak": peak, "shard": held / MIB})
 
 
 def _ours(model: Any, source: Path) -> None:
@@ -271,15 +246,11 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=2.5, help="size of the model, in GB")
     parser.add_argument("--runs", type=int, default=3, help="runs of every case")
     parser.add_argument("--work", type=Path, default=Path("out"), help="directory to write to")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    add_rank_options(parser)
     options = parser.parse_args()
     if options.rank is not None:
         _rank(options)
-        leave()
     with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, runs=options.runs)) + "\n")
     return 0

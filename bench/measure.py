@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 MIB = 1 << 20
 
@@ -125,19 +124,6 @@ def in_threads(count: int, loop: Callable[[], None]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def leave() -> NoReturn:
-    """Ends a rank of a world at once.
-
-    gloo's thread frees what a collective gave out, and needs the interpreter for it; where a
-    barrier ends a short program, the interpreter may be gone by then, and the process is aborted.
-
-    Source: torch 2.13 ``ProcessGroupGloo::runLoop`` (``AsyncBarrierWork`` keeps earlier work).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def copy_floor(source: Path, target: Path) -> Cost:

@@ -15,21 +15,20 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from bench.data import write_llama
 from bench.loading import RANKS
-from bench.measure import copy_floor, leave, status, workplace
+from bench.measure import copy_floor, status, workplace
 from bench.models import hugging_face, lingua, torchtitan
+from bench.worlds import add_rank_options, join, leave, run_world
 
 FLOOR_TARGET = 1.3
 """Of ``cp`` and ``fsync`` of the result."""
@@ -104,39 +103,18 @@ def table(results: Sequence[Saved]) -> str:
 
 def _world(name: str, out: Path, hf: Path) -> tuple[float, float]:
     """``(seconds, peak MiB)`` of the worse rank of one run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with tempfile.TemporaryDirectory() as meeting:
-        command = [sys.executable, "-W", "ignore", "-m", "bench.saving", "--case", name]
-        places = ["--out", str(out), "--hf", str(hf), "--meeting", meeting]
-        processes = [
-            subprocess.Popen(  # noqa: S603  our own interpreter
-                [*command, *places, "--rank", str(rank)],
-                stdout=subprocess.PIPE,
-                env=environment,
-                text=True,
-            )
-            for rank in range(RANKS)
-        ]
-        told = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{name}: a rank failed")
-    found = [json.loads(text.splitlines()[-1]) for text in told]
+    found = run_world("bench.saving", name, ranks=RANKS, places={"out": out, "hf": hf})
     return max(one["seconds"] for one in found), max(one["peak"] for one in found)
 
 
 # -- what a rank does ------------------------------------------------------------------------
 
 
-def _rank(options: argparse.Namespace) -> None:
+def _rank(options: argparse.Namespace) -> NoReturn:
     import torch.distributed as dist  # noqa: PLC0415 - only ranks need it
 
     case = CASES[options.case]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{options.meeting}/rendezvous",
-        rank=options.rank,
-        world_size=RANKS,
-    )
+    join(options, ranks=RANKS)
     from dcpconv import load_init_weights, save_weights  # noqa: F401, PLC0415 - warms up
 
     model = case.build(options.hf)
@@ -148,8 +126,7 @@ def _rank(options: argparse.Namespace) -> None:
     case.save(model, options)
     dist.barrier()
     seconds = time.perf_counter() - started
-    sys.stdout.write(json.dumps({"seconds": seconds, "peak": status("VmHWM") - before}) + "\n")
-    dist.destroy_process_group()
+    leave({"seconds": seconds, "peak": status("VmHWM") - before})
 
 
 def _ours(model: Any, options: argparse.Namespace, **wanted: Any) -> None:
@@ -268,15 +245,11 @@ def main() -> int:
     parser.add_argument("--gb", type=float, default=2.5, help="size of the model, in GB")
     parser.add_argument("--rounds", type=int, default=5, help="runs of every case")
     parser.add_argument("--work", type=Path, default=Path("out"), help="directory to write to")
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    add_rank_options(parser)
     options = parser.parse_args()
     if options.rank is not None:
         _rank(options)
-        leave()
     with workplace(options.work) as work:
         sys.stdout.write(table(rows(work, gb=options.gb, rounds=options.rounds)) + "\n")
     return 0

@@ -16,16 +16,16 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 from bench.data import write_llama
-from bench.measure import in_threads, leave, status, workplace
+from bench.measure import in_threads, status, workplace
+from bench.worlds import add_rank_options, join, leave, run_world
 
 CHUNK = 8 << 20
 
@@ -120,21 +120,7 @@ def _world(name: str, hf: Path) -> dict[str, float]:
         command = ["dd", f"if={file}", "of=/dev/null", "bs=4M", "status=none"]
         subprocess.run(command, check=True)  # noqa: S603
         return {"seconds": time.perf_counter() - started, "read": 1.0, "above": 0.0}
-    with tempfile.TemporaryDirectory() as meeting:
-        words = ["-W", "ignore", "-m", "bench.sharing", "--case", name, "--hf", str(hf)]
-        processes = [
-            subprocess.Popen(  # noqa: S603  our own interpreter
-                [sys.executable, *words, "--meeting", meeting, "--rank", str(rank)],
-                stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                text=True,
-            )
-            for rank in range(case.ranks)
-        ]
-        told = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"{name}: a rank failed")
-    ranks = [json.loads(text.splitlines()[-1]) for text in told]
+    ranks = run_world("bench.sharing", name, ranks=case.ranks, places={"hf": hf})
     return {
         "seconds": max(rank["seconds"] for rank in ranks),
         "read": sum(rank["read"] for rank in ranks) / file.stat().st_size,
@@ -145,16 +131,11 @@ def _world(name: str, hf: Path) -> dict[str, float]:
 # -- what a rank does ------------------------------------------------------------------------
 
 
-def _rank(options: argparse.Namespace) -> dict[str, float]:
+def _rank(options: argparse.Namespace) -> NoReturn:
     import torch.distributed as dist  # noqa: PLC0415 - only ranks need it
 
     case = CASES[options.case]
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{options.meeting}/rendezvous",
-        rank=options.rank,
-        world_size=case.ranks,
-    )
+    join(options, ranks=case.ranks)
     model = _model(case.wrap, options.hf)
     load = {"ours": _ours, "torch": _torch, "preadv": _preadv}[case.way]
     import torch.distributed.checkpoint.hf_storage  # noqa: F401, PLC0415
@@ -176,8 +157,7 @@ def _rank(options: argparse.Namespace) -> dict[str, float]:
             if not _local(p).is_meta
         )
     )
-    dist.destroy_process_group()
-    return {"seconds": seconds, "read": read, "above": peak - held / (1 << 20)}
+    leave({"seconds": seconds, "read": read, "above": peak - held / (1 << 20)})
 
 
 def _local(parameter: Any) -> Any:
@@ -278,14 +258,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only cases whose name begins like this")
     parser.add_argument("--work", type=Path, default=Path("out"), help="directory to write to")
     parser.add_argument("--json", type=Path, help="file for all numbers")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--hf", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    add_rank_options(parser)
     options = parser.parse_args(words)
     if options.rank is not None:
-        sys.stdout.write(json.dumps(_rank(options)) + "\n")
-        leave()
+        _rank(options)
     with workplace(options.work) as work:
         hf = write_llama(work / "hf", gigabytes=options.gb)
         found = measure(hf, runs=options.runs, only=options.only)
