@@ -119,8 +119,8 @@ def convert(
     model_parallel: Annotated[
         int,
         typer.Option(
-            help="Files of a torch DST --to meta, which is then a directory of consolidated.0N.pth:"
-            " one per rank of Meta's own code.",
+            help="Files of a torch DST --to meta or meta-llama4, which is then a directory of"
+            " consolidated.0N.pth: one per rank of Meta's own code.",
             metavar="N",
             min=1,
         ),

@@ -102,8 +102,8 @@ def convert(
         adapter: Adapters to merge into the source, in this order: PEFT directories, hub ids, files
             of MiniMind, or DCP directories; ``DIR:0.5`` adds half of one.
         chunks: Row chunks per tensor in a dcp result, as FSDP2 over as many ranks stores them.
-        model_parallel: Files of a torch result ``to="meta"``, which is then a directory: every
-            rank's share of each tensor, as Meta releases its larger models.
+        model_parallel: Files of a torch result ``to="meta"`` or ``"meta-llama4"``, which is then a
+            directory: every rank's share of each tensor, as Meta releases its larger models.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         jobs: Threads.
         engine: ``torch`` reads and writes with torch's own functions, the whole model in memory;

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dcpconv.engine.placing import Ground
     from dcpconv.sources.adapters.naming import Weighed
 
+_IN_RANKS = frozenset({"meta", "meta-llama4", "meta-memory-llama4"})
+"""Namings that Meta's own code reads from one file per rank."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -67,7 +70,7 @@ class Wanted:
 
     def ranks(self, form: Form) -> int:
         """Files of a model-parallel result; 1 for every other."""
-        return self.model_parallel if form == "torch" and self.to == "meta" else 1
+        return self.model_parallel if form == "torch" and self.to in _IN_RANKS else 1
 
     def require_disk_for_manifest(self) -> None:
         """Refuses a fingerprint of what several processes write into a store: they read it back.

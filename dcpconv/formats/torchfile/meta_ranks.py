@@ -1,26 +1,64 @@
 """Meta's model-parallel releases: ``consolidated.00.pth``, ``consolidated.01.pth``, ... as one.
 
 Every file holds its share of each matrix.  Which dim was cut follows from the layer: fairscale's
-``ColumnParallelLinear`` cuts rows of the weight, ``RowParallelLinear`` columns, and norms are in
-every file whole.
+``ColumnParallelLinear`` cuts rows of the weight and its bias, ``RowParallelLinear`` columns of the
+weight alone, and norms are in every file whole.  What Llama 4 keeps end to end in one matrix
+(queries, keys and values; gate and up; all experts) is cut each by itself.
 
-Source: ``llama/model.py`` of meta-llama/llama and meta-llama/llama3.
+Source: ``llama/model.py`` of meta-llama/llama and meta-llama/llama3; ``llama4/model.py``,
+``llama4/moe.py``, ``llama4/vision`` and ``reshard_mp`` in ``checkpoint.py`` of llama-models 0.3.0.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dcpconv.core.catalog import Catalog, Chunk, TensorEntry
+from dcpconv.core.catalog import Catalog, Chunk, Extent, Shapes, TensorEntry, c_strides
 from dcpconv.core.errors import FormatError
 from dcpconv.formats import torchfile
 
 _NAME = re.compile(r"consolidated\.(\d\d)\.pth")
-_CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "output": 0}
-"""Dim that is cut, by the module's last name."""
+_ROWS = frozenset(
+    {
+        *("wq", "wk", "wv", "wqkv", "w1", "w3", "output"),
+        *("w_in_shared_FD", "w_swiglu_FD", "c_fc", "_linear", "vision_projection"),
+    }
+)
+"""Modules whose rows are cut, and their biases with them."""
+_COLUMNS = frozenset({"wo", "w2", "w_out_shared_DF", "c_proj"})
+"""Modules whose columns are cut; their biases are in every file whole."""
+_ALONE: Mapping[str, int] = {
+    "mlp.fc1_weight": 0,
+    "mlp.fc2_weight": 1,
+    "experts.moe_w_in_eD_F": 1,
+    "experts.moe_w_swiglu_eD_F": 1,
+    "experts.moe_w_out_eF_D": 0,
+    "experts.w1": 2,
+    "experts.w3": 2,
+    "experts.w2": 1,
+}
+"""Dim that is cut of tensors that are no module's ``weight``, by the last two names."""
+_WHOLE = re.compile(
+    r"(router_DE|positional_embedding(_vlm)?|expert_activation_DE|(global|running)_gate_stats_3E)$"
+)
+"""Matrices that are in every file whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a tensor is shared out over files.
+
+    Attributes:
+        dim: The dim along which every file holds a part.
+        lengths: Of what lies end to end along it, of which every file holds a part each: queries,
+            keys and values.  In elements; their sum is the length of the dim.
+    """
+
+    dim: int
+    lengths: tuple[int, ...]
 
 
 def name(rank: int) -> str:
@@ -61,9 +99,10 @@ def read_catalog(path: Path) -> Catalog:
     _agree(path, found, catalogs)
     norm = first.tensors.get("norm.weight")
     hidden = norm.shape[0] if norm is not None and norm.shape else None
+    shapes = {key: entry.shape for key, entry in first.tensors.items()}
     tensors = {
-        key: _joined([catalog.tensors[key] for catalog in catalogs], cut_of(entry, hidden))
-        for key, entry in first.tensors.items()
+        key: _joined([catalog.tensors[key] for catalog in catalogs], cut_of(key, shapes, hidden))
+        for key in first.tensors
     }
     files = {file: size for catalog in catalogs for file, size in catalog.files.items()}
     note = f"{len(found)} model-parallel files are read as one model"
@@ -80,43 +119,103 @@ def read_catalog(path: Path) -> Catalog:
     )
 
 
-def cut_of(entry: TensorEntry, hidden: int | None) -> int | None:
-    """The dim along which a tensor is cut, or ``None`` where every file holds it whole.
+def cut_of(key: str, shapes: Shapes, hidden: int | None) -> Cut | None:
+    """How a tensor is cut, or ``None`` where every file holds it whole.
 
     Args:
-        entry: One file's share, or the whole tensor.
+        key: Which tensor.
+        shapes: Of all tensors: either every one whole, or every one as one file has it.
         hidden: Width of the model.  Releases before Llama 3 cut the embedding along it, later ones
             along the vocabulary.
 
     Raises:
-        FormatError: A matrix of a module that no release has.
+        FormatError: A matrix of a module that no release has, or one that does not consist of
+            what it should.
     """
-    parts = entry.key.split(".")
-    if len(entry.shape) < 2:
+    shape = shapes[key]
+    *_, module, leaf = ("", "", *key.split("."))
+    alone = _ALONE.get(f"{module}.{leaf}")
+    if alone is not None and alone < len(shape):
+        return Cut(alone, _lengths(key, shapes, alone))
+    if leaf in {"weight", "bias"} and module in _ROWS and shape:
+        return Cut(0, _lengths(key, shapes, 0))
+    if len(shape) < 2 or _WHOLE.search(key):
         return None
-    if parts[-2:] == ["tok_embeddings", "weight"]:
-        return 0 if hidden in {None, entry.shape[1]} else 1
-    module = parts[-2] if len(parts) > 1 else ""
-    if module not in _CUT:
+    if leaf == "weight" and module in _COLUMNS:
+        return Cut(1, shape[1:2])
+    if leaf == "weight" and module == "tok_embeddings":
+        dim = 0 if hidden in {None, shape[1]} else 1
+        return Cut(dim, shape[dim : dim + 1])
+    modules = ", ".join(sorted({*_ROWS, *_COLUMNS, "tok_embeddings"}))
+    raise FormatError(
+        "no rule says how this tensor is cut",
+        [("key", key), ("expected", f"a weight of {modules}")],
+    )
+
+
+def _lengths(key: str, shapes: Shapes, dim: int) -> tuple[int, ...]:
+    """What lies end to end along a dim; itself, for most."""
+    whole = shapes[key][dim]
+    lengths: tuple[int, ...] = (whole,)
+    other = ""
+    if 0 in shapes[key]:
+        return lengths
+    if key.endswith("mlp.fc1_weight"):
+        lengths = (whole // 2,) * 2
+    elif key.endswith("wqkv.weight"):
+        # As many queries as the output projection takes; the rest are keys and values.
+        other = key.removesuffix("wqkv.weight") + "wo.weight"
+        queries = shapes.get(other, (0, 0))[1]
+        lengths = (queries, *((whole - queries) // 2,) * 2)
+    elif key.endswith("moe_w_out_eF_D"):
+        other = key.removesuffix("experts.moe_w_out_eF_D") + "router_DE"
+        experts = shapes.get(other, (0, 0))[1]
+        lengths = (whole // experts,) * experts if 0 < experts <= whole else ()
+    if sum(lengths) != whole or min(lengths, default=-1) < 0:
+        beside = [(other, list(shapes[other]) if other in shapes else "missing")] if other else []
         raise FormatError(
-            "no rule says how this tensor is cut",
-            [("key", entry.key), ("expected", f"a weight of {', '.join(_CUT)}")],
+            "this tensor does not consist of equal parts",
+            [("key", key), ("shape", list(shapes[key])), *beside],
+            hint="the file is not of one of Meta's Llama 4 releases",
         )
-    return _CUT[module]
+    return lengths
 
 
-def _joined(shares: Sequence[TensorEntry], dim: int | None) -> TensorEntry:
-    if dim is None:
+def _joined(shares: Sequence[TensorEntry], cut: Cut | None) -> TensorEntry:
+    if cut is None:
         return shares[0]
+    dim, first, count = cut.dim, shares[0], len(shares)
     chunks: list[Chunk] = []
-    start = 0
-    for share in shares:
-        for chunk in share.chunks:
-            offsets = tuple(o + start * (d == dim) for d, o in enumerate(chunk.offsets))
-            chunks.append(replace(chunk, offsets=offsets))
-        start += share.shape[dim]
-    shape = tuple(start if d == dim else n for d, n in enumerate(shares[0].shape))
-    return replace(shares[0], shape=shape, chunks=tuple(chunks))
+    before = 0
+    for length in cut.lengths:
+        for rank, share in enumerate(shares):
+            move = (count - 1) * before + rank * length
+            for chunk in share.chunks:
+                chunks.extend(_within(chunk, first.dtype.itemsize, dim, before, length, move))
+        before += length
+    shape = tuple(count * n if d == dim else n for d, n in enumerate(first.shape))
+    return replace(first, shape=shape, chunks=tuple(chunks))
+
+
+def _within(
+    chunk: Chunk, itemsize: int, dim: int, start: int, length: int, move: int
+) -> Iterator[Chunk]:
+    """What a chunk has of a stretch of a dim, so many elements further along it."""
+    low = max(start, chunk.offsets[dim])
+    high = min(start + length, chunk.offsets[dim] + chunk.sizes[dim])
+    if low >= high:
+        return
+    offsets = tuple(low + move if d == dim else o for d, o in enumerate(chunk.offsets))
+    if high - low == chunk.sizes[dim]:
+        yield replace(chunk, offsets=offsets)
+        return
+    strides = chunk.strides or c_strides(chunk.sizes)
+    skipped = (low - chunk.offsets[dim]) * strides[dim] * itemsize
+    sizes = tuple(high - low if d == dim else n for d, n in enumerate(chunk.sizes))
+    last = sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+    nbytes = (last + 1) * itemsize if all(sizes) else 0
+    extent = Extent(chunk.extent.file, chunk.extent.offset + skipped, nbytes)
+    yield Chunk(offsets, sizes, extent, None if strides == c_strides(sizes) else strides)
 
 
 def _agree(path: Path, names: Sequence[str], catalogs: Sequence[Catalog]) -> None:

@@ -1,0 +1,174 @@
+"""Meta's releases in several files: cut as Meta's own code cuts, and joined to the same bits."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcpconv import convert, load_init_weights
+from dcpconv.core.errors import FormatError
+from dcpconv.formats.opening import open_checkpoint
+from support.checkpoints.families import RIGHT, assert_same, hf_tensors, logits, torch_tensors
+from support.models.hf_models import save_hf, tiny
+from support.worlds import meta_ranks
+from support.worlds.ranks import run_ranks
+
+pytest.importorskip("fairscale", reason="needs .[interop]")
+pytest.importorskip("llama_models", reason="needs .[interop]")
+
+NAMINGS = ["meta-llama4", "meta-memory-llama4"]
+TWO: dict[str, Any] = {"vocab_size": 132}
+EIGHT: dict[str, Any] = {
+    "vocab_size": 136,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "intermediate_size": 56,
+}
+CASES = [
+    pytest.param(2, TWO, id="two"),
+    pytest.param(2, {**TWO, "num_local_experts": 11, "num_experts_per_tok": 3}, id="experts"),
+    pytest.param(2, {**TWO, "interleave_moe_layer_step": 1}, id="experts-everywhere"),
+    pytest.param(2, {**TWO, "num_hidden_layers": 12}, id="twelve-layers"),
+    pytest.param(8, EIGHT, id="eight"),
+]
+
+
+def released(tmp_path: Path, ranks: int, to: str = "meta-llama4", **overrides: Any) -> Any:
+    """A model of Hugging Face below ``hf``, in one file, and in several below ``release``."""
+    model = tiny("llama4_text", **overrides)
+    save_hf(model, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "whole.pth", form="torch", to=to)
+    convert(tmp_path / "hf", tmp_path / "release", form="torch", to=to, model_parallel=ranks)
+    return model
+
+
+def files(directory: Path) -> list[dict[str, Tensor]]:
+    return [torch_tensors(file) for file in sorted(directory.glob("*.pth"))]
+
+
+def resharded(whole: dict[str, Tensor], ranks: int, experts: int) -> list[dict[str, Tensor]]:
+    """What Meta's own code makes of one file on each of several ranks."""
+    from llama_models.checkpoint import convert_moe_weights, reshard_mp
+
+    stacked = convert_moe_weights(dict(whole), experts)
+    each = [reshard_mp([stacked], size=ranks, rank=rank) for rank in range(ranks)]
+    return [
+        {key: t.flatten(0, 1) if "moe_w" in key else t for key, t in one.items()} for one in each
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "overrides"), CASES)
+def test_files_are_those_of_metas_own_code(
+    tmp_path: Path, ranks: int, overrides: dict[str, Any]
+) -> None:
+    released(tmp_path, ranks, **overrides)
+    whole = torch_tensors(tmp_path / "whole.pth")
+    found = files(tmp_path / "release")
+    right = resharded(whole, ranks, overrides.get("num_local_experts", 5))
+    assert len(found) == ranks
+    for one, other in zip(found, right, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("to", NAMINGS)
+@pytest.mark.parametrize(("ranks", "overrides"), CASES)
+def test_files_are_joined_bit_for_bit(
+    tmp_path: Path, ranks: int, overrides: dict[str, Any], to: str
+) -> None:
+    model = released(tmp_path, ranks, to, **overrides)
+    convert(tmp_path / "release", tmp_path / "joined.pth")
+    assert_same(torch_tensors(tmp_path / "joined.pth"), torch_tensors(tmp_path / "whole.pth"))
+
+    convert(tmp_path / "release", tmp_path / "back", form="hf", to="hf-llama4_text")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(tmp_path / "hf"))
+
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    load_init_weights(fresh, tmp_path / "release", to="hf-memory")
+    assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("to", NAMINGS)
+def test_two_ranks_of_metas_own_code_compute_the_same(tmp_path: Path, to: str) -> None:
+    model = released(tmp_path, 2, to, **TWO)
+    run_ranks(meta_ranks.__file__, 2, tmp_path, timeout_s=120)
+    found = torch.load(tmp_path / "logits.pt")
+    assert (found - logits(model)).abs().max() < RIGHT
+
+
+def test_two_ranks_of_llama_3_compute_the_same(tmp_path: Path) -> None:
+    theta = {"rope_theta": 5e5, "rope_type": "default"}
+    model = tiny("llama", vocab_size=132, rope_parameters=theta)
+    source = save_hf(model, tmp_path / "hf")
+    convert(source, tmp_path / "release", form="torch", to="meta", model_parallel=2)
+    run_ranks(meta_ranks.__file__, 2, tmp_path, timeout_s=120)
+    found = torch.load(tmp_path / "logits.pt")
+    assert (found - logits(model)).abs().max() < RIGHT
+
+
+def test_what_the_files_hold_besides_weights_is_left_out(tmp_path: Path) -> None:
+    """Releases keep empty states of Transformer Engine, and counts of how experts were chosen."""
+    released(tmp_path, 2, **TWO)
+    for file in sorted((tmp_path / "release").glob("*.pth")):
+        more: dict[str, object] = {
+            "layers.1.feed_forward.global_gate_stats_3E": torch.zeros(3, 5),
+            "layers.1.feed_forward.running_gate_stats_3E": torch.zeros(3, 5),
+            "layers.1.feed_forward.expert_activation_DE": torch.zeros(96, 5),
+            "layers.1.attention.wqkv._extra_state": io.BytesIO(b"state"),
+            "rope.freqs": torch.zeros(8),
+        }
+        torch.save({**torch_tensors(file), **more}, file)
+    report = convert(tmp_path / "release", tmp_path / "back", form="hf", to="hf-llama4_text")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(tmp_path / "hf"))
+    assert {reason for _, reason in report.ignored} == {
+        "statistics of training",
+        "recomputed from the RoPE theta",
+    }
+
+
+def test_heads_are_not_cut(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama4_text", vocab_size=132), tmp_path / "hf")
+    with pytest.raises(FormatError, match="4 equal parts") as raised:
+        convert(source, tmp_path / "out", form="torch", to="meta-llama4", model_parallel=4)
+    facts = dict(raised.value.facts)
+    assert facts["n_heads"] == "6 heads, of which each is in one file whole"
+    assert facts["n_kv_heads"] == "2 heads, of which each is in one file whole"
+    assert "layers.0.attention.wo.weight" not in facts
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        pytest.param("layers.0.attention.wo.weight", (96, 200), id="more-queries-than-rows"),
+        pytest.param("layers.0.attention.wo.weight", (96, 47), id="odd-rest"),
+        pytest.param("layers.1.feed_forward.router_DE", (96, 7), id="experts-do-not-divide"),
+        pytest.param("layers.1.feed_forward.router_DE", (96, 1 << 40), id="more-experts-than-rows"),
+        pytest.param("layers.1.feed_forward.router_DE", None, id="no-router"),
+    ],
+)
+def test_files_that_do_not_consist_of_equal_parts_are_refused(
+    tmp_path: Path, key: str, shape: tuple[int, int] | None
+) -> None:
+    released(tmp_path, 2, **TWO)
+    for file in sorted((tmp_path / "release").glob("*.pth")):
+        state = torch_tensors(file)
+        del state[key]
+        if shape is not None:
+            state[key] = torch.zeros(1).expand(shape)
+        torch.save(state, file)
+    with pytest.raises(FormatError, match="does not consist of equal parts") as raised:
+        open_checkpoint(tmp_path / "release")
+    assert (key, list(shape) if shape else "missing") in raised.value.facts
+
+
+def test_the_parameters_stand_beside_the_files(tmp_path: Path) -> None:
+    released(tmp_path, 2, **TWO)
+    params = json.loads((tmp_path / "release/params.json").read_text())
+    assert (params["dim"], params["moe_args"]["num_experts"]) == (96, 5)
