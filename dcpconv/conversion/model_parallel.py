@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 
 from dcpconv.core.catalog import KeyPath
+from dcpconv.core.declared import size_of
 from dcpconv.core.dtypes import DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill, OutChunk, Outline, OutTensor, Part
@@ -20,6 +21,7 @@ from dcpconv.plan.fills import fill_of
 Shares = tuple[tuple[OutTensor, ...], ...]
 """Tensors of every rank."""
 
+_TOWER_HEADS = "vision_config.num_attention_heads"
 _LLAMA3_THETA = 500_000.0
 """RoPE base from which on releases cut the embedding along the vocabulary."""
 
@@ -71,7 +73,12 @@ def shares(
 
 def _uneven_heads(spec: ModelSpec | None, ranks: int) -> list[tuple[str, str]]:
     """Counts of heads that are not the same in every file; no head may be cut."""
-    counts = {} if spec is None else {"n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads}
+    if spec is None:
+        return []
+    counts = {"n_heads": spec.n_heads, "n_kv_heads": spec.n_kv_heads}
+    in_tower = size_of(_TOWER_HEADS, spec.stated)
+    if in_tower is not None:
+        counts[_TOWER_HEADS] = in_tower
     return [
         (name, f"{count} heads, of which each is in one file whole")
         for name, count in counts.items()

@@ -111,7 +111,7 @@ FAMILIES: Final = (
         ("meta-llama4",),
         "meta_llama4",
         PARAMS,
-        lambda fields: "dim" in fields and "moe_args" in fields and "ffn_exp" in fields,
+        lambda fields: "dim" in fields and "ffn_exp" in fields,
     ),
     Family(("meta",), "meta", PARAMS, lambda fields: "dim" in fields and "n_layers" in fields),
     Family(

@@ -25,7 +25,7 @@ class OfferedTensor:
         sources: Stored keys that it is made of.
         factors: Stored keys of factors without which its elements mean nothing.
         tied_to: The key it repeats.
-        part: What it is of, where a part of the model is kept as it is stored.
+        part: What it is of, where the table names such a part of the model.
     """
 
     shape: tuple[int, ...]

@@ -67,7 +67,7 @@ class Target:
         slots: What it holds, for reports; empty where no table was needed.
         indices: Layer and expert numbers in the key.
         values: Elements in C order of a tensor that follows from the config, without any source.
-        part: What it is of, where a part of the model is kept as it is stored: a vision tower.
+        part: What it is of, where the table names such a part of the model: a vision tower.
     """
 
     key: str

@@ -308,6 +308,7 @@ class _Account:
             why = f"made of tensors of different types: {', '.join(sorted(kinds))}"
             self.misshapen.append(Fault(key, why, row.slots))
             return None
+        part = self.target.part_of(key)
         whole = pieces[0].wanted is None
         shape = pieces[0].entry.shape if whole else self.measures.shape(row, indices)
         return Target(
@@ -318,6 +319,7 @@ class _Account:
             relabelled=relabelled,
             slots=row.slots,
             indices=tuple(indices.values()),
+            part=part.role if part else "",
         )
 
     def _holder(self, holders: list[tuple[Row, int]], indices: dict[str, int]) -> tuple[Row, int]:

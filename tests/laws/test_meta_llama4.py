@@ -24,7 +24,6 @@ from support.checkpoints.families import (
 )
 from support.models.hf_models import save_hf, tiny
 from support.models.meta_package import MetaLlama4, loaded, one_rank
-from support.models.nested_models import small
 
 pytest.importorskip("fairscale", reason="needs .[interop]")
 pytest.importorskip("llama_models", reason="needs .[interop]")
@@ -40,6 +39,12 @@ SCALED = {
         "original_max_position_embeddings": 8192,
     }
 }
+DENSE: dict[str, Any] = {
+    "num_local_experts": 0,
+    "moe_layers": [],
+    "interleave_moe_layer_step": 0,
+}
+"""As Llama Guard 4 says that it has no experts."""
 CASES = [
     pytest.param({}, id="usual"),
     pytest.param({"num_hidden_layers": 12, "no_rope_layer_interval": 4}, id="twelve-layers"),
@@ -50,6 +55,8 @@ CASES = [
     pytest.param({"layer_types": ["full_attention"] * 3}, id="no-chunks"),
     pytest.param({"intermediate_size": 211, "intermediate_size_mlp": 83}, id="odd-widths"),
     pytest.param(SCALED, id="scaled-rope"),
+    pytest.param(DENSE, id="dense"),
+    pytest.param({**DENSE, "num_local_experts": 5, "num_hidden_layers": 11}, id="dense-by-layers"),
 ]
 
 
@@ -97,14 +104,24 @@ def test_a_live_model_takes_files_of_either_side(tmp_path: Path) -> None:
     assert_same(dict(fresh.state_dict()), dict(hf.state_dict()))
 
 
-def test_the_tower_is_kept_beside_the_language_model(tmp_path: Path) -> None:
-    hf = small("llama4")
+@pytest.mark.parametrize("to", NAMINGS)
+@pytest.mark.parametrize("rope", [{"rope_theta": 1e4, "rope_type": "default"}, SCALED])
+def test_a_plain_llama_is_one_without_experts(
+    tmp_path: Path, rope: dict[str, Any], to: str
+) -> None:
+    hf = tiny("llama", rope_parameters=rope.get("rope_parameters", rope))
     source = save_hf(hf, tmp_path / "hf")
-    params, tensors = written(source, tmp_path, "meta-llama4")
+    params, tensors = written(source, tmp_path, to)
     assert difference(loaded(params, tensors), hf) < RIGHT
-    assert [file.name for file in (tmp_path / "dcp").glob("*.safetensors")] == ["aside.safetensors"]
+    convert(tmp_path / "dcp", tmp_path / "back", form="hf", to="hf-llama")
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
 
-    convert(tmp_path / "dcp", tmp_path / "back", form="hf", to="hf-llama4", assets=source)
+
+def test_a_file_without_its_parameters_is_known_by_its_names(tmp_path: Path) -> None:
+    source = save_hf(tiny("llama4_text", **DENSE), tmp_path / "hf")
+    convert(source, tmp_path / "dense.pth", form="torch", to="meta-llama4")
+    report = convert(tmp_path / "dense.pth", tmp_path / "back", form="hf", to="hf", assets=source)
+    assert report.source.family == "meta-llama4"
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
 
 

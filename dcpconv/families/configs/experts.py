@@ -78,7 +78,7 @@ def _is_dense(config: HfConfig, layer: int) -> bool:
     if config.model_type in BY_LAYER and isinstance(kinds, list):
         return layer >= len(kinds) or kinds[layer] != "sparse"
     if config.model_type == "llama4_text":
-        return not _has_llama4(config, layer)
+        return not has_llama4(config, layer)
     skipped = layer in (config.mlp_only_layers or ())
     return (
         skipped
@@ -87,8 +87,11 @@ def _is_dense(config: HfConfig, layer: int) -> bool:
     )
 
 
-def _has_llama4(config: HfConfig, layer: int) -> bool:
-    """Source: ``Llama4TextConfig.__post_init__`` of transformers 5.23.0."""
+def has_llama4(config: HfConfig, layer: int) -> bool:
+    """Whether a layer of Llama 4 has experts.
+
+    Source: ``Llama4TextConfig.__post_init__`` of transformers 5.23.0.
+    """
     stated = (config.model_extra or {}).get("moe_layers")
     step = (config.model_extra or {}).get("interleave_moe_layer_step")
     if isinstance(stated, list):

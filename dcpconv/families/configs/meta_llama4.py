@@ -8,7 +8,7 @@ from typing import Annotated
 
 from dcpconv.core.record import Json, Record, field
 from dcpconv.core.spec import Count, ModelSpec, Positive, RopeScaling, Size
-from dcpconv.families.configs import hf
+from dcpconv.families.configs import hf, meta_llama4_tower
 from dcpconv.families.configs.ffn import ffn_width
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import nested_text
@@ -30,7 +30,7 @@ _TRAINED_LENGTH = 262_144
 """Tokens; the file does not say.  Source: ``max_context_length`` of transformers' conversion script
 ``convert_llama4_weights_to_hf.py`` for base models."""
 
-_HARMLESS = ("max_batch_size", "model_parallel_size", "vision_args", "dcpconv")
+_HARMLESS = ("max_batch_size", "model_parallel_size", "dcpconv")
 
 
 class _Experts(Record, extra="allow"):
@@ -49,8 +49,8 @@ class _Params(Record, extra="allow"):
     head_dim: Size | None = None
     vocab_size: Size
     multiple_of: Size = 256
-    ffn_dim_multiplier: Positive
-    ffn_exp: Positive
+    ffn_dim_multiplier: Positive | None = None
+    ffn_exp: Positive | None = None
     norm_eps: Positive = 1e-5
     attention_chunk_size: Size | None = None
     rope_theta: Positive = 500_000.0
@@ -63,42 +63,69 @@ class _Params(Record, extra="allow"):
     floor_scale: Size = 8192
     attn_scale: Positive = 0.1
     max_seq_len: Size = field(default=_TRAINED_LENGTH)
+    moe_args: dict[str, Json] | None = None
+    vision_args: dict[str, Json] | None = None
+
+
+class _Routed(_Params, extra="allow"):
+    """With experts, whose width follows from numbers that Meta's code then needs."""
+
+    ffn_dim_multiplier: Positive
+    ffn_exp: Positive
     moe_args: dict[str, Json]
 
 
+_DENSE: Mapping[str, object] = {
+    "num_local_experts": 0,
+    "moe_layers": [],
+    "interleave_moe_layer_step": 0,
+}
+"""How config.json says that no layer has experts.  Source: transformers'
+``convert_llama4_weights_to_hf.py``."""
+
+
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
-    """The language model that a params.json describes.
+    """The model that a params.json describes: a language model, and the tower beside it.
 
     Raises:
         SpecError: Facts list every field that does not fit.
     """
-    params = checked(_Params, fields, file)
-    routed = checked(_Experts, params.moe_args, file)
-    spec = hf.read(_as_hf(params, routed), file)
-    strangers = {**(params.model_extra or {}), **(routed.model_extra or {})}
+    params = checked(_Params if fields.get("moe_args") is None else _Routed, fields, file)
+    stated = _as_hf(params)
+    strangers = dict(params.model_extra or {})
+    if isinstance(params, _Routed):
+        routed = checked(_Experts, params.moe_args, file)
+        stated |= _experts(params, routed)
+        strangers |= routed.model_extra or {}
+    else:
+        stated |= _DENSE
+    of_tower: tuple[str, ...] = ()
+    if params.vision_args is not None:
+        stated, of_tower = meta_llama4_tower.beside(stated, params.vision_args, file)
+    spec = hf.read(stated, file)
     return spec.model_copy(
         update={
             "origin": "meta-llama4",
-            "unaccounted": unaccounted(strangers, harmless=_HARMLESS),
+            "unaccounted": (*unaccounted(strangers, harmless=_HARMLESS), *of_tower),
         }
     )
 
 
-def _as_hf(params: _Params, routed: _Experts) -> dict[str, object]:
-    """Source: ``ModelArgs``, ``TransformerBlock`` and ``MoE`` of llama-models 0.3.0."""
+def _as_hf(params: _Params) -> dict[str, object]:
+    """Of a model without experts.  Source: ``ModelArgs`` and ``TransformerBlock`` of llama-models
+    0.3.0."""
     layers = range(params.n_layers)
     interval = params.nope_layer_interval
     turned = [int(interval is None or (layer + 1) % interval != 0) for layer in layers]
     words = {1: "chunked_attention" if params.attention_chunk_size else "full_attention"}
+    width = ffn_width(params.dim, params.multiple_of, params.ffn_dim_multiplier)
     fields: dict[str, object] = {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
         "vocab_size": params.vocab_size,
         "hidden_size": params.dim,
-        "intermediate_size": _expert_width(params, routed),
-        "intermediate_size_mlp": ffn_width(
-            params.dim, params.multiple_of, params.ffn_dim_multiplier
-        ),
+        "intermediate_size": width,
+        "intermediate_size_mlp": width,
         "num_hidden_layers": params.n_layers,
         "num_attention_heads": params.n_heads,
         "num_key_value_heads": params.n_kv_heads or params.n_heads,
@@ -108,9 +135,6 @@ def _as_hf(params: _Params, routed: _Experts) -> dict[str, object]:
         "rms_norm_eps": params.norm_eps,
         "rope_theta": params.rope_theta,
         "tie_word_embeddings": False,
-        "num_local_experts": routed.num_experts,
-        "num_experts_per_tok": routed.top_k,
-        "interleave_moe_layer_step": routed.interleave_moe_layer_step,
         "no_rope_layers": turned,
         "layer_types": [words.get(turns, "full_attention") for turns in turned],
         "use_qk_norm": params.use_qk_norm,
@@ -134,20 +158,26 @@ def _as_hf(params: _Params, routed: _Experts) -> dict[str, object]:
     return {**fields, "rope_parameters": rope}
 
 
-def _expert_width(params: _Params, routed: _Experts) -> int:
-    """Source: ``MoE.__init__``, same file."""
+def _experts(params: _Routed, routed: _Experts) -> dict[str, object]:
+    """What layers with experts add.  Source: ``MoE.__init__``, same package."""
     width = int(2 * int(params.ffn_exp * params.dim) / 3)
     width = int(params.ffn_dim_multiplier * width)
     if routed.auto_scale_F:
         width = int(width / (routed.capacity_factor + 1))
-    return width + -width % params.multiple_of
+    return {
+        "intermediate_size": width + -width % params.multiple_of,
+        "num_local_experts": routed.num_experts,
+        "num_experts_per_tok": routed.top_k,
+        "interleave_moe_layer_step": routed.interleave_moe_layer_step,
+    }
 
 
 def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
     """What Meta's code cannot hold of ``spec``."""
     del family
-    found = unexpressed(spec, _EXPRESSES, name=_NAME, requires=_PARTS)
     experts, layers = spec.experts, range(spec.n_layers)
+    requires = _PARTS if experts is not None else frozenset[str]()
+    found = unexpressed(spec, _EXPRESSES, name=_NAME, requires=requires)
     if experts is not None:
         sparse = [layer for layer in layers if layer not in experts.dense_layers]
         if _interval(sparse, spec.n_layers) is None:
@@ -169,7 +199,7 @@ def refusals(family: str, spec: ModelSpec) -> tuple[Refusal, ...]:
         )
     if spec.tied:
         found.append(Refusal("tied", f"head and embedding: {_NAME} has two tensors"))
-    return tuple(found)
+    return (*found, *meta_llama4_tower.refusals(spec.stated))
 
 
 def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
@@ -196,10 +226,9 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
             stated.get("attention_chunk_size") if "chunked_attention" in spec.special else None
         ),
         "attn_temperature_tuning": "temperature" in spec.special,
-        "floor_scale": stated.get("floor_scale"),
-        "attn_scale": stated.get("attn_scale"),
         "max_seq_len": spec.max_seq_len,
     }
+    fields |= {name: stated[name] for name in ("floor_scale", "attn_scale") if name in stated}
     if experts is not None:
         sparse = [n for n in range(spec.n_layers) if n not in experts.dense_layers]
         fields["moe_args"] = {
@@ -213,7 +242,8 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
     if spec.rope_scaling is not None:
         fields["rope_scaling_factor"] = spec.rope_scaling.parameters.get("factor")
         fields["rope_high_freq_factor"] = spec.rope_scaling.parameters.get("high_freq_factor")
-    return fields
+    vision = meta_llama4_tower.write(spec.stated)
+    return fields if vision is None else {**fields, "vision_args": vision}
 
 
 def _interval(layers: Sequence[int], count: int) -> int | None:

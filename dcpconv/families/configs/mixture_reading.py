@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dcpconv.core.errors import SpecError
-from dcpconv.families.configs.experts import BY_LAYER
+from dcpconv.families.configs.experts import BY_LAYER, has_llama4
 from dcpconv.families.configs.hf_fields import HfConfig
 from dcpconv.families.configs.llama_shaped_reading import layer_words as shaped_words
 from dcpconv.families.configs.llama_shaped_reading import unturned_layers
@@ -102,7 +102,10 @@ def _llama4(config: HfConfig, file: Path) -> Values:
         "full_attention" if layer in unturned else "chunked_attention" for layer in range(count)
     ]
     chunk = _stated(config, "attention_chunk_size")
-    special = {"scaled_inputs": "tokens are weighed before experts see them"}
+    has_experts = bool(config.num_experts) and any(has_llama4(config, n) for n in range(count))
+    special = {}
+    if has_experts:
+        special["scaled_inputs"] = "tokens are weighed before experts see them"
     if "chunked_attention" in words and isinstance(chunk, int):
         special["chunked_attention"] = f"{chunk} tokens see each other"
     if _stated(config, "use_qk_norm") and len(unturned) < count:
@@ -114,6 +117,7 @@ def _llama4(config: HfConfig, file: Path) -> Values:
         "layer_types": tuple(words) if len(set(words)) > 1 else None,
         "ffn_size": _stated(config, "intermediate_size_mlp"),
         "special": special,
+        **({} if has_experts else {"experts": None}),
     }
 
 

@@ -28,8 +28,13 @@ def one_rank(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         distributed.destroy_process_group()
 
 
+IMAGE = 130
+"""The token that stands for a part of an image."""
+
+
 class MetaLlama4(nn.Module):
-    """The reference model of a params.json: token ids to logits."""
+    """The reference model of a params.json: token ids, of which some may be of images, to
+    logits."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         from llama_models.llama4.args import ModelArgs
@@ -37,11 +42,19 @@ class MetaLlama4(nn.Module):
 
         super().__init__()
         self.model = Transformer(ModelArgs(**{**params, "max_seq_len": 64, "max_batch_size": 4}))
+        if params.get("vision_args"):
+            self.model.vision_embeddings.float()  # made in bf16
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        from llama_models.llama4.datatypes import TransformerInput
+    def forward(self, tokens: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        from llama_models.llama4.datatypes import MaskedEmbedding, TransformerInput
 
-        found: Tensor = self.model(TransformerInput(tokens=tokens, tokens_position=0)).logits
+        image = None
+        if pixel_values is not None:
+            mask = (tokens == IMAGE).unsqueeze(-1)
+            batch = [[images] for images in torch.tensor_split(pixel_values, len(tokens))]
+            embedded = self.model.vision_embeddings(batch, mask, self.model.tok_embeddings(tokens))
+            image = MaskedEmbedding(embedding=embedded, mask=mask)
+        found: Tensor = self.model(TransformerInput(tokens, 0, image)).logits
         return found
 
 

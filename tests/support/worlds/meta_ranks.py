@@ -1,7 +1,7 @@
 """Meta's own code on several ranks, each of which reads its file of a release.
 
 ``python meta_ranks.py RANK RANKS DIRECTORY`` loads ``DIRECTORY/release``; rank 0 leaves the logits
-of ``TOKENS`` in ``DIRECTORY/logits.pt``.
+of ``TOKENS``, or of the tokens and images in ``DIRECTORY/seen.pt``, in ``DIRECTORY/logits.pt``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ def _run(rank: int, ranks: int, directory: Path) -> None:
     Tensor.cuda = lambda tensor: tensor  # type: ignore[method-assign,assignment,misc]
     params = json.loads((directory / "release/params.json").read_text())
     state = torch.load(directory / f"release/consolidated.{rank:02d}.pth", weights_only=True)
+    images = directory / "seen.pt"
     if "ffn_exp" in params:
-        logits = loaded(params, state)(TOKENS)
+        asked = torch.load(images) if images.is_file() else (TOKENS,)
+        with torch.no_grad():
+            logits = loaded(params, state)(*asked)
     else:
         model = MetaLlama3(params)
         model.model.load_state_dict(state, strict=True)
