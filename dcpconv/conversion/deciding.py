@@ -155,11 +155,14 @@ def _coverage_hint(coverage: Coverage, job: Job) -> str | None:
     if coverage:
         return None
     from dcpconv.formats.torchfile import meta_ranks  # noqa: PLC0415 - only errors need it
+    from dcpconv.formats.torchfile.meta_scales import SCALE  # noqa: PLC0415
 
     if meta_ranks.is_part(job.catalog.source):
         return "this is one rank's share of a model-parallel release; give its directory"
     if coverage.misshapen and job.aim.spec is not None:
         return "the config does not describe these tensors; is it the right one?"
+    if any(fault.key.endswith(SCALE) for fault in coverage.unknown):
+        return "--dequantize multiplies the experts by the scales beside them"
     if any("layer.router_bias" in fault.slots for fault in coverage.unknown):
         return f"--allow {SELECTION_BIAS} leaves the bias out; experts are then chosen without it"
     if coverage.unknown and job.aim.spec is None and job.aim.source.said.assets is None:

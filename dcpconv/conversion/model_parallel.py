@@ -23,7 +23,7 @@ Shares = tuple[tuple[OutTensor, ...], ...]
 
 _TOWER_HEADS = "vision_config.num_attention_heads"
 _LLAMA3_THETA = 500_000.0
-"""RoPE base from which on releases cut the embedding along the vocabulary."""
+"""RoPE base from which on releases named ``meta`` cut the embedding along the vocabulary."""
 
 
 def shares(
@@ -46,7 +46,8 @@ def shares(
     Raises:
         FormatError: A dim cannot be cut into equal parts; lists every one.
     """
-    by_vocabulary = spec is not None and spec.rope_theta >= _LLAMA3_THETA
+    is_recent = coverage.target != "meta"
+    by_vocabulary = is_recent or (spec is not None and spec.rope_theta >= _LLAMA3_THETA)
     shapes = {target.key: target.shape for target in coverage.targets}
     uneven = _uneven_heads(spec, ranks)
     made: list[list[OutTensor]] = [[] for _ in range(ranks)]

@@ -61,6 +61,12 @@ class Family:
         return import_module(f"dcpconv.families.configs.{self.reader or self.module}")
 
 
+def _is_llama4(fields: Mapping[str, object]) -> bool:
+    """Meta's Llama 4 has its numbers alone, or in ``model``."""
+    inner = fields.get("model", fields)
+    return isinstance(inner, Mapping) and "dim" in inner and "ffn_exp" in inner
+
+
 _HF_ORDER = (
     "model lm_head embed_tokens layers norm self_attn mlp input_layernorm post_attention_layernorm"
     " pre_feedforward_layernorm post_feedforward_layernorm q_proj k_proj v_proj o_proj qkv_proj"
@@ -81,6 +87,7 @@ _CHATGLM_ORDER = (
 )
 
 FAMILIES: Final = (
+    Family(("meta-llama4",), "meta_llama4", PARAMS, _is_llama4),
     Family(
         ("lingua",),
         "lingua",
@@ -106,12 +113,6 @@ FAMILIES: Final = (
         CONFIG,
         lambda fields: fields.get("model_type") == "chatglm",
         orders=dict.fromkeys(("chatglm3", "chatglm3-mha"), _CHATGLM_ORDER),
-    ),
-    Family(
-        ("meta-llama4",),
-        "meta_llama4",
-        PARAMS,
-        lambda fields: "dim" in fields and "ffn_exp" in fields,
     ),
     Family(("meta",), "meta", PARAMS, lambda fields: "dim" in fields and "n_layers" in fields),
     Family(

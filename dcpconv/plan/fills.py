@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, product
 
-from dcpconv.core.catalog import Extent, KeyPath, TensorEntry, c_strides
+from dcpconv.core.catalog import Chunk, Extent, KeyPath, TensorEntry, c_strides
 from dcpconv.core.dtypes import FP4, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.layout import Limits, anonymous, nest, overlap
@@ -62,7 +62,7 @@ def fill_of(
                 ],
                 hint="a rank file is missing, or two runs were saved into one directory",
             )
-    scales = tuple(_scale(piece.entry) for piece in target.pieces if piece.entry.factors)
+    scales = tuple(chain.from_iterable(_scales(piece.entry) for piece in target.pieces))
     changes = tuple(chain.from_iterable(_changes(piece.entry) for piece in target.pieces))
     source = target.pieces[0].entry.dtype if scales or changes else target.dtype
     return Fill(source, dtype or target.dtype, numel, tuple(parts), scales=scales, changes=changes)
@@ -225,35 +225,55 @@ def _halves(extent: Extent, place: int, target: int, loops: tuple[Loop, ...]) ->
         yield from _halves(extent, place + first * step, target + first * target_step, rest)
 
 
-def _scale(entry: TensorEntry) -> BlockScale:
+def _scales(entry: TensorEntry) -> Iterable[BlockScale]:
+    """The factors of every stored box."""
     factors = entry.factors
-    chunks = [*entry.chunks, *(factors.entry.chunks if factors else ())]
+    if factors is None:
+        return
+    theirs = factors.entry.chunks
     is_packed = entry.dtype is FP4
+    pairs = list(zip(entry.chunks, theirs, strict=False))
+    are_whole = len(entry.chunks) == len(theirs) == 1
     if (
-        factors is None
-        or len(chunks) != 2
-        or chunks[1].strides
-        or (chunks[0].strides and not is_packed)
+        any(chunk.strides for chunk in theirs)
+        or (any(chunk.strides for chunk in entry.chunks) and not is_packed)
+        or not (are_whole or (len(entry.chunks) == len(theirs) and _are_aligned(entry, pairs)))
     ):
         raise FormatError(
             "a tensor in scaled blocks is not stored in one piece",
             [("key", entry.key), ("chunks", len(entry.chunks))],
             hint="convert it as it is into an hf directory first, then dequantize that",
         )
-    matrix, scale = (chunk.extent for chunk in chunks)
-    rows, columns = factors.matrix
-    return BlockScale(
-        file=matrix.file,
-        offset=matrix.offset,
-        numel=entry.numel,
-        columns=columns,
-        block=factors.block,
-        factors_file=scale.file,
-        factors_offset=scale.offset,
-        factors_dtype=factors.entry.dtype,
-        factors_shape=factors.grid,
-        rows=rows,
-        packed=2 if is_packed else 1,
+    for chunk, scale in pairs:
+        rows, columns = factors.matrix if are_whole else (0, chunk.sizes[-1])
+        yield BlockScale(
+            file=chunk.extent.file,
+            offset=chunk.extent.offset,
+            numel=entry.numel if are_whole else _prod(chunk.sizes),
+            columns=columns,
+            block=factors.block,
+            factors_file=scale.extent.file,
+            factors_offset=scale.extent.offset,
+            factors_dtype=factors.entry.dtype,
+            factors_shape=factors.grid if are_whole else (scale.sizes[0], scale.sizes[1]),
+            rows=rows,
+            packed=2 if is_packed else 1,
+        )
+
+
+def _are_aligned(entry: TensorEntry, pairs: Iterable[tuple[Chunk, Chunk]]) -> bool:
+    """Whether every box of a matrix consists of the whole blocks whose factors are in one box."""
+    factors = entry.factors
+    if factors is None or entry.dtype is FP4 or {len(entry.shape), len(factors.entry.shape)} != {2}:
+        return False
+    sizes = factors.block
+    if any(length % size for length, size in zip(entry.shape, sizes, strict=True)):
+        return False
+    return all(
+        whole == count * size
+        for box, theirs in pairs
+        for own, of_factors in ((box.offsets, theirs.offsets), (box.sizes, theirs.sizes))
+        for whole, count, size in zip(own, of_factors, sizes, strict=True)
     )
 
 

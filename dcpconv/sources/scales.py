@@ -13,6 +13,7 @@ from math import prod
 
 from dcpconv.core.catalog import Catalog, Factors, KeyPath, TensorEntry, c_strides
 from dcpconv.core.dtypes import BY_NAME, FP4
+from dcpconv.formats.torchfile import meta_scales
 from dcpconv.sources.unscalable import unscalable
 
 _UINT8, _INT8, _E8M0 = (BY_NAME[name] for name in ("uint8", "int8", "float8_e8m0fnu"))
@@ -29,6 +30,10 @@ _OF_KEY = ("_scale_inv", "_scale")
 Source: model.safetensors.index.json of deepseek-ai/DeepSeek-V3; compressed-tensors 0.20
 ``NaiveQuantizationCompressor``; NVIDIA Model Optimizer, ``hf_quant_config.json`` exports.
 """
+
+_OF_COLUMNS = meta_scales.SCALE
+"""What the key of one factor per column adds, where a stack of matrices lies in one: each of them,
+or each equal part of their rows, has a row of factors."""
 
 _OF_MODULE = ("scale", "qscale_weight")
 """What stands instead of ``weight`` in the key of factors.
@@ -108,7 +113,12 @@ def multiplied(
             places[name] = key
             names[name] = factors.key
         elif (scale := _factors(key, entry, tensors)) is not None:
-            blocks = _blocks(entry.shape, scale.shape, stated)
+            is_columns = scale.key.endswith(_OF_COLUMNS)
+            blocks = (
+                _columns(entry.shape, scale.shape)
+                if is_columns
+                else _blocks(entry.shape, scale.shape, stated)
+            )
             if blocks is None:
                 sizes = zip(entry.shape[-2:], stated or _BLOCK, strict=False)
                 expected = (*entry.shape[:-2], *(-(-length // size) for length, size in sizes))
@@ -237,7 +247,7 @@ def _factors(
     if not is_float and entry.dtype is not _INT8:
         return None
     module = _module(key)
-    names = [key + end for end in _OF_KEY]
+    names = [key + end for end in (*_OF_KEY, _OF_COLUMNS)]
     names += [module + name for name in _OF_MODULE] if module is not None else []
     for name in names:
         scale = tensors.get(name)
@@ -275,6 +285,16 @@ def _blocks(
         matrix = (max(rows, 1), max(columns, 1))
         return matrix, matrix, (1, 1)
     return None
+
+
+def _columns(
+    shape: tuple[int, ...], found: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+    """The same where every column of equal parts of the rows has a factor."""
+    if len(shape) != 2 or len(found) != 2 or 0 in found or shape[1] != found[1]:
+        return None
+    size, rest = divmod(shape[0], found[0])
+    return None if rest else (shape, (size, 1), found)
 
 
 def _block_for(

@@ -125,7 +125,8 @@ def test_a_file_without_its_parameters_is_known_by_its_names(tmp_path: Path) -> 
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
 
 
-def test_widths_follow_from_the_file_of_a_release(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_widths_follow_from_the_file_of_a_release(tmp_path: Path, *, nested: bool) -> None:
     """The parameters of Llama 4 Scout, and what its config.json on the Hub says."""
     params = {
         "dim": 5120,
@@ -149,8 +150,9 @@ def test_widths_follow_from_the_file_of_a_release(tmp_path: Path) -> None:
         "use_scaled_rope": True,
         "vocab_size": 202_048,
     }
-    (tmp_path / "params.json").write_text(json.dumps(params))
+    (tmp_path / "params.json").write_text(json.dumps({"model": params} if nested else params))
     spec = read_spec(tmp_path)
+    assert spec.origin == "meta-llama4"
     assert spec.experts is not None
     assert (spec.ffn_size, spec.experts.ffn_size) == (16_384, 8192)
     assert spec.unaccounted == ()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dcpconv import convert, load_init_weights
-from dcpconv.core.errors import FormatError
+from dcpconv.core.errors import CoverageError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from support.checkpoints.families import RIGHT, assert_same, hf_tensors, logits, torch_tensors
 from support.models.hf_models import save_hf, tiny
@@ -31,11 +31,13 @@ EIGHT: dict[str, Any] = {
     "num_key_value_heads": 8,
     "intermediate_size": 56,
 }
+THETA = {"rope_theta": 1e4, "rope_type": "default"}
 CASES = [
     pytest.param(2, TWO, id="two"),
     pytest.param(2, {**TWO, "num_local_experts": 11, "num_experts_per_tok": 3}, id="experts"),
     pytest.param(2, {**TWO, "interleave_moe_layer_step": 1}, id="experts-everywhere"),
     pytest.param(2, {**TWO, "num_hidden_layers": 12}, id="twelve-layers"),
+    pytest.param(2, {**TWO, "rope_parameters": THETA}, id="small-theta"),
     pytest.param(8, EIGHT, id="eight"),
 ]
 
@@ -172,3 +174,71 @@ def test_the_parameters_stand_beside_the_files(tmp_path: Path) -> None:
     released(tmp_path, 2, **TWO)
     params = json.loads((tmp_path / "release/params.json").read_text())
     assert (params["dim"], params["moe_args"]["num_experts"]) == (96, 5)
+
+
+def quantized(directory: Path, kept: dict[str, Tensor]) -> None:
+    """Turns a release into fp8 as Meta's script does, one scale per row of a matrix turned over.
+
+    Source: ``llama4/scripts/quantize.py`` of llama-models 0.3.0, whose kernel needs a GPU.
+
+    Args:
+        directory: Of the release.
+        kept: Gets what the weights of every file are worth, by file and key.
+    """
+    names = {"moe_w_in_eD_F": "w1", "moe_w_out_eF_D": "w2", "moe_w_swiglu_eD_F": "w3"}
+    for rank, file in enumerate(sorted(directory.glob("consolidated.*.pth"))):
+        state, scales = torch_tensors(file), {}
+        for key, weight in state.items():
+            before, _, name = key.rpartition(".")
+            if name in names:
+                turned = weight.reshape(5, -1, weight.shape[-1]).transpose(1, 2).float()
+                scale = turned.abs().amax(-1) / 448
+                few = (turned / scale[..., None]).to(torch.float8_e4m3fn)
+                worth = (few.float() * scale[..., None]).to(torch.bfloat16)
+                state[key] = few.transpose(1, 2).flatten(0, 1).contiguous()
+                kept[f"{file.name} {key}"] = worth.transpose(1, 2).flatten(0, 1).contiguous()
+                scales[f"{before}.{names[name]}"] = scale
+            else:
+                state[key] = kept[f"{file.name} {key}"] = weight.bfloat16()
+        torch.save(state, file)
+        torch.save(scales, directory / f"fp8_scales_{rank}.pt")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fp8_experts_are_multiplied_by_the_scales_beside_them(tmp_path: Path, ranks: int) -> None:
+    released(tmp_path, 2, **TWO)
+    if ranks == 1:
+        for file in (tmp_path / "release").glob("consolidated.*.pth"):
+            file.unlink()
+        (tmp_path / "whole.pth").rename(tmp_path / "release/consolidated.00.pth")
+    kept: dict[str, Tensor] = {}
+    quantized(tmp_path / "release", kept)
+    (tmp_path / "right").mkdir()
+    for file in (tmp_path / "release").glob("consolidated.*.pth"):
+        state = {key: kept[f"{file.name} {key}"] for key in torch_tensors(file)}
+        torch.save(state, tmp_path / "right" / file.name)
+    (tmp_path / "right/params.json").write_bytes((tmp_path / "release/params.json").read_bytes())
+    convert(tmp_path / "right", tmp_path / "right-hf", form="hf", to="hf")
+
+    report = convert(
+        tmp_path / "release", tmp_path / "back", form="hf", to="hf", dequantize=True, dtype="bf16"
+    )
+    assert_same(hf_tensors(tmp_path / "back"), hf_tensors(tmp_path / "right-hf"))
+    assert ("2 model-parallel files are read as one model" in report.notes) == (ranks == 2)
+
+    live = tiny("llama4_text", **TWO).to(torch.bfloat16)
+    load_init_weights(live, tmp_path / "release", to="hf-memory", dequantize=True)
+    assert_same(dict(live.state_dict()), hf_tensors(tmp_path / "right-hf"))
+
+
+def test_fp8_experts_do_not_become_others_without_their_scales(tmp_path: Path) -> None:
+    released(tmp_path, 2, **TWO)
+    quantized(tmp_path / "release", {})
+    with pytest.raises(CoverageError) as raised:
+        convert(tmp_path / "release", tmp_path / "out", form="hf", to="hf")
+    assert raised.value.hint == "--dequantize multiplies the experts by the scales beside them"
+
+    (tmp_path / "release/fp8_scales_1.pt").unlink()
+    with pytest.raises(FormatError, match="lacks scales") as lacking:
+        open_checkpoint(tmp_path / "release")
+    assert ("missing", "fp8_scales_1.pt") in lacking.value.facts

@@ -87,9 +87,15 @@ _DENSE: Mapping[str, object] = {
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
     """The model that a params.json describes: a language model, and the tower beside it.
 
+    Its fields may lie in ``model``.
+
     Raises:
         SpecError: Facts list every field that does not fit.
+
+    Source: ``write_model`` in transformers' ``convert_llama4_weights_to_hf.py``.
     """
+    inner = fields.get("model")
+    fields = inner if isinstance(inner, Mapping) else fields
     params = checked(_Params if fields.get("moe_args") is None else _Routed, fields, file)
     stated = _as_hf(params)
     strangers = dict(params.model_extra or {})

@@ -19,6 +19,7 @@ from pathlib import Path
 from dcpconv.core.catalog import Catalog, Chunk, Extent, Shapes, TensorEntry, c_strides
 from dcpconv.core.errors import FormatError
 from dcpconv.formats import torchfile
+from dcpconv.formats.torchfile.meta_scales import SCALE, are_beside, with_scales
 
 _NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 _ROWS = frozenset(
@@ -39,12 +40,18 @@ _ALONE: Mapping[str, int] = {
     "experts.w1": 2,
     "experts.w3": 2,
     "experts.w2": 1,
+    f"experts.moe_w_in_eD_F{SCALE}": 1,
+    f"experts.moe_w_swiglu_eD_F{SCALE}": 1,
+    f"experts.moe_w_out_eF_D{SCALE}": 0,
 }
 """Dim that is cut of tensors that are no module's ``weight``, by the last two names."""
 _WHOLE = re.compile(
     r"(router_DE|positional_embedding(_vlm)?|expert_activation_DE|(global|running)_gate_stats_3E)$"
 )
 """Matrices that are in every file whole."""
+
+_MOST_EXPERTS = 1 << 12
+"""Of a layer; releases have up to 128, and every one is a box of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +61,8 @@ class Cut:
     Attributes:
         dim: The dim along which every file holds a part.
         lengths: Of what lies end to end along it, of which every file holds a part each: queries,
-            keys and values.  In elements; their sum is the length of the dim.
+            keys and values.  In elements; their sum is the length of the dim.  More than one only
+            along the first dim.
     """
 
     dim: int
@@ -71,8 +79,10 @@ def name(rank: int) -> str:
 
 
 def is_split(path: Path) -> bool:
-    """Whether a directory holds a release in several files."""
-    return path.is_dir() and sum(1 for file in path.iterdir() if _NAME.fullmatch(file.name)) > 1
+    """Whether a directory holds a release in several files, be it weights and their scales."""
+    if not path.is_dir():
+        return False
+    return are_beside(path) or sum(1 for file in path.iterdir() if _NAME.fullmatch(file.name)) > 1
 
 
 def is_part(path: Path) -> bool:
@@ -94,7 +104,7 @@ def read_catalog(path: Path) -> Catalog:
             [("directory", path), *(("missing", item) for item in missing)],
             hint="fetch them; the others cannot be used without",
         )
-    catalogs = [torchfile.read_catalog(path / item) for item in found]
+    catalogs = with_scales(path, [torchfile.read_catalog(path / item) for item in found])
     first = catalogs[0]
     _agree(path, found, catalogs)
     norm = first.tensors.get("norm.weight")
@@ -106,7 +116,8 @@ def read_catalog(path: Path) -> Catalog:
     }
     files = {file: size for catalog in catalogs for file, size in catalog.files.items()}
     note = f"{len(found)} model-parallel files are read as one model"
-    notes = dict.fromkeys([*(note for catalog in catalogs for note in catalog.notes), note])
+    own = [note for catalog in catalogs for note in catalog.notes]
+    notes = dict.fromkeys([*own, note] if len(found) > 1 else own)
     identities = {file: one for catalog in catalogs for file, one in catalog.identities.items()}
     return replace(
         first,
@@ -170,7 +181,11 @@ def _lengths(key: str, shapes: Shapes, dim: int) -> tuple[int, ...]:
     elif key.endswith("moe_w_out_eF_D"):
         other = key.removesuffix("experts.moe_w_out_eF_D") + "router_DE"
         experts = shapes.get(other, (0, 0))[1]
-        lengths = (whole // experts,) * experts if 0 < experts <= whole else ()
+        is_so = 0 < experts <= min(whole, _MOST_EXPERTS)
+        lengths = (whole // experts,) * experts if is_so else ()
+    elif key.endswith(f"moe_w_out_eF_D{SCALE}"):
+        # A file has a scale per expert and column of its share of the rows.
+        lengths = (1,) * whole if whole <= _MOST_EXPERTS else ()
     if sum(lengths) != whole or min(lengths, default=-1) < 0:
         beside = [(other, list(shapes[other]) if other in shapes else "missing")] if other else []
         raise FormatError(

@@ -53,6 +53,9 @@ _TOWER = {
         "pos_emb_height": 5,
         "pos_emb_width": 3,
         "merge_kernel_size": 2,
+        "image_size": 6,
+        "projector_input_dim": 9,
+        "vision_output_dim": 10,
     },
     "out_hidden_size": 48,
     "projector_hidden_size": 9,
@@ -243,6 +246,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
     },
     "tower": {"stated": _TOWER},
     "tower-biases": {"qkv_bias": True, "o_bias": True, "stated": _TOWER},
+    "tower-some-dense": {
+        "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
+        "qkv_bias": True,
+        "o_bias": True,
+        "stated": _TOWER,
+    },
     "latent-indexer": {
         "experts": _SHARED.model_copy(update={"dense_layers": (0,)}),
         "latent": _LATENT,
