@@ -13,8 +13,10 @@ from dcpconv.core.catalog import Catalog, Form, KeyPath
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Outline, OutTensor
+from dcpconv.core.spec import ModelSpec
 from dcpconv.engine.space import block_size
 from dcpconv.families import configs
+from dcpconv.families.keymaps import Keymap
 from dcpconv.families.side_files import SideFiles, carried, generated, untold
 from dcpconv.formats import dcp, safetensors, torchfile
 from dcpconv.plan.account import Aim
@@ -156,9 +158,10 @@ class Job:
         if table is not None and (going.renames or not has_config):
             if spec is not None and table.config:
                 require_said(spec, going.weights)
+                spec = _as_it_goes(spec, table, coverage, is_untied=is_untied)
             return generated(
                 table,
-                spec.model_copy(update={"tied": False}) if spec is not None and is_untied else spec,
+                spec,
                 form=self.form,
                 target=self.target,
                 source=directory,
@@ -217,6 +220,20 @@ class Job:
                 f"{len(dropped)} entries beside the weights stay behind: {', '.join(tops[:6])}"
             )
         return tuple(notes)
+
+
+def _as_it_goes(
+    spec: ModelSpec, table: Keymap, coverage: Coverage, *, is_untied: bool
+) -> ModelSpec:
+    """The model as its tensors go: with a head of its own, without a tower where none goes along.
+
+    A class of transformers has its tower all the same.
+    """
+    changed: dict[str, object] = {"tied": False} if is_untied else {}
+    has_none = bool(table.kept) and not any(target.part for target in coverage.targets)
+    if has_none and table.family != "hf":
+        changed["stated"] = {k: v for k, v in spec.stated.items() if k != "vision_config"}
+    return spec.model_copy(update=changed) if changed else spec
 
 
 def most_used(tensors: Iterable[OutTensor]) -> DType | None:

@@ -69,6 +69,9 @@ class _Account:
         rows = (*self.source.rows, *self.target.rows)
         self.first = dict.fromkeys((name for row in rows for name in row.pattern.names), 0)
         self.scales: dict[str, TensorEntry] = {}
+        held = (self.source.part_of(key) for key in weights.entries)
+        roles = {part.role for part in held if part is not None}
+        self.absent = {part.role for part in self.source.kept} - roles
         self.derivable = {
             row.pattern.text: row
             for row in self.target.rows
@@ -258,6 +261,9 @@ class _Account:
         return any(self._supplies(slot, indices) for other in alike for slot in other.slots)
 
     def _is_expected(self, row: Row, indices: dict[str, int], *, is_tied: bool) -> bool:
+        part = self.target.part_of(row.pattern.text)
+        if part is not None and part.role in self.absent:
+            return False  # a language model without its tower is asked for no tower
         if self.measures.says(row):
             return self.measures.has(row.when, indices)
         if ("untied" if is_tied else "tied") in row.conditions:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Llama4ForConditionalGeneration
 
 from dcpconv import check, convert, fingerprint, load_init_weights
-from dcpconv.core.errors import FormatError, NotExpressibleError
+from dcpconv.core.errors import CoverageError, FormatError, NotExpressibleError
 from laws.test_meta_llama4 import DENSE
 from support.checkpoints.families import (
     RIGHT,
@@ -187,6 +188,30 @@ def test_the_language_model_alone_leaves_the_tower_beside_it(tmp_path: Path) -> 
     convert(tmp_path / "text", tmp_path / "text.pth", form="torch")
     text = torch_tensors(tmp_path / "text.pth")
     assert_same(text, dict(hf.language_model.state_dict()))
+
+
+@pytest.mark.usefixtures("_on_a_cpu")
+@pytest.mark.parametrize("to", NAMINGS)
+def test_a_language_model_without_its_tower_is_asked_for_none(tmp_path: Path, to: str) -> None:
+    hf = model()
+    source = save_hf(hf, tmp_path / "hf")
+    convert(source, tmp_path / "dcp", form="dcp", to=to, only="language_model")
+    convert(tmp_path / "dcp", tmp_path / "consolidated.00.pth")
+    params = json.loads((tmp_path / "dcp/params.json").read_text())
+    assert "vision_args" not in params
+    meta = loaded(params, torch_tensors(tmp_path / "consolidated.00.pth"))
+    assert difference(meta, hf) < RIGHT
+
+
+def test_half_a_tower_is_missing_the_rest(tmp_path: Path) -> None:
+    source = save_hf(model(), tmp_path / "hf")
+    tensors = hf_tensors(source)
+    gone = "vision_model.vision_adapter.mlp.fc1.weight"
+    save_file({k: t for k, t in tensors.items() if k != gone}, source / "model.safetensors")
+    with pytest.raises(CoverageError) as raised:
+        convert(source, tmp_path / "out", form="dcp", to="meta-llama4")
+    missing = [str(what) for label, what in raised.value.facts if label == "missing"]
+    assert missing == [f"vision_embeddings.vision_adapter.mlp.c_fc.weight  needs {gone}"]
 
 
 def test_the_naming_does_not_matter_to_the_fingerprint(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dcpconv.formats import torchfile
 SCALE = "_column_scale"
 """What is added to the key of a weight; the files call both as the module's parameter."""
 
+_NAME = re.compile(r"fp8_scales_\d+\.pt")
 _KEY = re.compile(r"(.*\bexperts\.)(w[123])")
 _WEIGHTS = {"w1": "moe_w_in_eD_F", "w2": "moe_w_out_eF_D", "w3": "moe_w_swiglu_eD_F"}
 
@@ -35,7 +36,7 @@ def name(rank: int) -> str:
 
 def are_beside(path: Path) -> bool:
     """Whether a directory holds such files."""
-    return any(path.glob("fp8_scales_*.pt"))
+    return any(_NAME.fullmatch(file.name) for file in path.iterdir())
 
 
 def with_scales(path: Path, catalogs: list[Catalog]) -> list[Catalog]:
