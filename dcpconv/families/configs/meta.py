@@ -19,6 +19,11 @@ _LLAMA3 = {
 """What Meta's code fixes.  Source: ``apply_scaling`` in llama-models ``models/llama3/model.py``."""
 
 
+LENGTH = "max_position_embeddings"
+"""What Mistral's files call the length, and what we write: Meta's code takes ``max_seq_len`` from
+whoever runs it and fails if the file has it too.  Source: ``Llama3.build`` and ``Llama4.build`` of
+llama-models 0.3.0."""
+
 _HARMLESS = ("max_batch_size", "model_parallel_size", "dcpconv")
 """How much Meta's code computes at once, and what an earlier conversion left out."""
 
@@ -48,7 +53,7 @@ class _Params(Record, extra="allow"):
     use_scaled_rope: bool = False
     rope_scaling_factor: Positive | None = None
     sliding_window: Size | None = None
-    max_seq_len: Size | None = field(default=None, names=("max_seq_len", "max_position_embeddings"))
+    max_seq_len: Size | None = field(default=None, names=("max_seq_len", LENGTH))
 
 
 def read(fields: Mapping[str, object], file: Path) -> ModelSpec:
@@ -115,7 +120,7 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
         "norm_eps": spec.norm_eps,
         "rope_theta": spec.rope_theta,
         "use_scaled_rope": spec.rope_scaling is not None,
-        "max_seq_len": spec.max_seq_len,
+        LENGTH: spec.max_seq_len,
     }
     if width.multiplier is not None:
         fields["ffn_dim_multiplier"] = width.multiplier

@@ -12,6 +12,7 @@ from dcpconv.families.configs import hf, meta_llama4_tower
 from dcpconv.families.configs.ffn import ffn_width
 from dcpconv.families.configs.fields import unaccounted
 from dcpconv.families.configs.hf_fields import nested_text
+from dcpconv.families.configs.meta import LENGTH
 from dcpconv.families.configs.parameters import Refusal, Wishes, checked, unexpressed
 
 _NAME = "Meta's Llama 4"
@@ -62,7 +63,7 @@ class _Params(Record, extra="allow"):
     attn_temperature_tuning: bool = False
     floor_scale: Size = 8192
     attn_scale: Positive = 0.1
-    max_seq_len: Size = field(default=_TRAINED_LENGTH)
+    max_seq_len: Size = field(default=_TRAINED_LENGTH, names=("max_seq_len", LENGTH))
     moe_args: dict[str, Json] | None = None
     vision_args: dict[str, Json] | None = None
 
@@ -232,7 +233,7 @@ def write(family: str, spec: ModelSpec, wishes: Wishes) -> dict[str, object]:
             stated.get("attention_chunk_size") if "chunked_attention" in spec.special else None
         ),
         "attn_temperature_tuning": "temperature" in spec.special,
-        "max_seq_len": spec.max_seq_len,
+        LENGTH: spec.max_seq_len,
     }
     fields |= {name: stated[name] for name in ("floor_scale", "attn_scale") if name in stated}
     if experts is not None:

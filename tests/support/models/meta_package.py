@@ -41,7 +41,7 @@ class MetaLlama4(nn.Module):
         from llama_models.llama4.model import Transformer
 
         super().__init__()
-        self.model = Transformer(ModelArgs(**{**params, "max_seq_len": 64, "max_batch_size": 4}))
+        self.model = Transformer(ModelArgs(**params, max_seq_len=64, max_batch_size=4))
         if params.get("vision_args"):
             self.model.vision_embeddings.float()  # made in bf16
 
@@ -66,7 +66,8 @@ class MetaLlama3(nn.Module):
         from llama_models.llama3.model import Transformer
 
         super().__init__()
-        self.model = Transformer(ModelArgs(**{**params, "max_batch_size": 4}))
+        length = params["max_position_embeddings"]
+        self.model = Transformer(ModelArgs(max_seq_len=length, max_batch_size=4, **params))
 
     def forward(self, tokens: Tensor) -> Tensor:
         found: Tensor = self.model(tokens, 0)
