@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.checking.adapters import adapter_path, check_adapter
 from dcpconv.checking.against import (
@@ -36,6 +37,9 @@ from dcpconv.sources.said import STORED, Said
 from dcpconv.sources.understanding import Source, understand, understand_described
 from dcpconv.stores.schemes import path_of
 
+if TYPE_CHECKING:
+    from dcpconv.plan.readers import Readers
+
 _NO_CONFIG = (
     "no config beside the source: its layers and experts are those its keys count; --assets DIR"
     " names one"
@@ -56,6 +60,7 @@ def check(
     data: bool = False,
     progress: Callable[[int], None] | None = None,
     total: Callable[[int], None] | None = None,
+    ranks: Readers | None = None,
 ) -> Coverage:
     """The account of every key on both sides; true if everything fits.
 
@@ -79,8 +84,10 @@ def check(
         data: Read every tensor and compare what it holds with the digests of a manifest.
         progress: Called from the threads with bytes read since its last call.
         total: Called with the bytes that will be read, before the first is.
+        ranks: The processes that read the tensors together, each a share; all get the same.
 
     Raises:
+        RankError: The ranks do not read the same, or one of them is gone.
         NotACheckpointError: The source or target is absent or nothing we know.
         FormatError: The source cannot be read at all, or the target is damaged.
         AmbiguousFamilyError: Several namings fit and lead to different bytes.
@@ -92,7 +99,9 @@ def check(
         source = path_of(source)  # lists a store once
     manifest = manifest_in(against)
     if manifest is not None or data:
-        return _contents(source, manifest, said, data=data, progress=progress, total=total)
+        return _contents(
+            source, manifest, said, data=data, progress=progress, total=total, ranks=ranks
+        )
     adapter = adapter_path(source)
     if adapter is not None and to is None:
         return check_adapter(adapter, against, said)
@@ -150,6 +159,7 @@ def _contents(
     data: bool,
     progress: Callable[[int], None] | None,
     total: Callable[[int], None] | None,
+    ranks: Readers | None,
 ) -> Coverage:
     """The account against a manifest, by contents where they are asked for."""
     if manifest is None:
@@ -161,7 +171,9 @@ def _contents(
     is_named = isinstance(source, (str, os.PathLike))
     what = path_of(source) if data and is_named else source
     found = understand(what, said, collects=True)
-    coverage = cover_manifest(found, manifest, data=data, progress=progress, total=total)
+    coverage = cover_manifest(
+        found, manifest, data=data, progress=progress, total=total, ranks=ranks
+    )
     return replace(
         coverage,
         problems=found.problems,

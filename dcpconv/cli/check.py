@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dcpconv.cli.answers import answers_of, judges, say
-from dcpconv.cli.options import Assets, From, Html, KeymapFile, Spec
+from dcpconv.cli.options import Assets, From, Html, KeymapFile, Of, Rank, Spec
+from dcpconv.cli.ranks import reading, seat_of
 
 if TYPE_CHECKING:
     from dcpconv.plan.coverage import Coverage
@@ -68,6 +69,8 @@ def check(
             " `dcpconv fingerprint`.",
         ),
     ] = False,
+    rank: Rank = None,
+    of: Of = None,
     html: Html = None,
     report: Annotated[
         str,
@@ -108,26 +111,33 @@ def check(
             f"there is no report {report!r}", [("expected", f"one of {', '.join(KINDS)}")]
         )
     gc.disable()  # millions of small objects without cycles, in a process that ends here
-    with bar("reading", quiet=not data) as shown:
-        coverage = run(
-            source,
-            to=to,
-            against=against,
-            from_=from_,
-            keymap=keymap,
-            assets=assets,
-            spec=spec or (),
-            allow=allow or (),
-            dtypes=dtypes,
-            data=data,
-            **calls(shown),
-        )
-    if html is not None:
-        from dcpconv.cli.pictures.page import write
-        from dcpconv.cli.pictures.pages import coverage_page
+    command = "check SRC --data --against FILE"
+    with reading(seat_of(rank, of) if data else None, source, command) as ranks:
+        is_heard = ranks is None or ranks.is_first
+        with bar("reading", quiet=not (data and is_heard)) as shown:
+            coverage = run(
+                source,
+                to=to,
+                against=against,
+                from_=from_,
+                keymap=keymap,
+                assets=assets,
+                spec=spec or (),
+                allow=allow or (),
+                dtypes=dtypes,
+                data=data,
+                ranks=ranks,
+                **calls(shown),
+            )
+        if ranks is not None:
+            ranks.agree(bool(coverage), (f"{label}  {text}" for label, text in coverage.facts()))
+        if is_heard:
+            if html is not None:
+                from dcpconv.cli.pictures.page import write
+                from dcpconv.cli.pictures.pages import coverage_page
 
-        write(html, coverage_page(coverage))
-    _deliver(coverage, report, output)
+                write(html, coverage_page(coverage))
+            _deliver(coverage, report, output)
     if not coverage:
         raise typer.Exit(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dcpconv.cli.answers import answers_of, is_watched, note, say, say_json
-from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Spec
+from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Of, Rank, Spec
+from dcpconv.cli.ranks import naming, seat_of
 from dcpconv.cli.words import count, parse_size, size
 
 if TYPE_CHECKING:
     from dcpconv.conversion.convert import Progress
     from dcpconv.conversion.report import ConversionReport
-    from dcpconv.conversion.worlds.seats import Seat
+    from dcpconv.engine.worlds.seats import Seat
 
 _LISTED = 4
 """Names printed before the rest is only counted; --json has them all."""
@@ -160,18 +160,8 @@ def convert(
             "--cache", help="Download a hub id into the hub's own cache, and read it from there."
         ),
     ] = False,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            help="Which of several processes this is that write DST together, from 0; torchrun"
-            " says it by itself.",
-            metavar="I",
-        ),
-    ] = None,
-    of: Annotated[
-        int | None,
-        typer.Option(help="How many processes write DST together.", metavar="N"),
-    ] = None,
+    rank: Rank = None,
+    of: Of = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Report what would be done, and write nothing.")
     ] = False,
@@ -188,8 +178,8 @@ def convert(
     """
     from dcpconv.core.errors import DcpconvError
 
-    seat = _seat(rank, of)
-    with _naming(seat), _telling(None if dry_run else seat, target):
+    seat = seat_of(rank, of)
+    with naming(seat), _telling(None if dry_run else seat, target):
         from dcpconv.conversion.convert import convert as run
 
         if form not in {None, "hf", "torch", "dcp"}:
@@ -197,7 +187,7 @@ def convert(
         most = parse_size(max_file_size)
     has_bar = seat is None or seat.rank == 0  # that of all ranks
     with (
-        _naming(seat),
+        naming(seat),
         _progress(quiet=quiet or dry_run or as_json or not has_bar) as progress,
     ):
         report = run(
@@ -288,39 +278,13 @@ def lines(report: ConversionReport) -> Iterator[str]:
     yield time
 
 
-def _seat(rank: int | None, of: int | None) -> Seat | None:
-    """Which of how many processes this is, if it is one of several."""
-    if rank is None and of is None and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return None
-    from dcpconv.conversion.worlds.seats import find_seat
-
-    seat = find_seat(rank, of, os.environ)
-    return seat if seat.size > 1 else None
-
-
 def _telling(seat: Seat | None, target: str) -> AbstractContextManager[None]:
     """Tells the other processes what fails."""
     if seat is None:
         return nullcontext()
-    from dcpconv.conversion.worlds.early import telling
+    from dcpconv.engine.worlds.early import telling
 
     return telling(target, seat)
-
-
-@contextmanager
-def _naming(seat: Seat | None) -> Iterator[None]:
-    """Says in an error which of several processes it is of."""
-    from dcpconv.core.errors import DcpconvError
-
-    try:
-        yield
-    except DcpconvError as error:
-        if seat is None:
-            raise
-        from dcpconv.conversion.worlds.faults import named
-        from dcpconv.conversion.worlds.seats import host
-
-        raise named(error, rank=seat.rank, host=host()) from error
 
 
 def _ranks(report: ConversionReport) -> Iterator[str]:

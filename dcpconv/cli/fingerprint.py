@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dcpconv.cli.answers import answers_of, note, say
-from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Only, Spec
+from dcpconv.cli.options import Assets, From, Jobs, KeymapFile, Of, Only, Rank, Spec
+from dcpconv.cli.ranks import reading, seat_of
+
+if TYPE_CHECKING:
+    from dcpconv.plan.fingerprints import Fingerprint
 
 
 @answers_of("source", "assets")
@@ -42,6 +46,8 @@ def fingerprint(
     assets: Assets = None,
     spec: Spec = None,
     jobs: Jobs = None,
+    rank: Rank = None,
+    of: Of = None,
 ) -> None:
     """Print one digest of a model's weights: the same in every form, naming and sharding.
 
@@ -56,18 +62,26 @@ def fingerprint(
     from dcpconv.comparing.fingerprint import fingerprint as run
 
     gc.disable()  # millions of small objects without cycles, in a process that ends here
-    with bar("reading", quiet=False) as shown:
-        found = run(
-            source,
-            from_=from_,
-            keymap=keymap,
-            assets=assets,
-            spec=spec or (),
-            only=only,
-            stored=stored,
-            jobs=jobs,
-            **calls(shown),
-        )
+    with reading(seat_of(rank, of), source, "fingerprint SRC") as ranks:
+        is_heard = ranks is None or ranks.is_first
+        with bar("reading", quiet=not is_heard) as shown:
+            found = run(
+                source,
+                from_=from_,
+                keymap=keymap,
+                assets=assets,
+                spec=spec or (),
+                only=only,
+                stored=stored,
+                jobs=jobs,
+                ranks=ranks,
+                **calls(shown),
+            )
+        if is_heard:
+            _deliver(found, output, as_json=as_json)
+
+
+def _deliver(found: Fingerprint, output: str | None, *, as_json: bool) -> None:
     if output is not None:
         found.write(Path(output))
     if as_json:

@@ -46,6 +46,21 @@ Deep = Annotated[
         " written when they were saved.",
     ),
 ]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        help="Which of several processes this is that do this together, from 0; torchrun says it"
+        " by itself.",
+        metavar="I",
+    ),
+]
+Of = Annotated[
+    int | None,
+    typer.Option(
+        help="How many processes do this together; 1 below torchrun for this one alone.",
+        metavar="N",
+    ),
+]
 Html = Annotated[
     str | None,
     typer.Option(

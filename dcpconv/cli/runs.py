@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dcpconv.cli.answers import answers, answers_of, note, say, say_json
-from dcpconv.cli.options import Assets, Deep, From, Spec
+from dcpconv.cli.options import Assets, Deep, From, Of, Rank, Spec
+from dcpconv.cli.ranks import reading, seat_of
+from dcpconv.cli.run_tables import lines, pruning_lines, stripping_lines
 from dcpconv.cli.words import count, size
 from dcpconv.core.printing import printable
-
-if TYPE_CHECKING:
-    from dcpconv.runs import FoundStep, Pruning, Stripping
 
 runs = typer.Typer(
     name="runs",
@@ -126,26 +123,38 @@ def resolve(
 
 @runs.command()
 @answers_of("run_dir", "wanted")
-def verify(run_dir: RunDir, as_json: AsJson = False, deep: Deep = False) -> None:
+def verify(
+    run_dir: RunDir,
+    as_json: AsJson = False,
+    deep: Deep = False,
+    rank: Rank = None,
+    of: Of = None,
+) -> None:
     """Open every form of every step and list what is wrong; nothing is executed.
 
     The exit code is 1 if anything is wrong or there is no step.
     """
     from dcpconv.runs import verify_checkpoints
 
-    is_good, found = True, []
-    for checked in verify_checkpoints(_existing(run_dir), deep=deep):
-        is_good = is_good and bool(checked)
-        found.append(checked.to_json())
-        if not as_json:
-            say(printable(f"{'ok' if checked else 'problem':<9} {checked.step.path}"))
-            for text in (*checked.problems, *checked.notes):
-                say(printable(f"  {checked.step.path.name}: {text}"))
-    if as_json:
-        say_json(found)
-    if not found:
-        note(printable(f"no step of a known layout in {run_dir}"))
-    if not (found and is_good):
+    found, reasons = [], []
+    seat = seat_of(rank, of) if deep else None
+    with reading(seat, run_dir, "runs verify RUN_DIR --deep") as ranks:
+        is_heard = ranks is None or ranks.is_first
+        for checked in verify_checkpoints(_existing(run_dir), deep=deep, ranks=ranks):
+            found.append(checked.to_json())
+            reasons += [f"{checked.step.path.name}: {text}" for text in checked.problems]
+            if is_heard and not as_json:
+                say(printable(f"{'ok' if checked else 'problem':<9} {checked.step.path}"))
+                for text in (*checked.problems, *checked.notes):
+                    say(printable(f"  {checked.step.path.name}: {text}"))
+        is_good = bool(found and not reasons)
+        if ranks is not None:
+            ranks.agree(is_good, reasons or (() if found else ["there is no step"]))
+        if is_heard and as_json:
+            say_json(found)
+        if is_heard and not found:
+            note(printable(f"no step of a known layout in {run_dir}"))
+    if not is_good:
         raise typer.Exit(1)
 
 
@@ -189,7 +198,7 @@ def prune(
     if as_json:
         say_json(pruning.to_json())
         return
-    for line in _pruning_lines(pruning):
+    for line in pruning_lines(pruning):
         say(printable(line))
     for text in pruning.decision.notes:
         note(printable(text))
@@ -218,74 +227,8 @@ def strip(
     if as_json:
         say_json(stripping.to_json())
         return
-    for line in _stripping_lines(stripping):
+    for line in stripping_lines(stripping):
         say(printable(line))
-
-
-def lines(steps: tuple[FoundStep, ...]) -> Iterator[str]:
-    """One step a line, then why steps are incomplete."""
-    rows = [
-        (
-            "-" if step.step is None else str(step.step),
-            step.layout,
-            step.form or "-",
-            _state(step),
-            size(step.nbytes),
-            _time(step.modified),
-            "+".join(name.replace(" ", "_") for name in step.holds) or "-",
-            str(step.path),
-        )
-        for step in steps
-    ]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(7)]
-    for row in rows:
-        number, layout, form, state, nbytes, time, holds, path = row
-        yield (
-            f"{number:>{widths[0]}}  {layout:<{widths[1]}}  {form:<{widths[2]}}"
-            f"  {state:<{widths[3]}}  {nbytes:>{widths[4]}}  {time}  {holds:<{widths[6]}}  {path}"
-        )
-    for step in steps:
-        for problem in step.problems:
-            yield f"why  {step.path.name}: {problem}"
-
-
-def _pruning_lines(pruning: Pruning) -> Iterator[str]:
-    for kept in pruning.decision.kept:
-        yield f"keep      {kept.step.path}  ({', '.join(kept.reasons)})"
-    word = "deleted" if pruning.is_done else "delete"
-    for step in pruning.decision.removed:
-        yield f"{word:<9} {step.path}  {size(step.nbytes)}"
-    steps = count(len(pruning.decision.removed), "step")
-    if pruning.is_done:
-        yield f"deleted   {steps}, {size(pruning.nbytes)}"
-    else:
-        yield f"would     delete {steps}, {size(pruning.nbytes)}; --yes does it"
-
-
-def _stripping_lines(stripping: Stripping) -> Iterator[str]:
-    for step, reason in stripping.left:
-        yield f"leave     {step.path}  ({reason})"
-    word = "stripped" if stripping.is_done else "strip"
-    for row in stripping.stripped:
-        yield f"{word:<9} {row.step.path}  {size(row.nbytes)}  {' '.join(row.names)}"
-    steps = count(len(stripping.stripped), "step")
-    if stripping.is_done:
-        yield f"stripped  {steps}, {size(stripping.nbytes)}"
-    else:
-        yield f"would     strip {steps}, {size(stripping.nbytes)}; --yes does it"
-
-
-def _state(step: FoundStep) -> str:
-    if step.problems:
-        return "incomplete"
-    return "stripped" if step.is_stripped else "complete"
-
-
-def _time(seconds: float) -> str:
-    try:
-        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "-"  # no calendar has it
 
 
 def _say_path(path: Path) -> None:

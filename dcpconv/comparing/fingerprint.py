@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dcpconv.plan.canonical import canonical
 from dcpconv.plan.fingerprints import Fingerprint, fingerprint_of
 from dcpconv.sources.said import Said
 from dcpconv.sources.selection import require_tensors
 from dcpconv.sources.with_weights import with_weights
+
+if TYPE_CHECKING:
+    from dcpconv.plan.readers import Readers
 
 
 def fingerprint(
@@ -24,6 +28,7 @@ def fingerprint(
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
     total: Callable[[int], None] | None = None,
+    ranks: Readers | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint's weights, and the digest of every tensor.
 
@@ -41,9 +46,11 @@ def fingerprint(
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         progress: Called from the threads with bytes read since its last call.
         total: Called with the bytes that will be read, before the first is.
+        ranks: The processes that read this together, each a share; all get the same.
 
     Raises:
         NotACheckpointError: There is nothing of the kind.
+        RankError: The ranks do not read the same, or one of them is gone.
         FormatError: A file is truncated or malformed, or there are no tensors.
         AmbiguousFamilyError: Several namings fit and lead to different bytes.
         LayoutError: Elements change places, and neither config nor shapes say where to.
@@ -52,4 +59,4 @@ def fingerprint(
     found = with_weights(source, said, only)
     known = canonical(found, as_it_is_stored=stored)
     require_tensors(found.catalog, known.targets)
-    return fingerprint_of(found, known, jobs=jobs, progress=progress, total=total)
+    return fingerprint_of(found, known, jobs=jobs, progress=progress, total=total, ranks=ranks)

@@ -29,7 +29,7 @@ from dcpconv.stores.schemes import is_remote, path_of, target_of
 if TYPE_CHECKING:
     from dcpconv.conversion.printing import ResultDigests
     from dcpconv.conversion.worlds.afar import Afar
-    from dcpconv.conversion.worlds.seats import Seat
+    from dcpconv.engine.worlds.seats import Seat
     from dcpconv.sources.adapters.naming import Weighed
 
 Engine = Literal["stream", "torch"]
@@ -163,7 +163,7 @@ def convert(
         )
     seat, afar = None, None
     if of != 1 or rank:
-        from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415 - most are alone
+        from dcpconv.engine.worlds.seats import Seat  # noqa: PLC0415 - most are alone
 
         seat = Seat(rank, of, run)
         seat.require_streaming(by_torch=is_by_torch)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
-from dcpconv.core.errors import DcpconvError
-from dcpconv.engine.publish import check_target
+from dcpconv.core.errors import DcpconvError, TargetExistsError
+from dcpconv.engine.publish import clear
+from dcpconv.engine.targets import check_target
 from dcpconv.formats.dcp.names import METADATA_FILE
 from dcpconv.sources.said import STORED, Said
 from dcpconv.stores.remote import RemotePath
@@ -123,12 +124,18 @@ class Request:
                 is_file=self.wanted.is_one_file(form),
                 source=self.source,
             )
-        check_target(
-            self.wanted.path,
-            overwrite=self.wanted.overwrite,
-            is_file=self.wanted.is_one_file(form),
-            source=guarded(self.source, self.wanted.path),
-        )
+        try:
+            check_target(
+                self.wanted.path,
+                overwrite=self.wanted.overwrite,
+                is_file=self.wanted.is_one_file(form),
+                source=guarded(self.source, self.wanted.path),
+            )
+        except TargetExistsError:
+            from dcpconv.engine.worlds.leftovers import is_over  # noqa: PLC0415 - rarely needed
+
+            clear(self.wanted.path, is_over=is_over)
+            raise
         return None
 
     def plain_form(self) -> Form | None:
@@ -154,8 +161,8 @@ def told(convert: _Function) -> _Function:
         rank, of = options.get("rank", 0), options.get("of", 1)
         if (of == 1 and rank == 0) or options.get("dry_run"):
             return convert(*args, **options)
-        from dcpconv.conversion.worlds.early import telling  # noqa: PLC0415 - most are alone
-        from dcpconv.conversion.worlds.seats import Seat  # noqa: PLC0415
+        from dcpconv.engine.worlds.early import telling  # noqa: PLC0415 - most are alone
+        from dcpconv.engine.worlds.seats import Seat  # noqa: PLC0415
 
         target = options["target"] if "target" in options else args[1]
         with telling(target, Seat(rank, of, options.get("run", ""))):

@@ -61,7 +61,9 @@ def cut(outline: Outline, *, border: int, smallest: int, whole: bool) -> tuple[O
     return tuple(
         piece
         for number, file in enumerate(outline.files)
-        for piece in _pieces(number, file, file.nbytes if whole else smallest, border)
+        for piece in pieces_of(
+            number, file, smallest=file.nbytes if whole else smallest, border=border
+        )
     )
 
 
@@ -128,7 +130,15 @@ def _cost(piece: OutPiece, *, reflinks: bool) -> int:
     return max(1, piece.cost // _SHARED if shared else piece.cost)
 
 
-def _pieces(number: int, file: OutFile, smallest: int, border: int) -> Iterator[OutPiece]:
+def pieces_of(number: int, file: OutFile, *, smallest: int, border: int) -> Iterator[OutPiece]:
+    """The pieces of one file, in order.
+
+    Args:
+        number: Its index.
+        file: The file.
+        smallest: As in ``cut``.
+        border: Likewise.
+    """
     payloads = sorted(file.payloads, key=lambda item: item[0])
     cuts = [*_cuts(file, payloads, smallest, border), file.nbytes]
     first = 0

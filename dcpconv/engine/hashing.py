@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
@@ -40,36 +41,73 @@ def digests(
         FormatError: A source file is missing, unreadable or too short.
         SourceChangedError: A source file changed after it was planned with.
     """
-    done: dict[int, bytes] = {}
-    parts: dict[int, dict[int, bytes]] = {}
+    found = Digests()
+    work = stretches((fill,) for fill in fills)
+    hash_all(work, into=found, sources=sources, jobs=jobs, progress=progress)
+    return found.in_order()
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """Digests of tensors, as their chunks become known.
+
+    Attributes:
+        whole: Of tensors of which every chunk is known, by number.
+        parts: Of the others, those of the chunks from an element on, by number and that element.
+    """
+
+    whole: dict[int, bytes] = field(default_factory=dict)
+    parts: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+    def take(self, number: int, start: int, chunks: bytes, *, count: int) -> None:
+        """Add neighbouring chunks.
+
+        Args:
+            number: Of the tensor.
+            start: Element with which the first of them begins.
+            chunks: Their digests.
+            count: Chunks of the whole tensor.
+        """
+        held = self.parts.setdefault(number, {})
+        held[start] = chunks
+        if sum(map(len, held.values())) == 32 * count:
+            self.whole[number] = joined(held[start] for start in sorted(held))
+            del self.parts[number]
+
+    def in_order(self) -> list[bytes]:
+        """The digest of every tensor, once all are known."""
+        return [self.whole[number] for number in range(len(self.whole))]
+
+
+def hash_all(
+    work: Iterable[Stretch],
+    *,
+    into: Digests,
+    sources: Sources,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Read and hash stretches of tensors; the rest as for ``digests``.
+
+    Args:
+        work: Of one tensor those that are neighbours follow each other.
+        into: Gets what is found.
+        sources: Where the parts' files are open.
+        jobs: Threads.
+        progress: Called from the threads with bytes hashed since its last call.
+    """
     lock = threading.Lock()
 
     def hash_stretch(stretch: Stretch, desk: Desk) -> None:
         (box,) = stretch.boxes
         found = b"".join(_chunk_digests(box, stretch, desk, sources))
-        nbytes = (stretch.stop - stretch.start) * box.itemsize
-        is_whole = stretch.start == 0 and stretch.stop == box.fill.numel
         with lock:
-            if is_whole:
-                done[stretch.number] = joined((found,))
-            else:
-                held = parts.setdefault(stretch.number, {})
-                held[stretch.start] = found
-                if sum(map(len, held.values())) == 32 * _count(box):
-                    done[stretch.number] = joined(held[start] for start in sorted(held))
-                    del parts[stretch.number]
+            into.take(stretch.number, stretch.start, found, count=count_of(box.fill.nbytes))
         if progress is not None:
-            progress(nbytes)
+            progress((stretch.stop - stretch.start) * box.itemsize)
 
-    share(
-        stretches((fill,) for fill in fills),
-        hash_stretch,
-        jobs=jobs,
-        size=_TILE,
-        buffers=2,
-    )
+    share(work, hash_stretch, jobs=jobs, size=_TILE, buffers=2)
     sources.require_unchanged()
-    return [done[number] for number in range(len(done))]
 
 
 def finished(passing: PassingDigests, *, sources: Sources, jobs: int | None = None) -> list[bytes]:
@@ -115,8 +153,9 @@ def _stretch(number: int, box: Box, chunks: list[int], length: int) -> Stretch:
     return Stretch(number, (box,), chunks[0] * length, stop)
 
 
-def _count(box: Box) -> int:
-    return -(-box.fill.nbytes // CHUNK)
+def count_of(nbytes: int) -> int:
+    """Chunks of a tensor."""
+    return -(-nbytes // CHUNK)
 
 
 def _chunk_digests(box: Box, stretch: Stretch, desk: Desk, sources: Sources) -> Iterable[bytes]:

@@ -25,14 +25,11 @@ from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
 from dcpconv.engine.copying import write_error
+from dcpconv.engine.targets import TargetError, check_target, holds_something
 from dcpconv.stores.schemes import refuse_scheme
 
-_OWNER, _PREVIOUS = "owner", "previous"
-RESULT, SHARES, FAULTS = "result", "shares", "faults"
-
-
-class TargetError(DcpconvError, OSError):
-    """The target cannot be written where it is."""
+_PREVIOUS = "previous"
+OWNER, RESULT, SHARES, FAULTS = "owner", "result", "shares", "faults"
 
 
 @dataclass(slots=True)
@@ -90,7 +87,7 @@ class Staging:
         _sync(self.target.parent)
 
     def _rename(self, result: Path, previous: Path, exchanging: Callable[[], None]) -> None:
-        if self.is_file or not _holds_something(self.target):
+        if self.is_file or not holds_something(self.target):
             result.replace(self.target)
             return
         exchanging()
@@ -182,18 +179,36 @@ def inherited(target: Path, *, overwrite: bool, is_file: bool) -> Iterator[Stagi
         yield stage
 
 
+def clear(target: Path, *, is_over: Callable[[Path], bool]) -> None:
+    """Remove what a conversion left that was killed when the target was there, but it had not
+    cleaned up yet.  One that is alive keeps its own.
+
+    Args:
+        target: Whole, or an old one.
+        is_over: Whether nothing in the staging directory is of use any more; it is locked then.
+    """
+    target = Path(os.path.realpath(target))
+    root = staging_directory(target)
+    if not root.exists():
+        return
+    with suppress(TargetExistsError, OSError):
+        lock = _claim(root, target)
+        with _owned(Staging(root / RESULT, target, is_file=False, overwrite=False), lock) as stage:
+            stage.keeping = not is_over(root)
+
+
 @contextmanager
-def _owned(stage: Staging, lock: int) -> Iterator[None]:
+def _owned(stage: Staging, lock: int) -> Iterator[Staging]:
     """What is locked is gone when the block ends, or kept and free for another conversion."""
     root = stage.path.parent
     try:
-        yield
+        yield stage
     finally:
         if not stage.keeping:
             _recover(root, stage.target)
         shutil.rmtree(root / FAULTS, ignore_errors=True)
         with suppress(OSError):
-            (root / _OWNER).unlink()
+            (root / OWNER).unlink()
             root.rmdir()
         os.close(lock)
 
@@ -216,72 +231,6 @@ def _no_room(target: Path) -> Iterator[None]:
         ) from error
 
 
-def check_target(
-    target: Path, *, overwrite: bool, is_file: bool, source: Path | None = None
-) -> None:
-    """Refuse a target that cannot or must not be written, before any work is done.
-
-    Raises:
-        TargetExistsError: It exists and may not be replaced.
-        TargetError: It is no place for a result.
-        SchemeError: It is a URL.
-    """
-    refuse_scheme(target)
-    target = Path(os.path.realpath(target))
-    if source is not None:
-        _check_apart(target, Path(os.path.realpath(source)))
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    if existing != target:
-        if not existing.is_dir():
-            raise _unfit(target, f"{existing} is not a directory")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise _unfit(target, f"{existing} is not writable by you")
-        return
-    if target.parent == target or target.is_mount():
-        raise _unfit(target, "it is a mount point, which cannot be renamed over")
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise _unfit(target, f"{target.parent} is not writable by you")
-    if target.is_dir() and target in (here := Path.cwd(), *here.parents):
-        raise _unfit(target, "it contains the current directory")
-    if target.is_dir() == is_file:
-        found, wanted = ("directory", "file") if is_file else ("file", "directory")
-        raise TargetExistsError(
-            f"the target is a {found}, but the result is a {wanted}",
-            [("target", target)],
-            hint="choose another name",
-        )
-    if not overwrite and (is_file or _holds_something(target)):
-        raise TargetExistsError(
-            "the target exists",
-            [("target", target)],
-            hint="pass --overwrite to replace it once the new one is complete",
-        )
-
-
-def _check_apart(target: Path, source: Path) -> None:
-    if target == source:
-        raise _unfit(target, "it is the source; the source is never changed")
-    if source in target.parents and target.exists():
-        raise _unfit(target, f"it is part of the source {source}, which is never changed")
-    if target in source.parents and target.exists():
-        raise _unfit(target, f"replacing it would remove the source {source}")
-
-
-def _unfit(target: Path, reason: str) -> TargetError:
-    return TargetError(
-        "the target cannot be written",
-        [("target", target), ("reason", reason)],
-        hint="choose another target",
-    )
-
-
-def _holds_something(target: Path) -> bool:
-    """Whether renaming over ``target`` would lose anything."""
-    if target.is_dir():
-        return next(target.iterdir(), None) is not None
-    return target.exists()
-
-
 def _claim(root: Path, target: Path, *, inherits: bool = False) -> int:
     """Create and lock the staging directory; the lock lasts as long as the returned fd.
 
@@ -296,10 +245,10 @@ def _claim(root: Path, target: Path, *, inherits: bool = False) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             try:
-                fd = os.open(root / _OWNER, flags | os.O_EXCL, 0o666)
+                fd = os.open(root / OWNER, flags | os.O_EXCL, 0o666)
             except FileExistsError:
                 is_new = False
-                fd = os.open(root / _OWNER, flags, 0o666)
+                fd = os.open(root / OWNER, flags, 0o666)
         except FileNotFoundError:
             continue
         except OSError:
@@ -313,7 +262,7 @@ def _claim(root: Path, target: Path, *, inherits: bool = False) -> int:
                 # Some network file systems have no locks; whoever created the file owns it then.
                 if error.errno == errno.EWOULDBLOCK or not (is_new or inherits):
                     raise _busy(fd, root, target) from error
-            if _is_same(fd, root / _OWNER):
+            if _is_same(fd, root / OWNER):
                 os.ftruncate(fd, 0)
                 with suppress(OSError):  # for people; a disk without a free byte is told later
                     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

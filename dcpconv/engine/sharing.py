@@ -32,10 +32,15 @@ def stretches(tensors: Iterable[tuple[Fill, ...]]) -> Iterator[Stretch]:
         tensors: Its fill on every side, all of as many elements.
     """
     for number, fills in enumerate(tensors):
-        boxes = tuple(map(Box, fills))
-        step = STRETCH // max(box.itemsize for box in boxes)
-        for start in range(0, max(1, fills[0].numel), step):
-            yield Stretch(number, boxes, start, min(start + step, fills[0].numel))
+        yield from stretches_of(number, fills, 0, fills[0].numel)
+
+
+def stretches_of(number: int, fills: tuple[Fill, ...], first: int, stop: int) -> Iterator[Stretch]:
+    """Elements ``first`` to ``stop`` of one tensor in stretches, one at least."""
+    boxes = tuple(map(Box, fills))
+    step = STRETCH // max(box.itemsize for box in boxes)
+    for start in range(first, max(first + 1, stop), step):
+        yield Stretch(number, boxes, start, min(start + step, stop))
 
 
 def share(

@@ -11,17 +11,21 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcpconv.core.dtypes import BY_LABEL
 from dcpconv.core.errors import FormatError
 from dcpconv.core.outline import Fill
 from dcpconv.core.printing import printable
 from dcpconv.plan.canonical import IDLE_AS_ZEROS, Canonical, canonical
+from dcpconv.plan.coverage import Target
 from dcpconv.plan.fills import fill_of
 from dcpconv.sources.understanding import Source
 from dcpconv.stores.json_files import read_json
 from dcpconv.stores.local import Sources
+
+if TYPE_CHECKING:
+    from dcpconv.plan.readers import Readers
 
 SCHEME = "dcpconv1"
 """Version of the definition; a digest of another version says nothing about one of this."""
@@ -152,6 +156,7 @@ def fingerprint_of(
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
     total: Callable[[int], None] | None = None,
+    ranks: Readers | None = None,
 ) -> Fingerprint:
     """Reads every tensor of a source once and digests it; memory does not grow with the model.
 
@@ -161,10 +166,12 @@ def fingerprint_of(
         jobs: Threads; as many as there are CPUs, 4 at most, by default.
         progress: Called from the threads with bytes read since its last call.
         total: Called with the bytes that will be read, before the first is.
+        ranks: The processes that read this together, each a share; all get the same.
 
     Raises:
         AmbiguousFamilyError: Several namings fit and lead to different bytes.
         LayoutError: Elements change places, and neither config nor shapes say where to.
+        RankError: The ranks do not read the same, or one of them is gone.
         FormatError: A file is missing, unreadable or too short.
         SourceChangedError: A file changed meanwhile.
     """
@@ -173,15 +180,28 @@ def fingerprint_of(
     known = known or canonical(source)
     if total is not None:
         total(sum(target.nbytes for target in known.targets))
-    with Sources.of(source.catalog) as sources:
-        found = digests(fills_of(known), sources=sources, jobs=jobs, progress=progress)
+    if ranks is not None:
+        targets = known.targets
+        found = ranks.digests(
+            len(targets),
+            lambda number: _fill_of(targets[number]),
+            catalog=source.catalog,
+            jobs=jobs,
+            progress=progress,
+        )
+    else:
+        with Sources.of(source.catalog) as sources:
+            found = digests(fills_of(known), sources=sources, jobs=jobs, progress=progress)
     return made_of(source, known, found)
 
 
 def fills_of(known: Canonical) -> Iterator[Fill]:
     """What every tensor consists of, in order."""
-    for target in known.targets:
-        yield fill_of(target, (0,) * len(target.shape), target.shape)
+    yield from map(_fill_of, known.targets)
+
+
+def _fill_of(target: Target) -> Fill:
+    return fill_of(target, (0,) * len(target.shape), target.shape)
 
 
 def made_of(source: Source, known: Canonical, digests: Iterable[bytes]) -> Fingerprint:

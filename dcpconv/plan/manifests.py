@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dcpconv.core.catalog import TensorEntry
 from dcpconv.plan.canonical import IDLE_AS_ZEROS, Canonical, canonical
@@ -20,6 +21,9 @@ from dcpconv.plan.fingerprints import (
 )
 from dcpconv.sources.opening import End, Openable
 from dcpconv.sources.understanding import Source
+
+if TYPE_CHECKING:
+    from dcpconv.plan.readers import Readers
 
 _ONLY_HEADERS = "names, shapes and types were compared; --data compares what the tensors hold"
 
@@ -46,6 +50,7 @@ def cover_manifest(
     data: bool,
     progress: Callable[[int], None] | None = None,
     total: Callable[[int], None] | None = None,
+    ranks: Readers | None = None,
 ) -> Coverage:
     """The account of a source against a manifest; true if everything agrees.
 
@@ -55,6 +60,7 @@ def cover_manifest(
         data: Read and digest every tensor whose name, shape and type agree.
         progress: As for ``fingerprint_of``.
         total: Likewise.
+        ranks: Likewise.
 
     Raises:
         FormatError: The manifest is none, or was edited; a tensor cannot be read.
@@ -81,7 +87,7 @@ def cover_manifest(
     is_read = data and not source.problems
     if is_read:
         some = replace(known, targets=(*whole, *idle))
-        made_again = fingerprint_of(source, some, progress=progress, total=total)
+        made_again = fingerprint_of(source, some, progress=progress, total=total, ranks=ranks)
         found = {tensor.name: tensor for tensor in made_again.tensors}
         changed = [
             _fault(target, f"{target.key} holds other values than the manifest says")

@@ -12,9 +12,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.core.catalog import Catalog
+from dcpconv.engine.worlds.seats import RankError
 from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.plan.fingerprints import MANIFEST
@@ -28,6 +29,9 @@ from dcpconv.runs.listing import LARGEST_TEXT, METADATA, Listing, list_step
 from dcpconv.sources.opening import parameters_of
 from dcpconv.sources.said import Said
 from dcpconv.sources.understanding import understand
+
+if TYPE_CHECKING:
+    from dcpconv.plan.readers import Readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,20 @@ class StepCheck:
 
 
 def verify_checkpoints(
-    run_dir: str | os.PathLike[str], *, deep: bool = False
+    run_dir: str | os.PathLike[str], *, deep: bool = False, ranks: Readers | None = None
 ) -> Iterator[StepCheck]:
     """Every step of a run with its problems, one after the other.
 
     Args:
         run_dir: The run.
         deep: Read the weights, too, and compare them with the fingerprint beside them.
+        ranks: The processes that read the weights together, each a share; all get the same.
 
     Raises:
+        RankError: The ranks do not see the same, or one of them is gone; when a step is asked for.
         NotACheckpointError: ``run_dir`` is a file, or cannot be read.
     """
-    return (verify_step(step, deep=deep) for step in find_checkpoints(run_dir))
+    return (verify_step(step, deep=deep, ranks=ranks) for step in find_checkpoints(run_dir))
 
 
 def verified(step: FoundStep) -> FoundStep:
@@ -75,8 +81,17 @@ def verified(step: FoundStep) -> FoundStep:
     return replace(step, problems=verify_step(step).problems)
 
 
-def verify_step(step: FoundStep, *, deep: bool = False) -> StepCheck:
-    """Opens the weights and everything beside them; never raises what a file made it raise."""
+def verify_step(step: FoundStep, *, deep: bool = False, ranks: Readers | None = None) -> StepCheck:
+    """Opens the weights and everything beside them; never raises what a file made it raise.
+
+    Args:
+        step: Where they are.
+        deep: As for ``verify_checkpoints``.
+        ranks: Likewise.
+
+    Raises:
+        RankError: The ranks do not see the same, or one of them is gone.
+    """
     problems = list(step.problems)
     notes: list[str] = []
     try:
@@ -93,13 +108,17 @@ def verify_step(step: FoundStep, *, deep: bool = False) -> StepCheck:
                 if dcp.is_dcp(path) and path != step.weights and not is_going:
                     problems += [f"{directory}: {why}" for why in _opening_problems(path)]
         if deep and step.form is not None and not problems:
-            _compare_contents(step, problems, notes)
+            _compare_contents(step, problems, notes, ranks)
+    except RankError:
+        raise
     except Exception as error:  # noqa: BLE001  files of strangers; the other steps still count
         problems.append(f"it cannot be read ({in_one_line(error)})")
     return StepCheck(step, tuple(dict.fromkeys(problems)), tuple(notes))
 
 
-def _compare_contents(step: FoundStep, problems: list[str], notes: list[str]) -> None:
+def _compare_contents(
+    step: FoundStep, problems: list[str], notes: list[str], ranks: Readers | None
+) -> None:
     """Reads the weights and compares them with the manifest of the time when they were saved."""
     places = (manifest_beside(step.path), manifest_beside(step.weights))
     manifest = next((place for place in places if place.is_file()), None)
@@ -107,7 +126,7 @@ def _compare_contents(step: FoundStep, problems: list[str], notes: list[str]) ->
         notes.append(f"no {MANIFEST} was written when it was saved: contents were not compared")
         return
     source = understand(step.weights, collects=True)
-    coverage = cover_manifest(source, manifest, data=True)
+    coverage = cover_manifest(source, manifest, data=True, ranks=ranks)
     problems += [f"{label}: {text}" for label, text in coverage.facts()]
 
 

@@ -31,7 +31,7 @@ from support.worlds.conversions import (
 
 SLOW = """
 import time
-from dcpconv.conversion.worlds.meeting import Meeting
+from dcpconv.engine.worlds.meeting import Meeting
 note = Meeting.note_done
 def slowly(meeting, record):
     note(meeting, record)
@@ -41,7 +41,7 @@ Meeting.note_done = slowly
 """A rank that takes its time after every piece that it has noted as done."""
 
 ELSEWHERE = """
-from dcpconv.conversion.worlds import meeting
+from dcpconv.engine.worlds import meeting
 meeting.process_space = lambda: "another host"
 """
 """A rank whose process nobody else can look up."""
@@ -102,9 +102,7 @@ def test_torchrun_ends_with_the_error_of_a_rank(source: Path, tmp_path: Path) ->
     fails = (
         "import os\nif os.environ['RANK'] == '1':\n    def note(*_): raise OSError(28, 'full')\n"
     )
-    fails += (
-        "    from dcpconv.conversion.worlds.meeting import Meeting\n    Meeting.note_done = note\n"
-    )
+    fails += "    from dcpconv.engine.worlds.meeting import Meeting\n    Meeting.note_done = note\n"
     program.write_text(script(before=fails))
     done = subprocess.run(
         [
@@ -146,7 +144,7 @@ def test_jobs_that_share_only_a_directory(
 
 def test_a_slow_rank_is_waited_for(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     """Longer than a silent one would be: it says that it is alive."""
-    patches = {**SMALL, "dcpconv.conversion.worlds.watching.LOST_AFTER": 1.0}
+    patches = {**SMALL, "dcpconv.engine.worlds.watching.LOST_AFTER": 1.0}
     slow = script(patches, before=ELSEWHERE + SLOW.format(seconds=0.3))
     found = report(ends(ranks(source, tmp_path / "out", [script(patches), slow])))
     slowest = max(found["shares"], key=lambda share: share["seconds"])
@@ -156,7 +154,7 @@ def test_a_slow_rank_is_waited_for(source: Path, whole: dict[str, bytes], tmp_pa
 
 
 def test_a_silent_rank_of_another_host_is_lost(source: Path, tmp_path: Path) -> None:
-    patches = {**SMALL, "dcpconv.conversion.worlds.watching.LOST_AFTER": 2.0}
+    patches = {**SMALL, "dcpconv.engine.worlds.watching.LOST_AFTER": 2.0}
     silent = script(patches, before=ELSEWHERE + SLOW.format(seconds=0.2))
     started = ranks(source, tmp_path / "out", [script(patches), silent])
     until(lambda: has_noted(tmp_path / "out", 2))
@@ -294,7 +292,7 @@ def test_a_rank_that_cannot_write_is_named(source: Path, tmp_path: Path) -> None
         ).returncode
     ):
         pytest.skip("no read-only mount of one's own can be made")
-    patches = {**SMALL, "dcpconv.conversion.worlds.watching.PATIENCE": 6.0}
+    patches = {**SMALL, "dcpconv.engine.worlds.watching.PATIENCE": 6.0}
     first = start(
         script(patches), *("convert", source, target, "--form", "dcp", "--rank", "0", "--of", "2")
     )

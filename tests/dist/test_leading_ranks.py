@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dcpconv import convert
-from dcpconv.conversion.worlds.meeting import read_beat
+from dcpconv.engine.worlds.meeting import read_beat
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import (
     ends,
@@ -25,7 +25,7 @@ from support.worlds.conversions import (
 
 LEAVES = """
 import os, signal, time
-from dcpconv.conversion.worlds.watching import Watch
+from dcpconv.engine.worlds.watching import Watch
 def leave(watch):
     while len(list(watch.meeting.path.glob("seat-*"))) < {come}:
         time.sleep(0.01)
@@ -37,8 +37,8 @@ Watch.wait = leave
 
 DIES = """
 import os, signal
-from dcpconv.conversion.worlds import watching
-from dcpconv.conversion.worlds.meeting import Meeting
+from dcpconv.engine.worlds import watching
+from dcpconv.engine.worlds.meeting import Meeting
 from dcpconv.engine import publish
 led = []
 claim = Meeting.claim_lead
@@ -131,6 +131,11 @@ def test_the_last_one_is_killed_too(
     assert target.exists() == (step in {"renamed", "told"})
     if target.exists():
         assert tree(target) == whole
+        assert staged(target).exists()
+        refused = ends([rank_of(source, target, script(), 0, 2)])
+        assert refused[0][0] == 2
+        assert "the target exists" in refused[0][2]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
         return
     again = ends(ranks(source, target, [script()] * 3))
     assert [code for code, _, _ in again] == [0, 0, 0], again
@@ -138,6 +143,29 @@ def test_the_last_one_is_killed_too(
     assert report["resumed"] == report["target"]["nbytes"]
     assert tree(target) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("form", ["dcp", "torch"])
+def test_a_publisher_that_has_told_the_verdict_is_killed(
+    form: str, source: Path, tmp_path: Path
+) -> None:
+    """The others have heard, and the next run has nothing to go on with."""
+    target = tmp_path / "out"
+    convert(source, tmp_path / "one", form=form)  # type: ignore[arg-type]  # one of two
+    expected = tree(tmp_path / "one")
+    dies = script(before=DIES.format(after=0).replace("led == [0]", "True") + STEPS["told"])
+    found = ends(ranks(source, target, [dies, script()], "--form", form))
+    assert [code for code, _, _ in found] == [-signal.SIGKILL, 0], found
+    assert tree(target) == expected
+    assert staged(target).exists()
+
+    again = ends(ranks(source, target, [script()] * 2, "--form", form, "--overwrite"))
+    assert [code for code, _, _ in again] == [0, 0], again
+    report = spoken(again)
+    assert report["resumed"] == 0
+    assert sum(report["moved"].values()) == report["target"]["nbytes"]
+    assert tree(target) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
 
 
 def test_an_old_target_is_exchanged_or_stays(

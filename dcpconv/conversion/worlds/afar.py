@@ -14,18 +14,19 @@ from typing import Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.report import RankShare
-from dcpconv.conversion.worlds import watching
-from dcpconv.conversion.worlds.faults import GoneRankError, from_record, to_record
-from dcpconv.conversion.worlds.look import compare, look_of
-from dcpconv.conversion.worlds.meeting import Meeting, State
+from dcpconv.conversion.worlds.look import look_of
 from dcpconv.conversion.worlds.results import SharedResult, added_up
-from dcpconv.conversion.worlds.seats import RankError, Seat, host
-from dcpconv.conversion.worlds.torchrun import meet
-from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.engine import cutting
 from dcpconv.engine.execute import execute
 from dcpconv.engine.placing import Ground, placing
 from dcpconv.engine.uploading import Uploads
+from dcpconv.engine.worlds import watching
+from dcpconv.engine.worlds.faults import GoneRankError, from_record, to_record
+from dcpconv.engine.worlds.look import compare
+from dcpconv.engine.worlds.meeting import Meeting, State
+from dcpconv.engine.worlds.seats import RankError, Seat, host
+from dcpconv.engine.worlds.torchrun import meet
+from dcpconv.engine.worlds.watching import Watch
 from dcpconv.stores.remote import RemotePath
 
 _GROUND, _PLAN = "ground", "plan"
@@ -264,4 +265,5 @@ def met(seat: Seat, target: RemotePath) -> Afar:
         DcpconvError: torchrun did not start this process as that rank.
         GoneRankError: Nobody answers where it says that the ranks meet.
     """
-    return Afar(meet(seat, target), target)
+    hint = "torchrun --nproc-per-node N -m dcpconv convert SRC DST, without --rank and --of"
+    return Afar(meet(seat, "write into a store", target, hint=hint), target)

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from dcpconv.conversion.deciding import Decided
-from dcpconv.conversion.worlds import watching
-from dcpconv.conversion.worlds.early import this_start
-from dcpconv.conversion.worlds.faults import GoneRankError, is_told, to_record
-from dcpconv.conversion.worlds.meeting import Meeting, State
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
 from dcpconv.conversion.worlds.reading_back import require_digests
 from dcpconv.conversion.worlds.results import added_up
-from dcpconv.conversion.worlds.seats import host
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.publish import Staging, inherited
+from dcpconv.engine.worlds import watching
+from dcpconv.engine.worlds.early import this_start
+from dcpconv.engine.worlds.faults import GoneRankError, is_told, to_record
+from dcpconv.engine.worlds.meeting import Meeting, State
+from dcpconv.engine.worlds.seats import host
 
 
 class Lead:

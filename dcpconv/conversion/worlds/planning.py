@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcpconv.conversion.deciding import Decided
-from dcpconv.conversion.worlds import watching
-from dcpconv.conversion.worlds.early import this_start
-from dcpconv.conversion.worlds.faults import GoneRankError
-from dcpconv.conversion.worlds.look import Look
-from dcpconv.conversion.worlds.meeting import Beat, read_beat, read_done, read_record
-from dcpconv.conversion.worlds.seats import RankError, Seat, host
 from dcpconv.core.outline import Outline
 from dcpconv.engine import cutting
 from dcpconv.engine.copying import OutDirectory, shares_blocks
 from dcpconv.engine.cutting import OutPiece
 from dcpconv.engine.publish import SHARES, Staging
 from dcpconv.engine.space import check_space, spared, writes_anywhere
+from dcpconv.engine.worlds import watching
+from dcpconv.engine.worlds.early import this_start
+from dcpconv.engine.worlds.faults import GoneRankError
+from dcpconv.engine.worlds.look import Look
+from dcpconv.engine.worlds.meeting import Beat, read_beat, read_done, read_record
+from dcpconv.engine.worlds.seats import RankError, Seat, host
 from dcpconv.families.side_files import disk_nbytes
 
 if TYPE_CHECKING:
@@ -117,13 +117,15 @@ def prepare(decided: Decided, stage: Staging, look: Look, seat: Seat) -> Plan:
         pieces = old.pieces(outline)
         notes = read_done(path.parent / SHARES)
         found = {*old.done, *(index for note in notes for index in note["pieces"])}
+        done = sorted(index for index in found if is_there[pieces[index].file])
         plan = replace(
             old,
             token=token,
             run=seat.run,
             of=seat.size,
-            done=sorted(index for index in found if is_there[pieces[index].file]),
-            before=[*old.before, *(note["moved"] for note in notes)],
+            done=done,
+            # What has been published by now is not there.
+            before=[*old.before, *(note["moved"] for note in notes)] if done else [],
             digests={**old.digests, **{k: v for note in notes for k, v in note["digests"].items()}},
         )
         reserved += sum(_occupied(path / file.name) for file in outline.files)

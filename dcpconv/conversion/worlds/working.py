@@ -13,11 +13,8 @@ from typing import Any
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.report import RankShare
 from dcpconv.conversion.request import guarded
-from dcpconv.conversion.worlds.early import this_start
-from dcpconv.conversion.worlds.faults import is_told, to_record
 from dcpconv.conversion.worlds.leading import Lead, writing
-from dcpconv.conversion.worlds.look import compare, look_of
-from dcpconv.conversion.worlds.meeting import Meeting, forget_others, set_up, write_record
+from dcpconv.conversion.worlds.look import look_of
 from dcpconv.conversion.worlds.planning import (
     Plan,
     is_led_by_another,
@@ -28,13 +25,17 @@ from dcpconv.conversion.worlds.planning import (
 )
 from dcpconv.conversion.worlds.reading_back import digests_of
 from dcpconv.conversion.worlds.results import SharedResult
-from dcpconv.conversion.worlds.seats import RankError, Seat, host
-from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.engine import cutting
 from dcpconv.engine.copying import write_error
 from dcpconv.engine.cutting import OutPiece
 from dcpconv.engine.execute import Moved, execute, together
 from dcpconv.engine.publish import RESULT, SHARES, staging, staging_directory
+from dcpconv.engine.worlds.early import this_start
+from dcpconv.engine.worlds.faults import is_told, to_record
+from dcpconv.engine.worlds.look import compare
+from dcpconv.engine.worlds.meeting import Meeting, forget_others, set_up, write_record
+from dcpconv.engine.worlds.seats import RankError, Seat, host
+from dcpconv.engine.worlds.watching import Watch
 
 
 def write_shared(

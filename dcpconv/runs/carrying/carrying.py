@@ -11,8 +11,9 @@ from typing import Final
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.engine.execute import execute
-from dcpconv.engine.publish import check_target, staging
+from dcpconv.engine.publish import staging
 from dcpconv.engine.space import block_size, check_space
+from dcpconv.engine.targets import check_target
 from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap, keymaps, resolve_family
 from dcpconv.families.side_files import SideFile, SideFiles, carried, disk_nbytes, generated

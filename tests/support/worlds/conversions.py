@@ -22,10 +22,10 @@ from support.checkpoints.check_cases import llama_shapes, write_hf
 SMALL: Mapping[str, float] = {
     "dcpconv.engine.cutting.SMALLEST": 4096,
     "dcpconv.engine.cutting.STEP": 16384,
-    "dcpconv.conversion.worlds.watching.BEAT": 0.05,
-    "dcpconv.conversion.worlds.watching.FAREWELL": 2.0,
-    "dcpconv.conversion.worlds.watching.LOST_AFTER": 30.0,
-    "dcpconv.conversion.worlds.watching.PATIENCE": 120.0,
+    "dcpconv.engine.worlds.watching.BEAT": 0.05,
+    "dcpconv.engine.worlds.watching.FAREWELL": 2.0,
+    "dcpconv.engine.worlds.watching.LOST_AFTER": 30.0,
+    "dcpconv.engine.worlds.watching.PATIENCE": 120.0,
 }
 """Shares and waits for results of a few hundred kilobytes."""
 

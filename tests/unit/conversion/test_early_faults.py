@@ -11,12 +11,12 @@ import pytest
 
 from dcpconv import convert
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.worlds import early
-from dcpconv.conversion.worlds.faults import GoneRankError
-from dcpconv.conversion.worlds.meeting import Meeting
-from dcpconv.conversion.worlds.seats import Seat
 from dcpconv.core.errors import DcpconvError, NoSpaceError
 from dcpconv.engine.publish import FAULTS, staging_directory
+from dcpconv.engine.worlds import early
+from dcpconv.engine.worlds.faults import GoneRankError
+from dcpconv.engine.worlds.meeting import Meeting
+from dcpconv.engine.worlds.seats import Seat
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, until
 

@@ -15,12 +15,12 @@ import pytest
 
 from dcpconv import convert
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.worlds.faults import GoneRankError
 from dcpconv.conversion.worlds.leading import Lead
-from dcpconv.conversion.worlds.meeting import Meeting, State, read_beat
-from dcpconv.conversion.worlds.watching import Watch
 from dcpconv.core.errors import TargetExistsError
 from dcpconv.engine.publish import SHARES, Staging, inherited, staging, staging_directory
+from dcpconv.engine.worlds.faults import GoneRankError
+from dcpconv.engine.worlds.meeting import Meeting, State, read_beat
+from dcpconv.engine.worlds.watching import Watch
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, tree
 

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dcpconv import convert
 from dcpconv.conversion.convert import Progress
 from dcpconv.conversion.report import ConversionReport
-from dcpconv.conversion.worlds.faults import GoneRankError
-from dcpconv.conversion.worlds.meeting import Meeting, State
-from dcpconv.conversion.worlds.seats import RankError, host
 from dcpconv.core.errors import DcpconvError, NoSpaceError, SourceChangedError, TargetExistsError
 from dcpconv.engine.publish import RESULT
+from dcpconv.engine.worlds.faults import GoneRankError
+from dcpconv.engine.worlds.meeting import Meeting, State
+from dcpconv.engine.worlds.seats import RankError, host
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, tree
 
@@ -98,7 +100,7 @@ def test_a_rank_that_is_taken_is_refused(source: Path, tmp_path: Path) -> None:
 def test_one_that_does_not_come_is_named(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcpconv.conversion.worlds.watching.PATIENCE", 0.5)
+    monkeypatch.setattr("dcpconv.engine.worlds.watching.PATIENCE", 0.5)
     with pytest.raises(GoneRankError, match="rank 1 has not come"):
         convert(source, tmp_path / "out", rank=0, of=2)
     with pytest.raises(GoneRankError, match="rank 0 has not come"):
@@ -131,7 +133,7 @@ def test_where_files_are_written_whole(
 def test_what_one_rank_raises_all_raise(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dcpconv.conversion.worlds.meeting import Meeting
+    from dcpconv.engine.worlds.meeting import Meeting
 
     note = Meeting.note_done
 
@@ -163,9 +165,19 @@ def test_a_target_that_exists_is_refused_by_all(source: Path, tmp_path: Path) ->
     assert left(tmp_path) == ["out", "source"]
 
 
-def test_torchs_own_engine_is_for_one_process(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="one process"):
+def test_torchs_own_engine_is_for_one_process(tmp_path: Path) -> None:
+    """What it makes of a file that only torch reads, all ranks go on with, as the hint says."""
+    source, state = tmp_path / "old.pth", {"a": torch.randn(90, 70), "b": torch.randn(50)}
+    torch.save(state, source, _use_new_zipfile_serialization=False)
+    with pytest.raises(RankError, match="for one process") as caught:
         convert(source, tmp_path / "out", rank=0, of=2, engine="torch")
+    assert "`dcpconv convert SRC MADE --engine torch` in one process" in str(caught.value)
+    convert(source, tmp_path / "made", engine="torch")
+    found = in_threads(tmp_path / "made", tmp_path / "out", 2, form="hf", to="stored")
+    assert all(isinstance(one, ConversionReport) for one in found), found
+    made = load_file(tmp_path / "out/model.safetensors")
+    assert made.keys() == state.keys()
+    assert all(torch.equal(made[key], state[key]) for key in state)
 
 
 def test_rank_0_takes_the_fingerprint(source: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ import pytest
 from dcpconv.core.errors import NoSpaceError, TargetExistsError
 from dcpconv.engine import exchanging
 from dcpconv.engine.exchanging import exchange
-from dcpconv.engine.publish import TargetError, check_target, staging
+from dcpconv.engine.publish import staging
 from dcpconv.engine.space import check_space
+from dcpconv.engine.targets import TargetError, check_target
 from support.machine.mounts import tmpfs
 
 OLD, NEW = {"weights": b"old", "sub/x": b"old too"}, {"weights": b"new", ".metadata": b"commit"}

@@ -45,7 +45,7 @@ TORCH = frozenset(
         *("engine/cast.py", "engine/merging.py", "engine/rows.py"),
         *("engine/sketching.py", "engine/tensors.py"),
         *("loading", "conversion/torch_engine.py", "conversion/saving"),
-        "conversion/worlds/torchrun.py",
+        "engine/worlds/torchrun.py",
     }
 )
 """What works on tensors, and so may import torch when it is imported."""

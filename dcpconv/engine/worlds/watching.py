@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcpconv.conversion.worlds.early import this_start
-from dcpconv.conversion.worlds.faults import GoneRankError, from_record
-from dcpconv.conversion.worlds.meeting import Beat, Meeting
 from dcpconv.core.errors import DcpconvError
+from dcpconv.engine.worlds.early import this_start
+from dcpconv.engine.worlds.faults import GoneRankError, from_record
+from dcpconv.engine.worlds.meeting import Beat, Meeting
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -6,8 +6,8 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from dcpconv.conversion.worlds.seats import RankError
 from dcpconv.core.errors import DcpconvError
+from dcpconv.engine.worlds.seats import RankError
 
 
 class GoneRankError(RankError):

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dcpconv.conversion.worlds.seats import RankError, Seat, host, process_space, started
 from dcpconv.engine.copying import write_error
+from dcpconv.engine.worlds.seats import RankError, Seat, host, process_space, started
 
 State = Literal["working", "done", "failed", "published", "left"]
 

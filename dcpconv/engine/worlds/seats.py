@@ -39,14 +39,22 @@ class Seat:
     def require_streaming(self, *, by_torch: bool) -> None:
         """Only the streaming engine can write a part of a result.
 
+        torch reads the whole model into every process, and its planner gives every rank a file of
+        its own, so that the bytes would follow from the number of ranks.
+
         Raises:
             RankError: The other one was asked for.
+
+        Source:
+            torch 2.13 ``distributed/checkpoint/filesystem.py``, ``prepare_global_plan``: rank N
+            writes ``__N_0.distcp``.
         """
         if by_torch:
             raise RankError(
-                "the torch engine holds the whole model in one process",
+                "--engine torch is for one process: torch reads the whole model into it",
                 [("rank", f"{self.rank} of {self.size}")],
-                hint="run it as one process; many can convert its result further",
+                hint="`dcpconv convert SRC MADE --engine torch` in one process, without torchrun;"
+                " then convert MADE with all ranks",
             )
 
 

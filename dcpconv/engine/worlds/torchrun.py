@@ -17,13 +17,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from dcpconv.conversion.worlds.faults import GoneRankError
-from dcpconv.conversion.worlds.meeting import Beat, Meeting
-from dcpconv.conversion.worlds.seats import Seat
 from dcpconv.core.errors import DcpconvError
+from dcpconv.engine.worlds.faults import GoneRankError
+from dcpconv.engine.worlds.meeting import Beat, Meeting
+from dcpconv.engine.worlds.seats import Seat
 
 _MEETINGS = count()
 """Of this process; ranks meet in the same order."""
+
+_LARGEST = 4 << 20
+"""Bytes of a record that are set at a time; the store hangs up on a client that sends more than 8
+MiB (``MAX_PAYLOAD_LEN`` in ``TCPStoreLibUvBackend.cpp``)."""
 
 
 class StoreMeeting(Meeting):
@@ -43,14 +47,20 @@ class StoreMeeting(Meeting):
         self._store = store
 
     def put(self, name: str, record: dict[str, Any]) -> None:
+        text = json.dumps(record).encode()
+        first, *others = (text[at : at + _LARGEST] for at in range(0, len(text), _LARGEST))
         with _lost():
-            self._store.set(name, json.dumps(record).encode())
+            for number, part in enumerate(others, 1):
+                self._store.set(f"{name}/{number}", part)
+            self._store.set(name, b"%d %s" % (len(others), first))
 
     def get(self, name: str) -> dict[str, Any] | None:
         with _lost():
             if not self._store.check([name]):  # without it, the store waits for the key
                 return None
-            record: dict[str, Any] = json.loads(self._store.get(name))
+            others, _, text = self._store.get(name).partition(b" ")
+            parts = [self._store.get(f"{name}/{at}") for at in range(1, int(others) + 1)]
+            record: dict[str, Any] = json.loads(b"".join([text, *parts]))
             return record
 
     def _take(self, name: str) -> None:
@@ -79,12 +89,14 @@ def _lost() -> Iterator[None]:
         ) from error
 
 
-def meet(seat: Seat, target: Path) -> StoreMeeting:
+def meet(seat: Seat, what: str, place: object, *, hint: str) -> StoreMeeting:
     """The meeting of the processes that torchrun started with this one.
 
     Args:
         seat: Which rank this is.
-        target: Where the result goes.
+        what: What they do together, for people: ``write into a store``.
+        place: Where they do it.
+        hint: The command that starts them.
 
     Raises:
         DcpconvError: torchrun did not start this process as that rank.
@@ -94,9 +106,9 @@ def meet(seat: Seat, target: Path) -> StoreMeeting:
     told = environment.get("RANK"), environment.get("WORLD_SIZE")
     if "TORCHELASTIC_RUN_ID" not in environment or told != (str(seat.rank), str(seat.size)):
         raise DcpconvError(
-            "several processes write into a store only if torchrun has started them",
-            [("target", target), ("rank", f"{seat.rank} of {seat.size}")],
-            hint="torchrun --nproc-per-node N -m dcpconv convert SRC DST, without --rank and --of",
+            f"several processes {what} only if torchrun has started them",
+            [("path", place), ("rank", f"{seat.rank} of {seat.size}")],
+            hint=hint,
         )
     from torch.distributed.distributed_c10d import PrefixStore  # noqa: PLC0415 - slow import
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415 - likewise

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dcpconv.conversion.worlds.faults import GoneRankError, from_record, named, to_record
-from dcpconv.conversion.worlds.seats import ALONE, RankError, Seat, find_seat, started
 from dcpconv.core.errors import DcpconvError, NoSpaceError
+from dcpconv.engine.worlds.faults import GoneRankError, from_record, named, to_record
+from dcpconv.engine.worlds.seats import ALONE, RankError, Seat, find_seat, started
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "job",

@@ -16,11 +16,12 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from dcpconv.conversion.worlds.faults import GoneRankError, from_record, is_told, to_record
-from dcpconv.conversion.worlds.meeting import read_record, write_record
-from dcpconv.conversion.worlds.seats import Seat, host
 from dcpconv.core.errors import TargetExistsError
-from dcpconv.engine.publish import FAULTS, TargetError, staging_directory
+from dcpconv.engine.publish import FAULTS, staging_directory
+from dcpconv.engine.targets import TargetError
+from dcpconv.engine.worlds.faults import GoneRankError, from_record, is_told, to_record
+from dcpconv.engine.worlds.meeting import read_record, write_record
+from dcpconv.engine.worlds.seats import Seat, host
 from dcpconv.stores.schemes import is_remote
 
 GRACE = 5.0
