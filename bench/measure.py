@@ -70,11 +70,16 @@ class Result:
     note: str = ""
 
 
+def as_installed() -> dict[str, str]:
+    """The environment in which the package has its bytecode, as an installed one does; where
+    writing it is switched off, every run compiles."""
+    names = os.environ.keys() - {"PYTHONDONTWRITEBYTECODE"}
+    return {name: os.environ[name] for name in names}
+
+
 def run_python(code: str, *arguments: str | os.PathLike[str]) -> Cost:
     """Runs Python code in a fresh interpreter; ``sys.argv[1:]`` are the arguments."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
-    # An installed package has its bytecode; where writing it is switched off, every run compiles.
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment = {**as_installed(), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as log:
         started = time.perf_counter()
         process = subprocess.Popen(  # noqa: S603  our own interpreter

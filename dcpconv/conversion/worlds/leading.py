@@ -15,7 +15,6 @@ from typing import Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
-from dcpconv.conversion.worlds.reading_back import require_digests
 from dcpconv.conversion.worlds.results import added_up
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
@@ -121,8 +120,12 @@ class Lead:
         if not _is_published(decided.outline, stage):
             _require_sizes(decided.outline, stage.path)
             if self.reads_back:
+                from dcpconv.conversion.worlds import reading_back  # noqa: PLC0415 - few ask
+
                 by_rank = [self.plan.digests, *(end["digests"] for end in ends)]
-                require_digests(decided.outline, pieces, by_rank, stage.path, jobs=jobs)
+                reading_back.require_digests(
+                    decided.outline, pieces, by_rank, stage.path, jobs=jobs
+                )
             beside = [(file.name, file.read()) for file in decided.side.files]
             # What lies in the staging directory after the exchange is the old target.
             stage.publish(

@@ -23,7 +23,6 @@ from dcpconv.conversion.worlds.planning import (
     unfinished,
     wait_for_plan,
 )
-from dcpconv.conversion.worlds.reading_back import digests_of
 from dcpconv.conversion.worlds.results import SharedResult
 from dcpconv.engine import cutting
 from dcpconv.engine.copying import write_error
@@ -196,7 +195,11 @@ def _work(
                 stints=stints,
                 made=None if plan.whole else fd,
             )
-            digests = digests_of(outline, pieces, indices, fd) if reads_back else {}
+            digests: dict[str, str] = {}
+            if reads_back:
+                from dcpconv.conversion.worlds import reading_back  # noqa: PLC0415 - few ask
+
+                digests = reading_back.digests_of(outline, pieces, indices, fd)
             note = {"pieces": indices, "moved": asdict(moved), "digests": digests}
             watch.meeting.note_done(note)
             taken |= digests

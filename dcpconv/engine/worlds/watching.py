@@ -239,13 +239,13 @@ def _gone(beat: Beat, rank: int, silent: float, meeting: Meeting) -> GoneRankErr
 
 
 def pauses() -> Iterator[None]:
-    """Wait again and again: shortly where the others are as fast, and no longer than for a sign of
-    life, which a file server is asked for by all ranks."""
+    """Wait again and again: each time for a twentieth of what has been waited, and no longer than
+    for a sign of life, which a file server is asked for by all ranks."""
     pause = 0.01
     while True:
         yield
         time.sleep(min(pause, BEAT))
-        pause *= 1.2
+        pause *= 1.05
 
 
 def wait_for_farewell(meeting: Meeting) -> bool:
