@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ def look_of(decided: Decided) -> Look:
     path = catalog.path.resolve()
     # Unpacked items lie where this process has put them, and are of now.
     is_theirs = path == source.parent or path.is_relative_to(source)
-    options = {name: str(value) for name, value in asdict(wanted).items() if name != "path"}
+    options = {one.name: str(getattr(wanted, one.name)) for one in fields(wanted)}
     return {
         "sources": {
             file: [size, _mark(path / file, mtime) if is_theirs else str(size)]
             for file, (_, _, size, mtime) in sorted(catalog.identities.items())
         },
-        "options": {name: value for name, value in options.items() if name != "overwrite"},
+        "options": {k: v for k, v in options.items() if k not in {"path", "overwrite"}},
         "files": {file.name: _digest(file) for file in decided.outline.files},
     }
 
