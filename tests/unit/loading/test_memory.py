@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import convert, load_init_weights, save_weights
 from dcpconv.core.errors import DcpconvError
@@ -57,7 +57,7 @@ def test_weights_that_are_gathered_in_fp8_are_loaded_and_saved(
 def test_a_dcp_of_weights_that_are_gathered_in_fp8(tmp_path: Path, saved: Path) -> None:
     model = gathered_in_fp8(device="cpu")
     load_init_weights(model, saved)
-    dcp.save(model.state_dict(), checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
     convert(tmp_path / "dcp", tmp_path / "out", form="hf")
 
     right, found = load_file(saved), load_file(tmp_path / "out" / "model.safetensors")
