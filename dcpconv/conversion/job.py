@@ -212,6 +212,7 @@ class Job:
                 f"{len(coverage.kept)} keys that {coverage.source} does not list are kept as"
                 f" stored: {some}"
             )
+        notes.extend(self.wanted.without_effect(self.form))
         notes.extend(metadata.lost(self.aim, is_one_file=self.is_one_file))
         dropped = [] if self.keeps_nesting else [*self.aim.weights.rest]
         if dropped:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from dcpconv.core.catalog import Form
 from dcpconv.core.dtypes import BY_LABEL, DType, dtype_named
@@ -26,6 +26,16 @@ _IN_RANKS = frozenset({"meta", "meta-llama4", "meta-memory-llama4"})
 """Namings that Meta's own code reads from one file per rank."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+_EFFECT: Final = {
+    "chunks": "only a dcp result is cut into row chunks",
+    "model_parallel": "only a torch result in the naming meta has a file per rank",
+    "max_file_size": "a torch result is one file",
+    "root": "an hf result has no container",
+    "cast_all": "without a dtype nothing is cast",
+}
+"""Which results an option is for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,19 @@ class Wanted:
                 [("target", self.path)],
                 hint=f"leave it out: `dcpconv fingerprint {self.path}` takes one of the result",
             )
+
+    def without_effect(self, form: Form) -> list[str]:
+        """What was asked for and means nothing for a result of this form, one sentence each."""
+        asked = {
+            "chunks": self.chunks > 1 and form != "dcp",
+            "model_parallel": self.model_parallel > 1 and self.ranks(form) == 1,
+            "max_file_size": self.max_file_size is not None and form == "torch",
+            "root": bool(self.root) and form == "hf",
+            "cast_all": self.cast_all and self.dtype is None,
+        }
+        return [
+            f"{name} has no effect: {_EFFECT[name]}" for name, is_idle in asked.items() if is_idle
+        ]
 
     def is_one_file(self, form: Form) -> bool:
         """Whether the result is a file and not a directory."""

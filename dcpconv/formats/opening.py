@@ -79,6 +79,10 @@ def _open(path: Path, problems: list[str] | None, parameters: FindParameters | N
         return torch_checkpointing.read_catalog(path)
     if safetensors.is_hf(path):
         return _with_masters_noted(safetensors.read_catalog(path, problems=problems), path)
+    if path.suffix == ".distcp":  # the items in it are torch.save archives, each on its own
+        from dcpconv.formats.strangers import explain  # noqa: PLC0415
+
+        raise explain(path)
     from dcpconv.formats import ranks, torchfile  # noqa: PLC0415
 
     if (found := ranks.read_catalog(path, problems, parameters)) is not None:

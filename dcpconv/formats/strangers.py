@@ -45,7 +45,12 @@ _MAGIC: Final = (
 
 def explain(path: Path) -> NotACheckpointError:
     """The error for a path that exists and holds no checkpoint."""
-    found, hint = _file(path) if not path.is_dir() else (_contents(path), _hint(path))
+    if path.is_dir():
+        found, hint = _contents(path), _hint(path)
+    else:
+        found, hint = _file(path)
+        if _is_one(path.parent):
+            hint = f"it is part of a checkpoint; name the directory: {path.parent}"
     return NotACheckpointError(
         "this is no checkpoint of a form we know",
         [

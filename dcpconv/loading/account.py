@@ -80,6 +80,8 @@ class Account:
         ignored: Names on either side that the caller said to pass over, or the table drops.
         scaled: FQNs that would get elements of another dtype than the model's without the factors
             that belong to them.
+        doubles: ``(FQN that is loaded, other FQN)`` of tensors that are one in the model and two in
+            the source.
     """
 
     chosen: tuple[tuple[Place, str], ...]
@@ -88,6 +90,7 @@ class Account:
     misshapen: tuple[Fault, ...]
     ignored: tuple[Fault, ...]
     scaled: tuple[Fault, ...]
+    doubles: tuple[tuple[str, str], ...] = ()
 
 
 def offer_of(supply: Supply, source: str) -> Offer:
@@ -143,6 +146,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
     missing: list[Fault] = []
     misshapen = list(offer.misshapen)
     scaled: list[Fault] = []
+    doubles: list[tuple[str, str]] = []
     ignored = list(offer.ignored)
     faults = {fault.key: fault for fault in offer.missing}
     used: set[str] = set()
@@ -179,6 +183,9 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
             used.update(one.factors)
         else:
             chosen.append((place, fqn))
+            doubles.extend(
+                (fqn, name) for name in had if offer.tensors[name].sources != one.sources
+            )
     unexpected: dict[str, str] = {}
     for fault in offer.unknown:
         if fault.key not in used:
@@ -203,6 +210,7 @@ def match(wanted: Sequence[Place], offer: Offer, *, ignore: Sequence[str] = ()) 
         tuple(misshapen),
         tuple(ignored),
         tuple(scaled),
+        tuple(doubles),
     )
 
 

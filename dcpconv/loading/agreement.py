@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from dcpconv.core.errors import DcpconvError
 from dcpconv.engine.tensors import dtype_of
@@ -24,7 +25,9 @@ from dcpconv.formats.collecting import without_garbage_collection
 from dcpconv.loading.account import Offer, match, offer_of, offered_as
 from dcpconv.loading.buffers import Restored, restore_buffers
 from dcpconv.loading.catalogs import Opened, Seen, look, require_alike
+from dcpconv.loading.doubles import with_doubles
 from dcpconv.loading.entries import entries
+from dcpconv.loading.memory import require_fillable
 from dcpconv.loading.model import Place, home_of, places, reshard
 from dcpconv.loading.regions import Need, needs_of
 from dcpconv.loading.shares import place_in, share_out
@@ -91,8 +94,8 @@ def agree(
     for one in adapters:
         if not isinstance(one, Exception):
             require_alike(one, world)
-    unexpected = judge(agreement, request, world)
-    agreement = replace(agreement, unexpected=unexpected)
+    agreement = with_doubles(agreement, request, world)
+    agreement = replace(agreement, unexpected=judge(agreement, request, world))
     if request.by_state_dict:
         return agreement
     shares = share_out(
@@ -125,6 +128,7 @@ def _with_addition(agreement: Agreement, addition: Addition) -> Agreement:
 def _look_at_model(model: nn.Module, request: LoadRequest) -> tuple[tuple[Place, ...], Restored]:
     reshard(model)
     found = [place for place in places(model) if place.is_parameter or place.is_persistent]
+    require_fillable((one.fqn, one.tensor) for one in found if is_lazy(one.tensor))
     restored = restore_buffers(model, request.device or home_of(model))
     return entries(model, tuple(found)) if request.by_state_dict else tuple(found), restored
 
@@ -195,6 +199,8 @@ def _account(
     account = match(found, offer, ignore=request.ignore)
     needs: list[Need] = []
     casts: Counter[tuple[str, str]] = Counter()
+    if not request.by_state_dict:
+        require_fillable((place.fqn, place.tensor) for place, _ in account.chosen)
     for place, key in account.chosen:
         if not request.by_state_dict:
             needs.extend(needs_of(place, key))

@@ -67,7 +67,7 @@ def restore_buffers(model: nn.Module, device: torch.device) -> Restored:
             continue
         for name in meta:
             _materialise(module, name, device)
-        before = {name: (id(t := _buffer(module, name)), t._version) for name in names}  # noqa: SLF001
+        before = {name: _state_of(_buffer(module, name)) for name in names}
         for way in _ways(module, initialise):
             with torch.no_grad(), _weights_aside(module) if has_weights else nullcontext():
                 way()
@@ -133,7 +133,7 @@ def _computed_above(model: nn.Module, names: list[str]) -> tuple[str, ...]:
         prefix, _, buffer = name.rpartition(".")
         tensor = _buffer(modules[f"{prefix}." if prefix else ""], buffer)
         if not tensor.is_meta:
-            before[name] = (id(tensor), tensor._version)  # noqa: SLF001
+            before[name] = _state_of(tensor)
             around |= {prefix for prefix in modules if name.startswith(prefix)}
     for prefix in sorted(around, key=len, reverse=True):
         module = modules[prefix]
@@ -186,9 +186,15 @@ def _materialise(module: nn.Module, name: str, device: torch.device) -> None:
     module._buffers[name] = empty  # noqa: SLF001
 
 
+def _state_of(buffer: Tensor) -> tuple[int, int]:
+    """Another where the buffer is another or was written; torch counts no writes to what was made
+    in inference mode."""
+    return id(buffer), 0 if buffer.is_inference() else buffer._version  # noqa: SLF001
+
+
 def _is_written(module: nn.Module, name: str, before: tuple[int, int]) -> bool:
     buffer = _buffer(module, name)
-    if buffer.is_meta or (id(buffer), buffer._version) == before:  # noqa: SLF001
+    if buffer.is_meta or _state_of(buffer) == before:
         return False
     return not bool(buffer.isnan().any())
 

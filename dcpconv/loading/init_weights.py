@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,13 @@ from dcpconv.loading.report import LoadReport
 from dcpconv.loading.reporting import report_of
 from dcpconv.loading.stock_path import load_by_state_dict
 from dcpconv.loading.supply import Options
-from dcpconv.loading.terms import LoadEngine, LoadRequest, ReadMode
+from dcpconv.loading.terms import (
+    LoadEngine,
+    LoadRequest,
+    ReadMode,
+    require_module,
+    require_one_of,
+)
 from dcpconv.loading.world import World
 from dcpconv.sources.adapters.naming import adapter_names
 from dcpconv.sources.said import parse_allowed
@@ -139,13 +145,24 @@ def load_init_weights(
         dequantize=dequantize,
         adapters=adapter_names(adapter),
     )
-    if (
-        dtype not in {"model", "source"}
-        or read not in {"auto", "all", "host", "once", "rank0"}
-        or engine not in {"auto", "direct", "torch"}
-    ):
-        raise ValueError(f"{dtype=}, {read=}, {engine=}: see load_init_weights.__doc__")
+    require_module(model)
+    require_one_of("dtype", dtype, "model", "source")
+    require_one_of("read", read, *get_args(ReadMode))
+    require_one_of("engine", engine, *get_args(LoadEngine))
     world = World.of(process_group, load=os.fspath(source))
+    world.require_same(
+        {
+            "to": to,
+            "from_": from_,
+            "spec": options.spec,
+            "allow": sorted(options.allow),
+            "dequantize": dequantize,
+            "strict": strict,
+            "dtype": dtype,
+            "read": read,
+            "engine": engine,
+        }
+    )
     reason = own_state_dict(model)
     if engine == "auto":
         reason = next((told for _, told in world.distinct(reason)), "")

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dcpconv.loading.memory import inner
 from dcpconv.sources.fitting import WRAPPERS
 
 
@@ -106,7 +107,7 @@ class Place:
         if self.flat is not None:
             return self.flat.local
         tensor = self.tensor.detach()
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return inner(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def places(model: nn.Module) -> tuple[Place, ...]:

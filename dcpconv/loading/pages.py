@@ -19,6 +19,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dcpconv.loading.memory import inner
+
 SIZE = 2 << 20
 """Bytes of a huge page on x86-64 and on arm64 with pages of 4 KiB."""
 
@@ -35,7 +37,7 @@ def use_huge_pages(tensor: Tensor) -> bool:
     Returns:
         Whether the system was asked and took it.
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = inner(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
     advise = _advise()
     if local.device.type != "cpu" or advise is None:
         return False

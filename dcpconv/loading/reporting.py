@@ -35,6 +35,7 @@ def report_of(agreement: Agreement, arrived: Arrived, initialised: tuple[str, ..
         read=agreement.shares.read,
         notes=(
             *offer.notes,
+            *(f"{fault.key} {fault.why}, and is not loaded" for fault in agreement.differing),
             *((left,) if offer.left else ()),
             *((agreement.shares.note,) if agreement.shares.note else ()),
         ),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import nn
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.dtypes import DType
@@ -26,6 +27,29 @@ from dcpconv.sources.understanding import Source
 
 ReadMode = Literal["auto", "all", "host", "once", "rank0"]
 LoadEngine = Literal["auto", "direct", "torch"]
+
+
+def require_module(model: object) -> None:
+    """Raises where what is to be filled is no module.
+
+    Raises:
+        TypeError: It is a state dict, for instance.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model= is a {type(model).__name__}, not a torch.nn.Module; to fill a state dict:"
+            " dcp.load(state_dict, storage_reader=CheckpointReader(source))"
+        )
+
+
+def require_one_of(name: str, value: object, *choices: object) -> None:
+    """Raises where an argument is none of its choices.
+
+    Raises:
+        ValueError: It names them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +154,7 @@ class Agreement:
         supplied: Where the bytes are.
         shares: Who reads what.
         addition: What is loaded beside the weights.
+        differing: FQNs that are another's in the model and hold other values in the source.
     """
 
     places: tuple[Place, ...]
@@ -142,6 +167,7 @@ class Agreement:
     supplied: Supplied
     shares: Shares = field(default_factory=Shares)
     addition: Addition = field(default_factory=Addition)
+    differing: tuple[Fault, ...] = ()
 
     def dtype_of_key(self, key: str) -> DType:
         """Dtype of a tensor as it is read from the source."""

@@ -27,7 +27,14 @@ from dcpconv.loading.optimizer_places import Room, StateNeed, kinds_of, params_b
 from dcpconv.loading.report import LoadReport
 from dcpconv.loading.reporting import report_of
 from dcpconv.loading.supply import Options
-from dcpconv.loading.terms import Addition, Agreement, LoadRequest, ReadMode
+from dcpconv.loading.terms import (
+    Addition,
+    Agreement,
+    LoadRequest,
+    ReadMode,
+    require_module,
+    require_one_of,
+)
 from dcpconv.loading.world import World
 from dcpconv.plan.coverage import Fault, Target
 from dcpconv.plan.training.moments import moment_targets, regrouped
@@ -111,9 +118,10 @@ def load_training_state(
         FormatError: A file is truncated, malformed or unsafe, on this rank or another.
         LostRankError: A rank has died or hangs.
     """
-    if read not in {"auto", "all", "host", "once"}:
-        raise ValueError(f"{read=}: see load_training_state.__doc__")
+    require_module(model)
+    require_one_of("read", read, "auto", "all", "host", "once")
     world = World.of(process_group, load=os.fspath(source))
+    world.require_same({"to": to, "from_": from_, "strict": strict, "read": read})
     hooks = own_state_dict(model)
 
     def opened(path: Path) -> Opened[Source]:

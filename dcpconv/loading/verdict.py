@@ -20,6 +20,7 @@ class _Faults:
     scaled: tuple[Fault, ...] = ()
     lost: tuple[Fault, ...] = ()
     garbage: tuple[Fault, ...] = ()
+    tied: tuple[Fault, ...] = ()
     optimizer: tuple[Fault, ...] = ()
 
     def __bool__(self) -> bool:
@@ -41,6 +42,7 @@ def _faults(agreement: Agreement, request: LoadRequest) -> _Faults:
         )
         if request.strict
         else (),
+        agreement.differing if request.strict else (),
         agreement.addition.faults,
     )
 
@@ -75,6 +77,7 @@ def judge(agreement: Agreement, request: LoadRequest, world: World) -> tuple[Fau
         "misshapen": _merged(one.misshapen for one in heard),
         "scaled": _merged(one.scaled for one in heard),
         "garbage": _merged(one.garbage for one in heard),
+        "tied": _merged(one.tied for one in heard),
         "lost": _merged(one.lost for one in heard),
         "optimizer": (
             *_merged(one.optimizer for one in heard),
@@ -133,6 +136,8 @@ def _hint(labels: set[str], loaded: int) -> str | None:
         return "is this a checkpoint of the same size of model?"
     if labels == {"optimizer"}:
         return "build the optimizer as the run's was; strict=False starts the rest without state"
+    if labels == {"tied"}:
+        return "build the model untied (tie_word_embeddings=False); strict=False loads the first"
     if labels == {"garbage"}:
         return "give the module a reset_parameters() that computes them"
     return "strict=False loads the rest, ignore=PATTERN passes single keys over"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -175,6 +175,29 @@ class World:
     def global_rank(self, rank: int) -> int:
         """A rank of the group as the default group numbers it."""
         return dist.get_global_rank(self.group, rank)
+
+    def require_same(self, asked: Mapping[str, object]) -> None:
+        """Raises on all ranks where they ask for different things, which would leave some waiting.
+
+        Args:
+            asked: Arguments of the call that have to be the same on every rank.
+
+        Raises:
+            DcpconvError: They differ; each is listed with the first rank that says it.
+        """
+        told = self.distinct(tuple(asked.items()))
+        if len(told) > 1:
+            by_rank = [(rank, dict(said)) for rank, said in told]
+            raise DcpconvError(
+                "ranks call this with different arguments; nothing was loaded",
+                [
+                    ("argument", f"{name}={said[name]!r} on rank {rank}")
+                    for name in asked
+                    if len({repr(said[name]) for _, said in by_rank}) > 1
+                    for rank, said in by_rank
+                ],
+                hint="pass the same on every rank",
+            )
 
     def agree(self, failure: BaseException | None) -> None:
         """Return if no rank failed, else raise the same error on all of them."""

@@ -6,7 +6,7 @@ leaves out, or what it cannot express.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -294,14 +294,23 @@ def _table_of(model: Catalog, source: Source) -> Keymap | None:
 
 def _as_wanted(weights: Weights, wanted: Shapes | None) -> Weights:
     """The weights under those keys of a checkpoint that a model spells likewise: with or without
-    the container they were saved in."""
+    the container they were saved in, whatever that is called."""
     if wanted is None:
         return weights
-    stored = weights.catalog.tensors
-    if sum(key in stored for key in wanted) <= sum(key in weights.entries for key in wanted):
-        return weights
-    catalog = weights.catalog
+    catalog, stored = weights.catalog, weights.catalog.tensors
+    found = sum(key in weights.entries for key in wanted)
+    if sum(key in stored for key in wanted) <= found:
+        roots = _roots_of_all(wanted, stored) if not found else []
+        return recognise(catalog, root=roots[0]) if len(roots) == 1 else weights
     return replace(weights, entries=stored, tied=catalog.tied, root="", rest=())
+
+
+def _roots_of_all(wanted: Shapes, stored: Mapping[str, TensorEntry]) -> list[str]:
+    """Everything before the keys of a checkpoint under which it has every key of a model."""
+    one = next(iter(wanted), "")
+    ends = (key for key in stored if one and key.endswith(f".{one}"))
+    roots = (key[: len(key) - len(one)] for key in ends)
+    return [root for root in roots if all(root + key in stored for key in wanted)]
 
 
 def factors_of(source: Catalog, target: Target) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Merged:
 
     Attributes:
         updates: By stored key, in order.
-        added: Tensors that the base has no bytes of: a head that was tied, by bare key.
+        added: Tensors that the base does not store: a head that was tied, by bare key.
         owners: Whose bytes they are listed with.
         found: ``(key as the adapter spells it, stored keys)`` of everything that has its place.
         missing: What has none.
@@ -148,7 +148,21 @@ def merge_of(
             else:
                 replaced[key] = one.adapter.path
                 _give(merged, finder, key, entry, dequantize=dequantize)
+        if not one.adapter.keeps_ties:
+            _part(merged, finder)
     return merged
+
+
+def _part(merged: Merged, finder: Finder) -> None:
+    """Gives a head that was tied the base's own values where its owner has been replaced, as PEFT
+    leaves it: ``ModulesToSaveWrapper`` trains a copy of the embedding, and the head keeps the old.
+    """
+    replaced = {key for key, found in merged.updates.items() if any(one.given for one in found)}
+    for key, owner in finder.unstored().items():
+        if owner.key in replaced and key not in merged.added:
+            merged.owners[key] = owner
+            merged.added[key] = replace(owner, key=finder.stored_key(key), updates=())
+            merged.say(f"{key} keeps the values of the base, of which {owner.key} has others now")
 
 
 def _add(
@@ -265,6 +279,8 @@ def _give(
     if places[0].shape != entry.shape:
         merged.misshapen.append(Fault.unlike(key, list(places[0].shape), list(entry.shape)))
         return
+    if finder.adapter.keeps_ties:
+        places = [*places, *_tied_places(finder, places)]
     stored = []
     for place in places:
         is_unlike = place.is_turned or len(place.entry.shape) != len(entry.shape)
@@ -277,6 +293,15 @@ def _give(
         merged.updates.setdefault(place.entry.key, []).append(update)
         stored.append(place.entry.key)
     merged.found.append((key, tuple(stored)))
+
+
+def _tied_places(finder: Finder, places: Sequence[MatrixPlace]) -> Iterator[MatrixPlace]:
+    """The same places under the other names of tied tensors, unless the adapter gives these too."""
+    own = {place.entry.key for key in finder.adapter.given for place in finder.places(key)}
+    for place in places:
+        for other in finder.together(place.entry):
+            if other.key not in own:
+                yield replace(place, entry=other)
 
 
 def _is_fit(

@@ -89,11 +89,15 @@ class Finder:
 
     def owner_of(self, key: str) -> TensorEntry | None:
         """The tensor that a name which is not stored stands for, in a tied model."""
-        table = self.weights.keymap
+        return self.unstored().get(key)
+
+    def unstored(self) -> dict[str, TensorEntry]:
+        """Names of a tied model that are not stored, and the tensors that they stand for."""
+        table, entries = self.weights.keymap, self.weights.entries
         if table is None or self.spec is None or not self.spec.tied:
-            return None
-        pairs = table.tie_pairs()
-        return self.weights.entries.get(pairs.get(key, ""))
+            return {}
+        pairs = table.tie_pairs().items()
+        return {key: entries[o] for key, o in pairs if key not in entries and o in entries}
 
     @cached_property
     def _ties(self) -> dict[str, set[str]]:

@@ -28,13 +28,22 @@ def differing(weights: Weights, pairs: Iterable[tuple[str, str]]) -> list[tuple[
     unequal = []
     with Sources.of(weights.catalog) as sources:
         for key, owner in pairs:
-            one, other = _given(weights.entries[key]), _given(weights.entries[owner])
-            stored = (one.dtype, one.shape, one.updates)
-            if stored != (other.dtype, other.shape, other.updates) or not _equal(
-                one, other, sources
-            ):
+            if not are_equal(weights.entries[key], weights.entries[owner], sources):
                 unequal.append((key, owner))
     return unequal
+
+
+def are_equal(entry: TensorEntry, other: TensorEntry, sources: Sources) -> bool:
+    """Whether two tensors of a checkpoint hold the same, bit for bit.
+
+    Args:
+        entry: One.
+        other: The other.
+        sources: The files that both are in.
+    """
+    one, two = _given(entry), _given(other)
+    is_alike = (one.dtype, one.shape, one.updates) == (two.dtype, two.shape, two.updates)
+    return is_alike and _equal(one, two, sources)
 
 
 def _given(entry: TensorEntry) -> TensorEntry:

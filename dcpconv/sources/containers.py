@@ -12,9 +12,12 @@ from typing import Final
 
 from dcpconv.core.catalog import KeyPath
 
-NAMES: Final = frozenset({"model", "module", "state_dict", "model_state_dict", "state"})
+NAMES: Final = frozenset(
+    {"model", "module", "state_dict", "model_state_dict", "state", "model_state", "MODEL_STATE"}
+)
 """Containers and wrappers that stand before the first component of a model's own keys: of training
-scripts (``model``, ``state_dict``), Composer (``state``), ``DistributedDataParallel`` (``module``).
+scripts (``model``, ``state_dict``; ``MODEL_STATE`` in torch's tutorial of ``torchrun``), Composer
+(``state``), ``DistributedDataParallel`` (``module``).
 """
 
 _ATTRIBUTES: Final = frozenset({"model", "module", "net", "network"})
@@ -25,6 +28,8 @@ _PREFERRED: Final[Sequence[KeyPath]] = (
     ("model",),
     ("state_dict",),
     ("model_state_dict",),
+    ("model_state",),
+    ("MODEL_STATE",),
     ("module",),
 )
 """Where weights are, the likeliest first."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dcpconv.core.errors import DcpconvError
+from dcpconv.core.errors import DcpconvError, NotACheckpointError
 from dcpconv.core.spec import FEATURES, ModelSpec
 from dcpconv.families.configs.patching import parse_pairs
 from dcpconv.families.keymaps import Keymap, read_keymap, resolve_family
@@ -74,11 +74,19 @@ class Said:
             KeymapError: The table cannot be read; lists every bad row.
             SpecError: ``spec`` names no field, or its value does not fit.
             DcpconvError: ``allow`` names what cannot be left out.
+            NotACheckpointError: ``assets`` is not there.
         """
+        place = path_of(assets) if assets is not None else None
+        if place is not None and not place.exists():
+            raise NotACheckpointError(
+                "there is no such directory",
+                [("assets", place)],
+                hint="--assets names the directory with config.json and tokenizer",
+            )
         return cls(
             from_=from_,
             keymap=read_keymap(Path(keymap)) if keymap is not None else None,
-            assets=path_of(assets) if assets is not None else None,
+            assets=place,
             sizes=parse_pairs(spec),
             allow=parse_allowed(allow),
             dequantize=dequantize,

@@ -151,6 +151,33 @@ def test_the_directory_a_hint_names_can_be_opened(
     assert open_checkpoint(caught.value.hint.rpartition("such as ")[2]).tensors
 
 
+def file_of_a_dcp(path: Path, name: str) -> Path:
+    """One item in one file: by itself, a torch.save archive of a bare tensor."""
+    save({"w": torch.ones(2)}, checkpoint_id=path / "dcp")
+    return path / "dcp" / name
+
+
+def file_beside_weights(path: Path, name: str) -> Path:
+    return write_hf(path / "hf", llama_shapes()) / name
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (file_of_a_dcp, "__0_0.distcp"),
+        (file_of_a_dcp, ".metadata"),
+        (file_beside_weights, "config.json"),
+    ],
+)
+def test_a_file_of_a_checkpoint_is_not_the_checkpoint(
+    make: Callable[[Path, str], Path], name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(NotACheckpointError) as caught:
+        open_checkpoint(make(tmp_path, name))
+    assert caught.value.hint is not None
+    assert open_checkpoint(caught.value.hint.rpartition("name the directory: ")[2]).tensors
+
+
 def test_torchs_own_drop_in_may_write_beside_its_source(tmp_path: Path) -> None:
     save({"model": {"w": torch.ones(2)}}, checkpoint_id=tmp_path / "dcp")
     before = {path.name: path.read_bytes() for path in (tmp_path / "dcp").iterdir()}

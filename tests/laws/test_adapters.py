@@ -203,6 +203,39 @@ def test_a_head_that_was_tied_gets_values_of_its_own(tmp_path: Path) -> None:
     assert_same({key: value for key, value in model.state_dict().items() if key in found}, found)
 
 
+@pytest.mark.parametrize("keeps", [False, True], ids=["apart", "kept"])
+@pytest.mark.parametrize("first", ["hf", "lingua", "torch"])
+def test_an_embedding_trained_whole_leaves_a_tied_head_as_peft_does(
+    tmp_path: Path, first: str, *, keeps: bool
+) -> None:
+    """PEFT trains a copy of the embedding; the head keeps the base's, unless it says otherwise."""
+    base = save_hf(tiny("llama", tie_word_embeddings=True), tmp_path / "base")
+    weights = hf_tensors(base)
+    old = weights["model.embed_tokens.weight"]
+    new = torch.randn_like(old)
+    tensors = peft_tensors(factors(weights, ["q_proj"])) | {
+        f"{PREFIX}model.embed_tokens.weight": new
+    }
+    adapter = save_peft(
+        tmp_path / "adapter", tensors, modules_to_save=["embed_tokens"], ensure_weight_tying=keeps
+    )
+    source = base
+    if first != "hf":
+        source = tmp_path / ("x.pth" if first == "torch" else "x")
+        if first == "lingua":
+            convert(base, source, to="lingua")
+        else:  # both names of one storage, as state_dict() has them
+            torch.save(tiny("llama", tie_word_embeddings=True).state_dict(), source)
+    convert(source, tmp_path / "out", form="hf", adapter=adapter, assets=base)
+
+    found = hf_tensors(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert torch.equal(found["model.embed_tokens.weight"], new)
+    assert config["tie_word_embeddings"] is keeps
+    assert ("lm_head.weight" in found) is not keeps
+    assert keeps or torch.equal(found["lm_head.weight"], old)
+
+
 def test_everything_that_does_not_fit_is_listed(base: Path, tmp_path: Path) -> None:
     weights = hf_tensors(base)
     pairs = factors(weights, ["q_proj"])

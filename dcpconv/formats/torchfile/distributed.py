@@ -7,7 +7,8 @@ Source:
     torch 2.13 ``torch/distributed/tensor`` (``_api.py``, ``_dtensor_spec.py``,
     ``placement_types.py``), ``torch/distributed/device_mesh.py``, ``_mesh_layout.py``,
     ``torch/distributed/_shard/sharded_tensor/api.py``; torch 2.2 to 2.9 for the older names of the
-    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced.
+    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced; torchao 0.18
+    ``float8/fsdp_utils.py``, a weight that FSDP2 gathers in fp8, as torchtitan trains it.
 """
 
 from __future__ import annotations
@@ -87,16 +88,16 @@ class MeshRecord(StandIn):
         return Mesh(nested, ranks, own if type(own) is int else None)
 
 
-def rebuild(kind: object, args: object, state: object) -> RankPiece:
-    """The piece that a recipe of a wrapper subclass describes.
+def rebuild(kind: object, args: object, state: object) -> RankPiece | StoredTensor:
+    """The piece that a recipe of a wrapper subclass describes, or the tensor that one wraps.
 
     Args:
         kind: Its class.
         args: Of ``_make_wrapper_subclass``: class, element type, shape, strides, and so on.
-        state: Of ``DTensor`` or ``ShardedTensor``.
+        state: Of ``DTensor``, ``ShardedTensor`` or a wrapper around one tensor.
 
     Raises:
-        FormatError: It is neither, or its parts do not fit.
+        FormatError: It is none of these, or its parts do not fit.
     """
     record = StandIn()
     record.state = state
@@ -104,7 +105,17 @@ def rebuild(kind: object, args: object, state: object) -> RankPiece:
         return _dtensor(args[2], record)
     if kind == _SHARDED and isinstance(state, tuple) and len(state) > 1:
         return _sharded(state[0], state[1])
+    if kind == _GATHERED_IN_FP8 and isinstance(args, tuple) and len(args) > 2:
+        return _wrapped(args[2], record)
     raise FormatError("tensor is of a class that we cannot take apart", [("class", kind)])
+
+
+def _wrapped(size: object, state: StandIn) -> StoredTensor:
+    """The weight inside a wrapper that changes how it is gathered, and none of its elements."""
+    tensor = state.get("_tensor")
+    if not isinstance(tensor, StoredTensor) or tensor.shape != whole_numbers(size):
+        raise FormatError("wrapper lacks its tensor, or says another shape", [("found", size)])
+    return tensor
 
 
 def _are_numbers(value: object) -> TypeGuard[tuple[int, ...]]:
@@ -233,6 +244,8 @@ _DTENSOR: Final = tuple(
     for module in (_TENSOR, f"{_TENSOR}._api", _OLD_TENSOR, f"{_OLD_TENSOR}.api")
 )
 _SHARDED: Final = Ref(f"{_SHARD}.sharded_tensor.api", "ShardedTensor")
+_FLOAT8 = "torchao.float8"
+_GATHERED_IN_FP8: Final = Ref(f"{_FLOAT8}.fsdp_utils", "WeightWithDynamicFloat8CastTensor")
 
 _SPEC_MODULES = (
     f"{_TENSOR}._dtensor_spec",
@@ -247,7 +260,12 @@ _PLACEMENT_MODULES = (
 
 NAMES: Final[Mapping[tuple[str, str], Callable[..., object]]] = {
     (WRAPPER.module, WRAPPER.name): Ref,
-    **{(ref.module, ref.name): Ref for ref in (*_DTENSOR, _SHARDED)},
+    **{(ref.module, ref.name): Ref for ref in (*_DTENSOR, _SHARDED, _GATHERED_IN_FP8)},
+    **{
+        (f"{_FLOAT8}.{module}", name): _class(name)
+        for module in ("float8_training_tensor", "float8_tensor")
+        for name in ("LinearMMConfig", "ScaledMMConfig")
+    },
     **{
         (module, name): _class(name)
         for module in _SPEC_MODULES

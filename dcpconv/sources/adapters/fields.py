@@ -24,7 +24,7 @@ _USED = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
         *("fan_in_fan_out", "use_dora", "lora_bias", "target_parameters", "init_lora_weights"),
-        *("base_model_name_or_path", "modules_to_save"),
+        *("base_model_name_or_path", "modules_to_save", "ensure_weight_tying"),
     }
 )
 
@@ -37,7 +37,6 @@ _HARMLESS = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         # how A and B began; what changes the base with them is refused by init_lora_weights
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-        "ensure_weight_tying",  # tied tensors are there under both names, or one is
     }
 )
 
@@ -78,6 +77,7 @@ class LoraFields:
     is_dora: bool = False
     parameters: tuple[str, ...] = ()
     base: str = ""
+    keeps_ties: bool = False
 
     def rank_of(self, module: str) -> int:
         """Ranks of a module."""
@@ -155,6 +155,7 @@ def lora_fields(fields: Mapping[str, Any], *, file: Path) -> LoraFields:
         is_dora=bool(fields.get("use_dora")),
         parameters=tuple(parameters),
         base=str(fields.get("base_model_name_or_path") or ""),
+        keeps_ties=bool(fields.get("ensure_weight_tying")),
     )
 
 

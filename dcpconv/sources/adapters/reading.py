@@ -190,6 +190,7 @@ def _peft(path: Path, catalog: Catalog, keys: Mapping[str, str], settled: LoraFi
         given,
         settled.base,
         (note,) if frozen else (),
+        keeps_ties=settled.keeps_ties,
     )
 
 

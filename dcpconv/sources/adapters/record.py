@@ -55,6 +55,7 @@ class Adapter:
         given: Tensors that replace the base's, by key as the adapter spells the base.
         base: The base model that it names, or empty.
         notes: What a user should know.
+        keeps_ties: Whether tied tensors of the base stay one where the adapter gives one of them.
     """
 
     path: Path
@@ -64,3 +65,4 @@ class Adapter:
     given: Mapping[str, TensorEntry]
     base: str = ""
     notes: tuple[str, ...] = ()
+    keeps_ties: bool = False

@@ -93,6 +93,29 @@ def _garbage(directory: Path) -> Any:
     load_init_weights(fsdp2()(model), directory / "hf-untied")
 
 
+def _tied(read: Read) -> Scene:
+    """Embedding and head are one tensor in the model, and two unlike ones in the source."""
+
+    def scene(directory: Path) -> Any:
+        model = build(meta=False)
+        model.output.weight = model.tok_embeddings.weight
+        load_init_weights(ddp(model), directory / "hf-untied", read=read)
+
+    return scene
+
+
+def _unlike(**options: Any) -> Scene:
+    """The last rank asks for something else."""
+
+    def scene(directory: Path) -> Any:
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        load_init_weights(
+            fsdp2()(build(meta=False)), directory / "hf-untied", **(options if is_last else {})
+        )
+
+    return scene
+
+
 def hostile(ranks: int) -> dict[str, Scene]:
     """Every way to fail, in a world of a size."""
     return {
@@ -106,6 +129,11 @@ def hostile(ranks: int) -> dict[str, Scene]:
         "truncated-on-one-rank": _fails("truncated"),
         "different-on-one-rank": _fails("different"),
         "garbage": _garbage,
+        "tied": _tied("all"),
+        "tied/rank0": _tied("rank0"),
+        "unlike/read": _unlike(read="once"),
+        "unlike/engine": _unlike(engine="torch"),
+        "unlike/strict": _unlike(strict=False),
         "shrinks/all": _shrinks("all", ranks - 1),
         "shrinks/once": _shrinks("once", ranks - 1),
         "shrinks/rank0": _shrinks("rank0", 0),

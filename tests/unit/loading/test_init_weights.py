@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcpconv.core import errors
@@ -290,8 +291,64 @@ def test_what_the_naming_cannot_say_needs_to_be_allowed(llama: Path, tmp_path: P
 
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"read": "rank1"}], ids=["dtype", "read"])
 def test_words_it_does_not_know_are_refused(llama: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="dtype="):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*expected one of"):
         load_init_weights(build(meta=True), llama, **options)
+
+
+def test_a_state_dict_is_no_model(llama: Path) -> None:
+    state: Any = build(meta=True).state_dict()
+    with pytest.raises(TypeError, match=r"dcp\.load\(state_dict, storage_reader="):
+        load_init_weights(state, llama)
+
+
+@pytest.mark.parametrize("container", ["model_state", "MODEL_STATE", "net", "student.backbone"])
+def test_keys_lie_in_whatever_container_has_them_all(tmp_path: Path, container: str) -> None:
+    state: dict[str, Any] = dict(filled().state_dict())
+    for part in reversed(container.split(".")):
+        state = {part: state}
+    torch.save({**state, "epoch": 3}, tmp_path / "saved.pt")
+    model = Odd()
+    load_init_weights(model, tmp_path / "saved.pt")
+    assert all(
+        torch.equal(tensor, model.state_dict()[key])
+        for key, tensor in filled().state_dict().items()
+    )
+
+
+def test_two_containers_leave_a_choice_to_the_user(tmp_path: Path) -> None:
+    torch.save(
+        {"net": filled().state_dict(), "ema_net": filled(1).state_dict()}, tmp_path / "saved.pt"
+    )
+    with pytest.raises(errors.CoverageError, match="unexpected net"):
+        load_init_weights(Odd(), tmp_path / "saved.pt")
+
+
+class Pair(nn.Module):
+    """An embedding and a head, one tensor or two."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("engine", ["direct", "torch"])
+def test_two_tensors_are_not_one_unless_they_are_equal(tmp_path: Path, engine: Any) -> None:
+    state = Pair(tied=False).state_dict()
+    save_file(state, tmp_path / "two.safetensors")
+    save_file({key: state["embed.weight"].clone() for key in state}, tmp_path / "one.safetensors")
+
+    model = Pair(tied=True)
+    with pytest.raises(errors.CoverageError, match=r"head\.weight  differs from embed\.weight"):
+        load_init_weights(model, tmp_path / "two.safetensors", engine=engine)
+    loose = load_init_weights(model, tmp_path / "two.safetensors", engine=engine, strict=False)
+    assert any("head.weight differs from embed.weight" in note for note in loose.notes)
+
+    load_init_weights(model, tmp_path / "one.safetensors", engine=engine)
+    assert torch.equal(model.head.weight, state["embed.weight"])
+    load_init_weights(Pair(tied=False), tmp_path / "two.safetensors", engine=engine)
 
 
 def test_the_collector_rests_while_ranks_plan(
