@@ -41,8 +41,9 @@ def random_states(path: Path) -> None:
     torch.save(states, path)
 
 
-def arrays(path: Path) -> None:
-    torch.save({"a.weight": np.ones((2, 3), np.float32), "b.weight": np.zeros(4)}, path)
+def arrays(path: Path, *, protocol: int = 2) -> None:
+    state = {"a.weight": np.ones((2, 3), np.float32), "b.weight": np.zeros(4)}
+    torch.save(state, path, pickle_protocol=protocol)
 
 
 def objects(path: Path) -> None:
@@ -83,8 +84,9 @@ def test_no_result_without_weights(name: str, form: str, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_arrays_get_a_hint_that_works(tmp_path: Path) -> None:
-    arrays(tmp_path / "in.pt")
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_get_a_hint_that_works(tmp_path: Path, protocol: int) -> None:
+    arrays(tmp_path / "in.pt", protocol=protocol)
     with pytest.raises(DcpconvError, match="from_numpy"):
         convert(tmp_path / "in.pt", tmp_path / "out", form="hf")
     state = torch.load(tmp_path / "in.pt", weights_only=False)
