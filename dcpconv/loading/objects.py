@@ -25,8 +25,8 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.directory import contents_of
 from dcpconv.formats.dcp.metadata import MetadataContents
-from dcpconv.formats.torchfile.arrays import MODULES, ItemType, item_type
-from dcpconv.formats.torchfile.stand_ins import Ref
+from dcpconv.formats.torchfile.arrays import ItemType, item_type
+from dcpconv.formats.torchfile.stand_ins import NUMPY, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 from dcpconv.stores.local import OpenFile
 from dcpconv.stores.remote import RemotePath
@@ -281,7 +281,7 @@ _CALLED: Final = {
     "argparse": "Namespace",
     "types": "SimpleNamespace",
     "random": "Random",
-    **{f"{module}.multiarray": "scalar _reconstruct" for module in MODULES},
+    **{f"{module}.multiarray": "scalar _reconstruct" for module in NUMPY},
     "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
     "numpy.random._mt19937": "MT19937",
     "numpy.random._pcg64": "PCG64 PCG64DXSM",
@@ -319,7 +319,7 @@ def _allowed() -> dict[tuple[str, str], Callable[..., object]]:
     names["builtins", "bytearray"] = _stand_in("bytearray", _Bytes)
     names["_codecs", "encode"] = _stand_in("encode", _Bytes)
     names["numpy", "dtype"] = _stand_in("dtype", _Dtype)
-    for module in MODULES:
+    for module in NUMPY:
         names[f"{module}.numeric", "_frombuffer"] = _stand_in("_frombuffer", _Array)
     # Protocol 2 writes Python 2's names: xrange for range.
     for name, kind in list(names.items()):

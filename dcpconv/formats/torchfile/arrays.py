@@ -17,9 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-MODULES: Final = ("numpy.core", "numpy._core")
-"""Where NumPy 1 and 2 have the functions that a pickle of an array calls."""
-
 _OF_OBJECTS: Final = 0x3F
 _OF_POINTERS: Final = 0x07
 """Flags of NumPy's type of Python objects, and those that only it may have: counted references,

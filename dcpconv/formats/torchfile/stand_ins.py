@@ -14,7 +14,6 @@ from typing import Any, Final, NoReturn
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.torchfile.arrays import MODULES, item_type
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,12 @@ def is_array(value: object) -> bool:
     return isinstance(value, Call) and value.func in _ARRAY_MAKERS
 
 
+NUMPY: Final = ("numpy.core", "numpy._core")
+"""Where NumPy 1 and 2 have the functions that a pickle of an array calls."""
+
 _ARRAY_MAKERS: Final = tuple(
     Ref(f"{module}.{name}", maker)
-    for module in MODULES
+    for module in NUMPY
     for name, maker in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
 )
 """``_reconstruct`` makes an empty array, whose bytes come as its state.  Protocol 5, the default
@@ -157,6 +159,8 @@ def _from_buffer(module: str) -> Callable[..., object]:
             raise FormatError("a NumPy array is made of something that is no bytes")
         if not (isinstance(dtype, Call) and dtype.func == Ref("numpy", "dtype")):
             raise FormatError("a NumPy array is made of bytes of no type")
+        from dcpconv.formats.torchfile.arrays import item_type  # noqa: PLC0415 - few have arrays
+
         item_type(dtype.args).require_view(len(buffer), *rest)
         return Call(Ref(module, "_frombuffer"), (buffer, dtype, *rest))
 
@@ -214,12 +218,9 @@ HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("numpy", "ndarray"): Ref,
     **{
         (f"{module}.multiarray", name): calls(f"{module}.multiarray", name)
-        for module in MODULES
+        for module in NUMPY
         for name in ("scalar", "_reconstruct")
     },
-    **{
-        (f"{module}.numeric", "_frombuffer"): _from_buffer(f"{module}.numeric")
-        for module in MODULES
-    },
+    **{(f"{module}.numeric", "_frombuffer"): _from_buffer(f"{module}.numeric") for module in NUMPY},
 }
 """Globals that any checkpoint may name; each becomes plain data or an inert stand-in."""
