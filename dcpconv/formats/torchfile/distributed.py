@@ -7,7 +7,8 @@ Source:
     torch 2.13 ``torch/distributed/tensor`` (``_api.py``, ``_dtensor_spec.py``,
     ``placement_types.py``), ``torch/distributed/device_mesh.py``, ``_mesh_layout.py``,
     ``torch/distributed/_shard/sharded_tensor/api.py``; torch 2.2 to 2.9 for the older names of the
-    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced.
+    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced; torch 2.6 for
+    ``_coordinate_on_dim`` without ``_rank``.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ class MeshRecord(StandIn):
             nested = _axes(layout)
         else:
             raise FormatError("device mesh has no shape")
-        own = self.get("_rank")
-        return Mesh(nested, ranks, own if type(own) is int else None)
+        own, place = self.get("_rank"), self.get("_coordinate_on_dim")
+        if type(own) is int:
+            return Mesh(nested, ranks, own)
+        mesh = Mesh(nested, ranks)  # an older one, which only says where in it the rank is
+        place = tuple(place) if isinstance(place, list) else place
+        return mesh.seen_by(mesh.rank_at(place)) if _are_numbers(place) else mesh
 
 
 def rebuild(kind: object, args: object, state: object) -> RankPiece:

@@ -30,6 +30,7 @@ from dcpconv.formats.torchfile.unpickling import (
     dumps,
     loads,
 )
+from support.versions import of_torch
 
 SCALARS = (
     st.none()
@@ -100,7 +101,7 @@ def test_set_order_does_not_show_in_the_bytes() -> None:
     assert dumps(first) == dumps(second)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [of_torch(name) for name in BY_NAME])
 def test_dtypes_go_by_name(name: str) -> None:
     dtype = getattr(torch, name)
     assert loads(pickle.dumps(dtype), allowed=HARMLESS, where="x") == Ref("torch", name)
