@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("dcpconv", deadline=None)  # no test measures time
+settings.load_profile("dcpconv")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

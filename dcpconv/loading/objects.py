@@ -12,12 +12,11 @@ Source:
 from __future__ import annotations
 
 import io
-import re
 from _compat_pickle import REVERSE_IMPORT_MAPPING, REVERSE_NAME_MAPPING
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch._weights_only_unpickler import _get_allowed_globals
@@ -26,10 +25,14 @@ from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.dcp.directory import contents_of
 from dcpconv.formats.dcp.metadata import MetadataContents
-from dcpconv.formats.torchfile.stand_ins import Ref
+from dcpconv.formats.torchfile.arrays import ItemType, item_type
+from dcpconv.formats.torchfile.stand_ins import NUMPY, Ref
 from dcpconv.formats.torchfile.unpickling import loads
 from dcpconv.stores.local import OpenFile
 from dcpconv.stores.remote import RemotePath
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _HINT: Final = (
     "if you trust whoever wrote this: trust=True hands objects through as they are, and"
@@ -185,11 +188,15 @@ def _require_harmless(file: io.BufferedReader | io.BytesIO, where: str) -> None:
 
 
 class _Made:
-    """Stands for an object that was made by an allowed global: takes whatever a pickle adds."""
+    """Stands for an object that was made by an allowed global: takes whatever a pickle adds.
 
-    def __init__(self, *args: object) -> None:
+    What it is made of is looked at in ``__new__``, which the opcodes REDUCE and NEWOBJ both call.
+    """
+
+    def __new__(cls, *args: object) -> Self:
         if any(isinstance(arg, _Range) for arg in args):
             raise ValueError("a range is unrolled")  # deque(range(10**12)) would not end
+        return super().__new__(cls)
 
     def __setstate__(self, _state: object) -> None: ...
 
@@ -206,43 +213,37 @@ class _Range(_Made): ...
 
 
 class _Bytes(_Made):
-    """``bytes`` and ``bytearray``: with a number they would take that much memory."""
+    """What makes bytes of a value; of a number it would take that much memory."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __new__(cls, *args: object) -> Self:
         if args and isinstance(args[0], int):
             raise ValueError("bytes by their number")
-
-
-_OF_OBJECTS: Final = 0x3F
-_OF_POINTERS: Final = 0x07
-"""Flags of NumPy's type of Python objects, and those that only it may have: counted references,
-pickled as a list, items are pointers.  Source: numpy ``ndarraytypes.h``, ``NPY_ITEM_REFCOUNT``."""
+        return super().__new__(cls, *args)
 
 
 class _Dtype(_Made):
-    """A NumPy dtype; with flags that are not its own, raw bytes would be taken for pointers.
+    """A NumPy dtype."""
 
-    Source: numpy 2 ``core/src/multiarray/descriptor.c``, ``arraydescr_setstate``.
-    """
+    item: ItemType
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
-        name = args[0] if args else None
-        if not isinstance(name, str) or not re.fullmatch(r"[<>|=]?[A-Za-z][0-9]{0,6}", name):
-            raise ValueError("a NumPy type of several fields, or of none")
-        self._holds_objects = name.lstrip("<>|=").startswith("O")
+    def __new__(cls, *args: object) -> Self:
+        made = super().__new__(cls, *args)
+        made.item = item_type(args)
+        return made
 
     def __setstate__(self, state: object) -> None:
-        if not isinstance(state, tuple) or len(state) not in {8, 9}:
-            raise ValueError("the state of a NumPy type has another form")
-        if state[2:5] != (None, None, None):
-            raise ValueError("a NumPy type of several fields")
-        flags = state[7]
-        if not isinstance(flags, int):
-            raise ValueError("the flags of a NumPy type are no number")  # noqa: TRY004
-        if flags != _OF_OBJECTS if self._holds_objects else flags & _OF_POINTERS:
-            raise ValueError("a NumPy type with the flags of another")
+        self.item.require_own_state(state)
+
+
+class _Array(_Made):
+    """An array that is a view of bytes; of another array it would be a view of its memory."""
+
+    def __new__(cls, buffer: object, dtype: object, *rest: object) -> Self:
+        if not isinstance(buffer, (bytes, bytearray, _Bytes)) or not isinstance(dtype, _Dtype):
+            raise ValueError("a NumPy array is made of something that is no bytes")  # noqa: TRY004
+        if dtype.item.holds_objects:
+            raise ValueError("a NumPy array whose bytes are taken for objects")
+        return super().__new__(cls, *rest)
 
 
 def _storage(pid: object) -> _Made:
@@ -280,8 +281,7 @@ _CALLED: Final = {
     "argparse": "Namespace",
     "types": "SimpleNamespace",
     "random": "Random",
-    "_codecs": "encode",
-    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "scalar _reconstruct"),
+    **{f"{module}.multiarray": "scalar _reconstruct" for module in NUMPY},
     "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
     "numpy.random._mt19937": "MT19937",
     "numpy.random._pcg64": "PCG64 PCG64DXSM",
@@ -317,7 +317,10 @@ def _allowed() -> dict[tuple[str, str], Callable[..., object]]:
     names["builtins", "range"] = _stand_in("range", _Range)
     names["builtins", "bytes"] = _stand_in("bytes", _Bytes)
     names["builtins", "bytearray"] = _stand_in("bytearray", _Bytes)
+    names["_codecs", "encode"] = _stand_in("encode", _Bytes)
     names["numpy", "dtype"] = _stand_in("dtype", _Dtype)
+    for module in NUMPY:
+        names[f"{module}.numeric", "_frombuffer"] = _stand_in("_frombuffer", _Array)
     # Protocol 2 writes Python 2's names: xrange for range.
     for name, kind in list(names.items()):
         module, last = REVERSE_NAME_MAPPING.get(name, name)

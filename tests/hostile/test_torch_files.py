@@ -218,7 +218,7 @@ def test_an_interrupted_download_says_how_much_is_missing(tmp_path: Path) -> Non
     assert is_torch_file(tmp_path / "bad.pth")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_altered_byte_gives_an_answer_or_one_error(data: st.DataObject) -> None:
     whole = bytearray(saved(VALUE))
@@ -232,7 +232,7 @@ def test_any_altered_byte_gives_an_answer_or_one_error(data: st.DataObject) -> N
     assert all(0 <= t.offset <= t.offset + t.nbytes <= len(whole) for t in tensors)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.binary(max_size=60))
 def test_any_bytes_as_a_pickle_give_a_value_or_one_error(noise: bytes) -> None:
     try:

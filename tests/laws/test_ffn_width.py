@@ -51,7 +51,7 @@ def test_the_rule_gives_the_widths_of_the_releases(
     assert ffn_width(dim, multiple_of, multiplier) == ffn
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(dim=st.integers(1, 16_384), ffn=st.integers(1, 131_072))
 @example(dim=1, ffn=1)
 @example(dim=16_384, ffn=1)
@@ -70,14 +70,14 @@ def test_every_width_of_a_range_has_a_solution(dim: int) -> None:
         assert ffn_width(dim, width.multiple_of, width.multiplier) == ffn
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(dim=st.integers(1, 2**31 - 1), ffn=st.integers(1, 2**31 - 1))
 def test_no_size_that_a_spec_admits_is_too_large(dim: int, ffn: int) -> None:
     width = solve_ffn(dim, ffn)
     assert ffn_width(dim, width.multiple_of, width.multiplier) == ffn
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(
     dim=st.integers(8, 16_384),
     multiple_of=st.sampled_from([1, 7, 64, 100, 256, 1024, 4096]),

@@ -23,6 +23,7 @@ from support.checkpoints.families import (
 )
 from support.checkpoints.scaled_blocks import multiplied_out, published, rewrite
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp, stock_load
+from support.versions import of_torch
 
 WAYS = [
     pytest.param("llama", {"to": "lingua"}, id="rows of a head change places"),
@@ -105,13 +106,15 @@ def test_a_trainer_gets_the_model(tmp_path: Path, chunks: int) -> None:
     assert difference(model.eval(), load_hf(rewrite(tmp_path / "plain", worth))) < RIGHT
 
 
-@pytest.mark.parametrize(
-    "kind", [torch.bfloat16, torch.float8_e8m0fnu], ids=["bf16", "powers of two"]
-)
-def test_factors_may_be_of_any_floating_type(tmp_path: Path, kind: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", [of_torch("bfloat16"), of_torch("float8_e8m0fnu")])
+def test_factors_may_be_of_any_floating_type(tmp_path: Path, kind: str) -> None:
     source, _ = published(tmp_path, "llama")
     stored = hf_tensors(source)
-    factors = {key: tensor.to(kind) for key, tensor in stored.items() if "_scale_inv" in key}
+    factors = {
+        key: tensor.to(getattr(torch, kind))
+        for key, tensor in stored.items()
+        if "_scale_inv" in key
+    }
     rewrite(source, stored | factors)
     convert(source, tmp_path / "out", form="hf", dequantize=True, dtype="fp32")
     found = hf_tensors(tmp_path / "out")

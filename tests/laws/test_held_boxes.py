@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from dcpconv.loading.geometry import Held, Split, held_boxes, local_shape
+from support.versions import is_older
 
 
 def pasted(tensor: torch.Tensor, boxes: Sequence[Held], like: torch.Tensor) -> torch.Tensor:
@@ -29,6 +30,9 @@ def split_by_torch(tensor: torch.Tensor, splits: Sequence[Split]) -> torch.Tenso
             if split.blocks == 1
             else _StridedShard(split.dim, split_factor=split.blocks)
         )
+        is_even = tensor.shape[split.dim] % (split.ranks * split.blocks) == 0
+        if split.blocks > 1 and not is_even and is_older("torch", "2.13"):
+            pytest.skip("_StridedShard of uneven rows: torch 2.13")
         shards, _ = placement._split_tensor(tensor, split.ranks, with_padding=False)
         tensor = shards[split.rank]
     return tensor

@@ -184,7 +184,7 @@ def test_most_tables_have_a_partner() -> None:
     }
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     pair=st.sampled_from(PAIRS),
     tied=st.booleans(),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import NotExpressibleError
@@ -16,6 +15,7 @@ from lingua_model import LinguaModel
 from support.checkpoints.families import RIGHT, assert_same, difference, hf_tensors, load_hf
 from support.models.hf_models import save_hf
 from support.models.nested_models import small
+from support.versions import load_alone
 
 ELEVEN = {"num_hidden_layers": 11}
 QWEN3 = {"model_type": "qwen3", "head_dim": 24}
@@ -125,7 +125,7 @@ def test_lingua_holds_a_plain_language_model_of_a_tower(tmp_path: Path, model_ty
     convert(source, tmp_path / "lingua", to="lingua")
     model = LinguaModel.from_params(json.loads((tmp_path / "lingua/params.json").read_text()))
     state = model.state_dict()
-    load({"model": state}, checkpoint_id=tmp_path / "lingua", no_dist=True)
+    load_alone({"model": state}, checkpoint_id=tmp_path / "lingua")
     model.load_state_dict(state)
     assert difference(model.eval(), hf) < RIGHT
     assert [f.name for f in (tmp_path / "lingua").glob("*.safetensors")] == ["aside.safetensors"]

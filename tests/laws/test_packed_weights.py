@@ -17,6 +17,7 @@ from torch import Tensor
 from dcpconv import check, convert
 from dcpconv.core.errors import DcpconvError
 from support.models.hf_models import save_hf, tiny
+from support.versions import needs
 
 WAYS = ("hf", "dcp", "torch")
 
@@ -139,6 +140,10 @@ TOOLS = {
 }
 
 
+_FP4 = needs("torch", "2.8", "float4_e2m1fn_x2")
+OF_THIS_TORCH = [pytest.param(tool, marks=_FP4 if tool == "mxfp4" else ()) for tool in TOOLS]
+
+
 def packed_llama(directory: Path, tool: str) -> Path:
     """A tiny llama whose projections are as a tool packs them."""
     save_hf(tiny("llama").bfloat16(), directory)
@@ -158,7 +163,7 @@ def packed_llama(directory: Path, tool: str) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", OF_THIS_TORCH)
 def test_packed_weights_come_back_bit_for_bit(tmp_path: Path, tool: str, way: str) -> None:
     source = packed_llama(tmp_path / "in", tool)
     back = there_and_back(source, tmp_path, way)
@@ -169,7 +174,7 @@ def test_packed_weights_come_back_bit_for_bit(tmp_path: Path, tool: str, way: st
     assert check(source)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", OF_THIS_TORCH)
 def test_packed_weights_have_no_other_names(tmp_path: Path, tool: str) -> None:
     source = packed_llama(tmp_path / "in", tool)
     with pytest.raises(DcpconvError) as refused:
@@ -179,6 +184,7 @@ def test_packed_weights_have_no_other_names(tmp_path: Path, tool: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@_FP4
 @pytest.mark.parametrize("way", WAYS)
 def test_every_element_type_of_safetensors_comes_back(tmp_path: Path, way: str) -> None:
     source = tmp_path / "in"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import state_dict_loader
 
 from dcpconv import check, convert, load_init_weights
 from dcpconv.core.errors import CoverageError, NotExpressibleError
@@ -25,6 +24,7 @@ from support.checkpoints.families import (
 from support.models.hf_models import save_hf, tiny
 from support.models.layers import random_tokens, randomise
 from support.models.titan_package import Attend, built, on_a_cpu, without_bf16
+from support.versions import load_alone
 
 pytest.importorskip("torchtitan", reason="needs .[interop]")
 
@@ -165,7 +165,7 @@ def test_torchtitan_gives_the_logits_and_the_way_back_is_exact(
     convert(source, tmp_path / "dcp", to=TITAN)
     again = randomise(titan(hf), seed=3)
     state = again.state_dict()
-    state_dict_loader.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    load_alone(state, checkpoint_id=tmp_path / "dcp")
     again.load_state_dict(state)
     assert difference(again, hf) < RIGHT
 

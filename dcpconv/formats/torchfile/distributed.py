@@ -7,8 +7,9 @@ Source:
     torch 2.13 ``torch/distributed/tensor`` (``_api.py``, ``_dtensor_spec.py``,
     ``placement_types.py``), ``torch/distributed/device_mesh.py``, ``_mesh_layout.py``,
     ``torch/distributed/_shard/sharded_tensor/api.py``; torch 2.2 to 2.9 for the older names of the
-    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced; torchao 0.18
-    ``float8/fsdp_utils.py``, a weight that FSDP2 gathers in fp8, as torchtitan trains it.
+    modules and for ``DeviceMesh.mesh``, which ``_layout`` and ``_rank_map`` replaced; torch 2.6 for
+    ``_coordinate_on_dim`` without ``_rank``; torchao 0.18 ``float8/fsdp_utils.py``, a weight that
+    FSDP2 gathers in fp8, as torchtitan trains it.
 """
 
 from __future__ import annotations
@@ -84,8 +85,12 @@ class MeshRecord(StandIn):
             nested = _axes(layout)
         else:
             raise FormatError("device mesh has no shape")
-        own = self.get("_rank")
-        return Mesh(nested, ranks, own if type(own) is int else None)
+        own, place = self.get("_rank"), self.get("_coordinate_on_dim")
+        if type(own) is int:
+            return Mesh(nested, ranks, own)
+        mesh = Mesh(nested, ranks)  # an older one, which only says where in it the rank is
+        place = tuple(place) if isinstance(place, list) else place
+        return mesh.seen_by(mesh.rank_at(place)) if _are_numbers(place) else mesh
 
 
 def rebuild(kind: object, args: object, state: object) -> RankPiece | StoredTensor:

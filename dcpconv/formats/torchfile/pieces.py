@@ -54,6 +54,25 @@ class Mesh:
             coordinate.append(index)
         return tuple(coordinate)
 
+    def rank_at(self, coordinate: tuple[int, ...]) -> int | None:
+        """The rank that is somewhere, or ``None`` where that is outside the mesh.
+
+        >>> Mesh((((2, 2),), ((2, 1),)), (4, 5, 6, 7)).rank_at((1, 0))
+        6
+        """
+        is_inside = len(coordinate) == len(self.shape) and all(
+            0 <= index < size for index, size in zip(coordinate, self.shape, strict=True)
+        )
+        if not is_inside:
+            return None
+        place = 0
+        for index, axis in zip(coordinate, self.axes, strict=True):
+            rest = index
+            for size, stride in reversed(axis):
+                rest, inner = divmod(rest, size)
+                place += inner * stride
+        return self.ranks[place] if place < len(self.ranks) else None
+
     def seen_by(self, own: int | None) -> Mesh:
         """The same ranks, as another of them wrote it."""
         mesh = Mesh(self.axes, self.ranks, own)

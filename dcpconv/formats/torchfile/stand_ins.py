@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
@@ -135,7 +135,48 @@ def _both_spellings(
 
 def is_array(value: object) -> bool:
     """Whether a value that was read stands for a NumPy array, whose bytes lie in the pickle."""
-    return isinstance(value, Call) and str(value.func).endswith("multiarray._reconstruct")
+    return isinstance(value, Call) and value.func in _ARRAY_MAKERS
+
+
+NUMPY: Final = ("numpy.core", "numpy._core")
+"""Where NumPy 1 and 2 have the functions that a pickle of an array calls."""
+
+_ARRAY_MAKERS: Final = tuple(
+    Ref(f"{module}.{name}", maker)
+    for module in NUMPY
+    for name, maker in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
+)
+"""``_reconstruct`` makes an empty array, whose bytes come as its state.  Protocol 5, the default
+since Python 3.14, calls ``_frombuffer`` on bytes where the array is contiguous."""
+
+
+def _from_buffer(module: str) -> Callable[..., object]:
+    """A stand-in for ``_frombuffer`` on bytes of the pickle and nothing else: of an array of
+    objects it would show the pointers."""
+
+    def record(buffer: object, dtype: object, *rest: object) -> Call:
+        if not isinstance(buffer, (bytes, bytearray)):
+            raise FormatError("a NumPy array is made of something that is no bytes")
+        if not (isinstance(dtype, Call) and dtype.func == Ref("numpy", "dtype")):
+            raise FormatError("a NumPy array is made of bytes of no type")
+        from dcpconv.formats.torchfile.arrays import item_type  # noqa: PLC0415 - few have arrays
+
+        item_type(dtype.args).require_view(len(buffer), *rest)
+        return Call(Ref(module, "_frombuffer"), (buffer, dtype, *rest))
+
+    return record
+
+
+def _bytes(kind: type[bytes | bytearray]) -> Callable[..., object]:
+    """A stand-in for ``bytes`` or ``bytearray`` of something; of a number, it takes that much
+    memory."""
+
+    def make(*args: Any) -> object:
+        if any(isinstance(arg, int) for arg in args):
+            raise ValueError(f"{kind.__name__} by their number")
+        return kind(*args)
+
+    return make
 
 
 HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
@@ -148,8 +189,11 @@ HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("pytorch_lightning.utilities.parsing", "AttributeDict"): Ordered,
     **dict(
         row
-        for kind in (set, frozenset, complex, slice, bytearray, bytes)
+        for kind in (set, frozenset, complex, slice)
         for row in _both_spellings(kind.__name__, kind)
+    ),
+    **dict(
+        row for kind in (bytearray, bytes) for row in _both_spellings(kind.__name__, _bytes(kind))
     ),
     # factories of a defaultdict; never called
     **dict(row for name in ("list", "dict", "int", "float") for row in _both_spellings(name, Ref)),
@@ -173,9 +217,10 @@ HARMLESS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("numpy", "dtype"): calls("numpy", "dtype"),
     ("numpy", "ndarray"): Ref,
     **{
-        (module, name): calls(module, name)
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        (f"{module}.multiarray", name): calls(f"{module}.multiarray", name)
+        for module in NUMPY
         for name in ("scalar", "_reconstruct")
     },
+    **{(f"{module}.numeric", "_frombuffer"): _from_buffer(f"{module}.numeric") for module in NUMPY},
 }
 """Globals that any checkpoint may name; each becomes plain data or an inert stand-in."""

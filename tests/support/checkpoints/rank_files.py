@@ -8,14 +8,16 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from support.versions import placed
 
 Split = Callable[[DeviceMesh], Mapping[str, object]]
 
@@ -36,12 +38,22 @@ def distributed(tensors: Mapping[str, Tensor], placements: Sequence[Placement]) 
     """Every tensor placed alike."""
 
     def split(mesh: DeviceMesh) -> dict[str, object]:
-        return {
-            key: distribute_tensor(tensor.clone(), mesh, placements, src_data_rank=None)
-            for key, tensor in tensors.items()
-        }
+        return {key: placed(tensor.clone(), mesh, placements) for key, tensor in tensors.items()}
 
     return split
+
+
+def as_of_torch_2_6(mesh: DeviceMesh) -> None:
+    """Makes a mesh pickle as that version does: no rank, and for its groups tags and members."""
+    state: dict[str, Any] = vars(mesh)
+    place = list(mesh.get_coordinate() or ())
+    rank = state.pop("_rank", None)
+    state.pop("_dim_group_names", None)
+    state["_coordinate_on_dim"] = place
+    state["_dim_group_infos"] = [
+        (f"ptd:{axis}", [int(rank or 0), 7 * axis], f"group{axis}{rank}")
+        for axis in range(len(place))
+    ]
 
 
 def save_verl(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Shard
 
@@ -24,6 +24,7 @@ from support.checkpoints.rank_files import distributed, save_verl
 from support.checkpoints.scaled_blocks import published
 from support.models.hf_models import tiny
 from support.runs.training import MiniMindRun
+from support.versions import save_alone
 from support.worlds.sharded_models import params
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -64,7 +65,7 @@ def _loading(directory: Path) -> Names:
     optimizer.step()
     weights, moments = get_state_dict(model, optimizer)
     run = {"model": weights, "optim": moments, "step": 4000}
-    state_dict_saver.save(run, checkpoint_id=directory / "runs/step-4000", no_dist=True)
+    save_alone(run, checkpoint_id=directory / "runs/step-4000")
     return _lingua(directory) | {"state_dict": _lingua(directory, meta=False)["model"].state_dict()}
 
 

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from support.models.layers import randomise
+from support.versions import require_class
 
 SIZES: Mapping[str, object] = {
     "vocab_size": 131,
@@ -313,6 +314,7 @@ def tiny(
     fields = {**SIZES, **MODEL_TYPES[model_type], **overrides}
     if model_type == "cwm":  # its own default is a window in three of four layers
         fields.setdefault("layer_types", ["full_attention"] * int(str(fields["num_hidden_layers"])))
+    require_class(model_type)
     config = CONFIG_MAPPING[model_type](**fields)
     # Eager attention is the one implementation that every one of these models has.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv.loading import agreement, moving
 from dcpconv.loading.exchange import Exchange
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.loading.storage_reader import CheckpointReader
 from dcpconv.loading.training_state import load_training_state
+from support.versions import save_alone
 
 TIMEOUT_S = 30
 """Of the pairs' groups; a survivor that waited for longer would not end with the test."""
@@ -74,7 +74,7 @@ def prepare(directory: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     weights, moments = get_state_dict(model, optimizer)
-    save({"model": weights, "optim": moments}, checkpoint_id=directory / "run", no_dist=True)
+    save_alone({"model": weights, "optim": moments}, checkpoint_id=directory / "run")
     pair = {"lora_A": torch.ones(2, 1300), "lora_B": torch.ones(1300, 2)}
     adapter = directory / "adapter"
     adapter.mkdir()

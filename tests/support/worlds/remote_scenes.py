@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dcpconv.loading import catalogs, moving
 from dcpconv.loading.init_weights import load_init_weights
 from dcpconv.stores import fetching
+from support.versions import save_alone
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_faults import Read
 from support.worlds.sharded_models import Wrap, ddp, local_tensors
@@ -57,7 +57,7 @@ def prepare(directory: Path) -> None:
         save_file({key: weights[key] for key in weights if files[key] == name}, hf / name)
     index = {"metadata": {"total_size": NBYTES}, "weight_map": files}
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
-    save(weights, checkpoint_id=directory / "dcp", no_dist=True)
+    save_alone(weights, checkpoint_id=directory / "dcp")
 
 
 def _fsdp2(model: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 
 from dcpconv.loading.training_state import load_training_state
+from support.versions import save_alone
 from support.worlds.dist_worlds import Scene, take_part
 from support.worlds.load_faults import Read
 from support.worlds.load_scenes import prepare as prepare_weights
@@ -91,14 +92,14 @@ def prepare(directory: Path) -> None:
     found: Any = get_state_dict(model, optimizer)
     weights, moments = found
     state = {"model": weights, "optim": moments, "step": STEPS, "epoch": 1}
-    save(state, checkpoint_id=directory / "run", no_dist=True)
+    save_alone(state, checkpoint_id=directory / "run")
     torch.save({"model": weights, "optim": moments}, directory / "right.pt")
     twice = {
         key: {kind: 2 * value for kind, value in kinds.items()}
         for key, kinds in moments["state"].items()
     }
     other = {"model": weights, "optim": {**moments, "state": twice}}
-    save(other, checkpoint_id=directory / "run-twice", no_dist=True)
+    save_alone(other, checkpoint_id=directory / "run-twice")
     for name in ("lacking", "strange", "missing-weight"):
         broken: dict[str, Any] = {
             "model": dict(weights),
@@ -114,7 +115,7 @@ def prepare(directory: Path) -> None:
         else:
             del broken["model"]["norm.weight"]
             del broken["optim"]["state"]["norm.weight"]
-        save(broken, checkpoint_id=directory / name, no_dist=True)
+        save_alone(broken, checkpoint_id=directory / name)
     (directory / "losses.json").write_text(json.dumps(train(model, optimizer, STEPS)))
 
 

@@ -10,8 +10,9 @@ import torch
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.engine.cast import cast
+from support.versions import of_torch
 
-FLOATS = [name for name, dtype in BY_NAME.items() if dtype.is_floating_point]
+FLOATS = [of_torch(name) for name, dtype in BY_NAME.items() if dtype.is_floating_point]
 SPECIAL = [
     *(0.0, -0.0, 1.0, -2.5, 1e-45, 1e-8, 460.0, 464.0, 465.0, 6e4, 65519.0, 65520.0, -1e30, 3.4e38),
     *(math.inf, -math.inf, math.nan),

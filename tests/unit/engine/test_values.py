@@ -8,8 +8,9 @@ import torch
 
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.engine.values import put_values, wide
+from support.versions import of_torch
 
-PLAIN = [dtype for dtype in BY_NAME.values() if dtype.packed == 1]
+PLAIN = [of_torch(dtype.name, dtype) for dtype in BY_NAME.values() if dtype.packed == 1]
 
 
 @pytest.mark.parametrize("one", PLAIN, ids=str)

@@ -69,7 +69,7 @@ def expressible(draw: st.DrawFn) -> ModelSpec:
     )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(spec=expressible())
 def test_what_we_write_reads_back_to_the_same_spec(spec: ModelSpec) -> None:
     fields = json.loads(to_text(write_config("lingua", spec)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -18,9 +19,10 @@ from dcpconv.core.errors import DcpconvError, FormatError
 from dcpconv.formats.opening import open_checkpoint
 from dcpconv.formats.ranks import fsdp, fsdp_optimizer
 from dcpconv.formats.torchfile import contents, zip_records
-from support.checkpoints.rank_files import distributed, each_rank, save_verl
+from support.checkpoints.rank_files import as_of_torch_2_6, distributed, each_rank, save_verl
 from support.checkpoints.stock import assert_same_bits, stock_load
 from support.models.hf_models import save_hf, tiny
+from support.versions import needs
 
 WEIGHTS = {
     "even.weight": torch.arange(48.0).view(8, 6),
@@ -37,6 +39,11 @@ def read_back(directory: Path, target: Path) -> dict[str, Tensor]:
     return stock_load(target, "dcp")
 
 
+_uneven = functools.partial(
+    pytest.param, marks=needs("torch", "2.13", "_StridedShard of uneven rows")
+)
+
+
 @pytest.mark.parametrize(
     ("shape", "placements"),
     [
@@ -47,10 +54,10 @@ def read_back(directory: Path, target: Path) -> dict[str, Tensor]:
         pytest.param((2, 2), [Replicate(), Shard(0)], id="hsdp"),
         pytest.param((2, 3), [Shard(0), Replicate()], id="shard-replicate"),
         pytest.param((2, 2), [Shard(0), Shard(0)], id="twice"),
-        pytest.param((2, 2), [_StridedShard(0, split_factor=2), Shard(0)], id="fsdp-tp"),
-        pytest.param((3, 2), [_StridedShard(0, split_factor=2), Shard(0)], id="fsdp-tp-3"),
-        pytest.param((2, 4), [_StridedShard(0, split_factor=4), Shard(0)], id="fsdp-tp-4"),
-        pytest.param((2,), [_StridedShard(0, split_factor=3)], id="strided-alone"),
+        _uneven((2, 2), [_StridedShard(0, split_factor=2), Shard(0)], id="fsdp-tp"),
+        _uneven((3, 2), [_StridedShard(0, split_factor=2), Shard(0)], id="fsdp-tp-3"),
+        _uneven((2, 4), [_StridedShard(0, split_factor=4), Shard(0)], id="fsdp-tp-4"),
+        _uneven((2,), [_StridedShard(0, split_factor=3)], id="strided-alone"),
     ],
 )
 def test_every_placement_is_put_together(
@@ -59,6 +66,13 @@ def test_every_placement_is_put_together(
     names = [f"axis{axis}" for axis in range(len(shape))]
     save_verl(tmp_path / "in", distributed(WEIGHTS, placements), shape=shape, names=names)
     assert_same_bits(read_back(tmp_path / "in", tmp_path / "out"), WEIGHTS)
+
+
+def test_even_rows_that_two_axes_cut_in_turn(tmp_path: Path) -> None:
+    weights = {"w": torch.arange(96.0).view(16, 6), "v": torch.arange(8.0)}
+    placements = [_StridedShard(0, split_factor=4), Shard(0)]
+    save_verl(tmp_path / "in", distributed(weights, placements), shape=(2, 4), names=("dp", "tp"))
+    assert_same_bits(read_back(tmp_path / "in", tmp_path / "out"), weights)
 
 
 def test_columns_and_rows_are_cut_together(tmp_path: Path) -> None:
@@ -201,10 +215,26 @@ def _a_rank_beyond(directory: Path) -> None:
 
 def _swapped(directory: Path) -> None:
     save_verl(directory, distributed(WEIGHTS, [Shard(0)]))
+    _swap(directory)
+
+
+def _swap(directory: Path) -> None:
     one, two = (directory / f"model_world_size_2_rank_{rank}.pt" for rank in range(2))
     one.rename(directory / "aside")
     two.rename(one)
     (directory / "aside").rename(two)
+
+
+def _swapped_by_torch_2_6(directory: Path) -> None:
+    """Alike in everything but what they hold."""
+
+    def split(mesh: Any) -> dict[str, object]:
+        pieces = distributed({"w": torch.arange(48.0).view(8, 6)}, [Shard(0)])(mesh)
+        as_of_torch_2_6(mesh)
+        return dict(pieces)
+
+    save_verl(directory, split)
+    _swap(directory)
 
 
 def _other_sizes(directory: Path) -> None:
@@ -227,6 +257,11 @@ def _sums(directory: Path) -> None:
         pytest.param(_renamed_to_a_smaller_world, "saved by 3 ranks", id="smaller-world"),
         pytest.param(_a_rank_beyond, "model_world_size_2_rank_2.pt", id="beyond"),
         pytest.param(_swapped, "model_world_size_2_rank_0.pt holds the share of rank 1", id="swap"),
+        pytest.param(
+            _swapped_by_torch_2_6,
+            "model_world_size_2_rank_0.pt holds the share of rank 1",
+            id="swap-2.6",
+        ),
         pytest.param(_other_sizes, "odd.weight is of shape [7, 5]", id="sizes"),
         pytest.param(_sums, "a term of a sum", id="partial"),
     ],

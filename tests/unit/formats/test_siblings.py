@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import FormatError
@@ -16,7 +16,8 @@ from dcpconv.formats.ranks import siblings
 from dcpconv.formats.ranks.siblings import Siblings
 from dcpconv.formats.torchfile.archive import Archive
 from dcpconv.formats.torchfile.contents import Contents, leaves_in, read_leaves
-from support.checkpoints.rank_files import each_rank
+from support.checkpoints.rank_files import as_of_torch_2_6, each_rank
+from support.versions import placed
 
 MESHES = {
     "line": ((3,), ("fsdp",), (Shard(0),)),
@@ -25,24 +26,35 @@ MESHES = {
 }
 
 
-def save(directory: Path, shape: tuple[int, ...], names: tuple[str, ...], by: object) -> list[Path]:
+def save(
+    directory: Path,
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    by: tuple[Placement, ...],
+    *,
+    is_older: bool,
+) -> list[Path]:
     """Rows that some ranks share unevenly, a tensor that all hold, and a second name."""
     paths = []
     for rank, mesh in each_rank(shape, names):
         if rank not in {0, 1, 2, 3, 8, 9, 10, 200, 298, 299}:
             continue
         path = directory / f"model_rank_{rank}.pt"
-        torch.save(state(mesh, by), path)  # type: ignore[arg-type]
+        torch.save(state(mesh, by, is_older=is_older), path)
         paths.append(path)
     return paths
 
 
-def state(mesh: DeviceMesh, by: tuple[Placement, ...]) -> Mapping[str, object]:
-    first = distribute_tensor(torch.randn(7, 6), mesh, by, src_data_rank=None)
+def state(mesh: DeviceMesh, by: tuple[Placement, ...], *, is_older: bool) -> Mapping[str, object]:
+    first = placed(torch.randn(7, 6), mesh, by)
+    second = placed(torch.randn(600, 4), mesh, by)
+    vars(mesh)["_hash"] = (1 << 62) + mesh.get_rank()  # differs from process to process
+    if is_older:
+        as_of_torch_2_6(mesh)
     return {
         "first": first,
         "again": first,
-        "second": distribute_tensor(torch.randn(600, 4), mesh, by, src_data_rank=None),
+        "second": second,
         "plain": torch.randn(3),
         "step": 7,
     }
@@ -61,9 +73,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return read
 
 
+@pytest.mark.parametrize("is_older", [False, True], ids=["installed", "2.6"])
 @pytest.mark.parametrize("name", MESHES)
-def test_every_file_is_read_as_alone(name: str, tmp_path: Path, alone: list[Path]) -> None:
-    paths = save(tmp_path, *MESHES[name])
+def test_every_file_is_read_as_alone(
+    name: str, *, is_older: bool, tmp_path: Path, alone: list[Path]
+) -> None:
+    paths = save(tmp_path, *MESHES[name], is_older=is_older)
     reader = Siblings()
     for path in (*paths, *reversed(paths)):
         assert reader.read(path) == read_leaves(path)

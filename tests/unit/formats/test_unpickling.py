@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import _weights_only_unpickler as weights_only
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError
 from dcpconv.formats.torchfile import unpickling as pickles
+from dcpconv.formats.torchfile.stand_ins import is_array
 from dcpconv.formats.torchfile.unpickling import (
     HARMLESS,
     Call,
@@ -28,6 +30,7 @@ from dcpconv.formats.torchfile.unpickling import (
     dumps,
     loads,
 )
+from support.versions import of_torch
 
 SCALARS = (
     st.none()
@@ -98,7 +101,7 @@ def test_set_order_does_not_show_in_the_bytes() -> None:
     assert dumps(first) == dumps(second)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", [of_torch(name) for name in BY_NAME])
 def test_dtypes_go_by_name(name: str) -> None:
     dtype = getattr(torch, name)
     assert loads(pickle.dumps(dtype), allowed=HARMLESS, where="x") == Ref("torch", name)
@@ -122,10 +125,85 @@ def test_stand_ins_write_back_the_object_they_were_read_from(value: object, prot
     assert pickle.loads(dumps(inert)) == value
 
 
-def test_a_numpy_array_survives_without_numpy() -> None:
-    array = np.arange(6, dtype=np.int16).reshape(2, 3)
-    again = pickle.loads(dumps(loads(pickle.dumps(array), allowed=HARMLESS, where="x")))
+ARRAYS: dict[str, np.ndarray[Any, Any]] = {
+    "rows": np.arange(6, dtype=np.int16).reshape(2, 3),
+    "columns": np.arange(6.0).reshape(2, 3).T,
+    "other-order": np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2),
+    "strided": np.arange(12)[::2],
+    "none": np.zeros((0, 3), dtype=np.float32),
+    "scalar": np.array(2.5),
+    "strings": np.array(["ab", "c"]),
+    "dates": np.array(["2026-11-26"], dtype="M8[D]"),
+    "fields": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+    "objects": np.array([None, "a"], dtype=object),
+    "big-endian": np.arange(3, dtype=">i4"),
+    "read-only": np.frombuffer(b"abcd", dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_numpy_array_survives_without_numpy(kind: str, protocol: int) -> None:
+    array = ARRAYS[kind]
+    inert = loads(pickle.dumps(array, protocol), allowed=HARMLESS, where="x")
+    assert is_array(inert)
+    data = dumps(inert)
+    again, expected = pickle.loads(data), pickle.loads(pickle.dumps(array, protocol))
+    assert (again.dtype, again.strides) == (expected.dtype, expected.strides)
     np.testing.assert_array_equal(again, array)
+    assert loads(data, allowed=HARMLESS, where="x") == inert
+
+
+def dtype(name: str = "i2", *, flags: int = 0, size: int = -1) -> Call:
+    return Call(
+        Ref("numpy", "dtype"), (name, False, True), (3, "<", None, None, None, size, -1, flags)
+    )
+
+
+FROM_BUFFER = Ref("numpy._core.numeric", "_frombuffer")
+
+
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+@pytest.mark.parametrize(
+    "rest", [((3,), "C"), ((1, 3), "F"), ((3, 1), "K", (1, 0)), ((3,), "C", None)]
+)
+def test_an_array_of_bytes_of_the_pickle_is_written_down(
+    module: str, kind: type[bytes | bytearray], rest: tuple[object, ...]
+) -> None:
+    call = Call(Ref(f"{module}.numeric", "_frombuffer"), (kind(b"abcdef"), dtype(), *rest))
+    inert = loads(dumps(call), allowed=HARMLESS, where="x")
+    assert inert == call
+    assert is_array(inert)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param((bytes(8), dtype("O8", flags=63), (1,), "C"), id="pointers"),
+        pytest.param((bytes(8), "O8", (1,), "C"), id="no-type"),
+        pytest.param((bytes(8), Call(Ref("torch", "Size"), ((2,),)), (4,), "C"), id="other-type"),
+        pytest.param((bytes(6), dtype(), (4,), "C"), id="too-many"),
+        pytest.param((bytes(6), dtype(), (2,), "C"), id="too-few"),
+        pytest.param((bytes(4), dtype(), (-1, -2), "C"), id="negative"),
+        pytest.param((bytes(4), dtype(), 2, "C"), id="no-shape"),
+        pytest.param((bytes(4), dtype(), (2, 1), "K", (0, 0)), id="an-axis-twice"),
+        pytest.param((bytes(4), dtype(), (2,), "Z"), id="no-order"),
+        pytest.param((bytes(4), dtype()), id="no-shape-at-all"),
+        pytest.param(
+            (Call(FROM_BUFFER, (bytes(4), dtype(), (2,), "C")), dtype(), (2,), "C"), id="a-view"
+        ),
+    ],
+)
+def test_an_array_that_numpy_would_not_write_is_refused(args: tuple[object, ...]) -> None:
+    with pytest.raises(FormatError, match=r"damaged|NumPy"):
+        loads(dumps(Call(FROM_BUFFER, args)), allowed=HARMLESS, where="x")
+
+
+@pytest.mark.parametrize("name", ["bytes", "bytearray"])
+def test_bytes_by_their_number_take_no_memory(name: str) -> None:
+    with pytest.raises(FormatError, match="by their number"):
+        loads(dumps(Call(Ref("builtins", name), (1 << 40,))), allowed=HARMLESS, where="x")
 
 
 def test_paths_become_strings() -> None:

@@ -15,6 +15,7 @@ import pickle
 import random
 import types
 import uuid
+import warnings
 from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.torchfile.unpickling import loads
+from dcpconv.formats.torchfile.unpickling import Call, Instance, Ref, dumps, loads
 from dcpconv.loading import objects
 from dcpconv.loading.storage_reader import CheckpointReader
 
@@ -213,12 +214,26 @@ class Calls:
 
 PLAIN = (3, "|", None, None, None, -1, -1)
 
+
+def of_bytes(buffer: object, dtype: object) -> Call:
+    return Call(Ref("numpy._core.numeric", "_frombuffer"), (buffer, dtype, (2,), "C"))
+
+
+def dtype(*args: object, state: tuple[object, ...] | None = None) -> Call:
+    return Call(Ref("numpy", "dtype"), args, state)
+
+
 HARM: dict[str, Callable[[], object]] = {
     "endless-deque": lambda: Calls(collections.deque, (range(10**15),)),
     "endless-list": lambda: Calls(list, (range(10**15),)),
     "memory": lambda: Calls(bytearray, (10**15,)),
     "pointers": lambda: Calls(np.dtype, ("O8", False, True), (*PLAIN, 0)),
     "pointers-under-another-name": lambda: Calls(np.dtype, ("i8", False, True), (*PLAIN, 63)),
+    "elements-that-grow": lambda: Calls(np.dtype, ("S8", False, True), (*PLAIN[:5], 4096, 1, 0)),
+    "elements-that-are-never-aligned": lambda: Calls(
+        np.dtype, ("V8", False, True), (*PLAIN[:5], 8, 0, 0)
+    ),
+    "type-of-all-arrays": lambda: Calls(np.dtype, ("i8", False, False), (*PLAIN, 0)),
     "pointers-in-fields": lambda: np.dtype([("a", "O"), ("b", "i4")]),
     "array-of-a-buffer": lambda: Calls(np.ndarray, ((1,), "O", b"12345678")),
     "altered-class": lambda: Calls(
@@ -233,6 +248,47 @@ def test_what_harmless_globals_could_do_is_refused(harm: str) -> None:
         objects._require_harmless(archive((HARM[harm](),)), "it")
 
 
+OBJECTS = dtype("O8", False, True, state=(*PLAIN, 63))
+NUMBERS = dtype("i8", False, True, state=(3, "<", None, None, None, -1, -1, 0))
+ARRAY = Call(
+    Ref("numpy._core.multiarray", "_reconstruct"),
+    (Ref("numpy", "ndarray"), (0,), b"b"),
+    (1, (2,), OBJECTS, False, [None, None]),
+)
+
+BY_HAND = {
+    "view-of-pointers": of_bytes(ARRAY, NUMBERS),
+    "view-of-a-view": of_bytes(of_bytes(bytearray(16), NUMBERS), NUMBERS),
+    "bytes-as-objects": of_bytes(bytearray(16), OBJECTS),
+    "bytes-of-no-type": of_bytes(bytearray(16), "i8"),
+    "view-of-an-instance": of_bytes(Instance(Ref("_io", "BytesIO"), (b"", 0, None)), NUMBERS),
+    "memory-by-newobj": Instance(Ref("builtins", "bytes"), None, (10**15,)),
+    "endless-by-newobj": Instance(
+        Ref("builtins", "frozenset"), None, (Call(Ref("builtins", "range"), (10**15,)),)
+    ),
+    "fields-by-newobj": Instance(Ref("numpy", "dtype"), None, ([("a", "O")], False, True)),
+}
+
+
+@pytest.mark.parametrize("harm", BY_HAND)
+def test_what_python_would_not_pickle_is_refused(harm: str) -> None:
+    with pytest.raises(FormatError):
+        loads(dumps(BY_HAND[harm]), allowed=objects._allowed(), where="it")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("array", "numpy-"))])
+def test_arrays_of_any_protocol_are_handed_on(kind: str) -> None:
+    for protocol in (2, 3, 4, 5):
+        stream = archive({"x": KINDS[kind]}, pickle_protocol=protocol)
+        objects._require_harmless(stream, "it")
+
+
+def test_bytes_that_protocol_2_spells_make_an_array() -> None:
+    data = dumps(of_bytes(bytearray(range(16)), NUMBERS))
+    loads(data, allowed=objects._allowed(), where="it")
+    assert pickle.loads(data).tobytes() == bytes(range(16))
+
+
 def test_a_class_cannot_be_altered() -> None:
     """BUILD on a class that is only named would set its attributes."""
     data = b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb."
@@ -245,7 +301,8 @@ def test_what_torch_load_would_take_for_something_else_is_refused() -> None:
     with pytest.raises(FormatError, match=r"not what torch\.save writes"):
         objects._require_harmless(legacy, "it")
     stream = io.BytesIO()
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of all of torch.jit, since 2.9
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 3)), stream)
     stream.seek(0)
     with pytest.raises(FormatError, match="TorchScript"):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
 from dcpconv import CheckpointWriter, fingerprint, save_weights
@@ -19,6 +18,7 @@ from dcpconv.plan.manifests import manifest_beside
 from dcpconv.runs import verify_checkpoints
 from support.models.hf_models import tiny
 from support.runs.run_dirs import example
+from support.versions import save_alone
 
 
 def run_of(directory: Path) -> list[Path]:
@@ -91,7 +91,7 @@ def test_saving_writes_what_a_deep_look_compares_with(tmp_path: Path, form: Form
 def test_what_torch_saves_through_the_writer_has_its_manifest(tmp_path: Path) -> None:
     state = tiny("llama").state_dict()
     writer = CheckpointWriter(tmp_path / "out", form="dcp", fingerprint=True)
-    save(state, storage_writer=writer, no_dist=True)
+    save_alone(state, storage_writer=writer)
     assert writer.report is not None
     assert writer.report.fingerprint == fingerprint(tmp_path / "out").digest
     assert writer.report.fingerprint_nbytes == writer.report.target.nbytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import shutil
 from pathlib import Path
 
@@ -192,6 +193,10 @@ def test_an_interruption_leaves_every_step_whole_or_stripped(
             return function(*args, **kwargs)
 
         monkeypatch.setattr(os, name, call)
+        # Before Python 3.11 pathlib keeps functions of its own.
+        accessor = getattr(pathlib, "_NormalAccessor", None)
+        if hasattr(accessor, name):
+            monkeypatch.setattr(accessor, name, staticmethod(call))
 
     for name in ("unlink", "replace", "rename", "rmdir"):
         counted(name)

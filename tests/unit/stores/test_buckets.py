@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from typer.testing import CliRunner
 
 from dcpconv import CheckpointReader, check, convert, fingerprint, load_init_weights
@@ -24,6 +22,7 @@ from support.checkpoints.adapters import factors, peft_tensors, save_peft
 from support.checkpoints.check_cases import write_hf
 from support.machine.fault_proxy import spoiling
 from support.machine.s3_server import BUCKET, Bucket, point_to
+from support.versions import load_alone, save_alone
 
 MIB = 1 << 20
 
@@ -108,7 +107,7 @@ def test_what_torch_wrote_is_read_by_a_few_requests(
     """48 tensors: headers cost 2 requests of a zip, one for each kind of item of a DCP."""
     state = {"model": tensors, "step": 7}
     torch.save(state, tmp_path / "state.pth")
-    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save_alone(state, checkpoint_id=tmp_path / "dcp")
     names = [bucket.upload(tmp_path / name, name) for name in ("state.pth", "dcp")]
     kinds = len({value.shape for value in tensors.values()}) + 1
     for name, most in zip(names, (3, 1 + kinds), strict=True):
@@ -163,14 +162,14 @@ def test_a_reader_gives_tensors_and_objects_from_a_bucket(
 ) -> None:
     state = {"model": tensors, "step": 7, "opt": {"lr": 0.5}}
     torch.save(state, tmp_path / "state.pth")
-    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save_alone(state, checkpoint_id=tmp_path / "dcp")
     afar = bucket.upload(tmp_path / form, form)
     found: dict[str, Any] = {
         "model": {key: torch.zeros_like(value) for key, value in tensors.items()},
         "step": 0,
         "opt": {"lr": 0.0},
     }
-    load(found, storage_reader=CheckpointReader(afar), no_dist=True)
+    load_alone(found, storage_reader=CheckpointReader(afar))
     assert (found["step"], found["opt"]["lr"]) == (7, 0.5)
     assert all(torch.equal(found["model"][key], value) for key, value in tensors.items())
 
@@ -204,7 +203,7 @@ def test_an_item_that_is_unlike_the_others_is_told_when_it_is_read(
     bucket: Bucket, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Of many items of a kind one is looked at when a DCP is opened."""
-    save(tensors, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save_alone(tensors, checkpoint_id=tmp_path / "dcp")
     local = open_checkpoint(tmp_path / "dcp")
     file = next((tmp_path / "dcp").glob("*.distcp"))
     last = max(

@@ -78,7 +78,9 @@ def test_it_answers_as_a_directory_of_this_machine_does(here: Path) -> None:
         assert above == [str(p.relative_to(there)) for p in [*other.parents][:depth]]
     for pattern in ("*", "*.json", "s*/*.pth", "*/"):
         found = {str(p.relative_to(there)) for p in (there / "x").glob(pattern)}
-        assert found == {str(p.relative_to(here)).rstrip("/") for p in (here / "x").glob(pattern)}
+        # Before Python 3.11 "*/" also finds files.
+        expected = [p for p in (here / "x").glob(pattern) if p.is_dir() or pattern[-1] != "/"]
+        assert found == {str(p.relative_to(here)) for p in expected}
     file = there / "x/config.json"
     assert file.read_bytes() == (here / "x/config.json").read_bytes()
     assert file.stat().st_size == 100

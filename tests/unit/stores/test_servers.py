@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from dcpconv import convert
 from dcpconv.core.errors import SourceChangedError
@@ -15,6 +14,7 @@ from dcpconv.stores.schemes import path_of
 from dcpconv.stores.store import StoreError
 from support.checkpoints.check_cases import CONFIG, llama_shapes, write_hf
 from support.machine.static_server import static
+from support.versions import save_alone
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -35,7 +35,7 @@ def test_a_file_and_a_dcp_of_a_static_server_are_read(tmp_path: Path) -> None:
     state = {key: torch.randn(shape) for key, shape in llama_shapes().items()}
     (tmp_path / "www").mkdir()
     torch.save(state, tmp_path / "www" / "model.pth")
-    save(state, checkpoint_id=tmp_path / "www" / "dcp", no_dist=True)
+    save_alone(state, checkpoint_id=tmp_path / "www" / "dcp")
     with static(tmp_path / "www") as url:
         for name in ("model.pth", "dcp"):
             here = tmp_path / "www" / name

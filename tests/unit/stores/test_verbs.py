@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load
 from typer.testing import CliRunner
 
 from dcpconv import (
@@ -27,6 +26,7 @@ from dcpconv.stores.store import StoreError
 from support.machine.hub_server import Hub, point_to, serving
 from support.machine.s3_server import serving_s3
 from support.machine.static_server import static
+from support.versions import load_alone
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_a_model_and_a_reader_are_filled_from_afar(
     state = live.state_dict()
     assert all(torch.equal(state[key], value) for key, value in tensors.items())
     found = {key: torch.zeros_like(value) for key, value in tensors.items()}
-    load(found, storage_reader=CheckpointReader(url), no_dist=True)
+    load_alone(found, storage_reader=CheckpointReader(url))
     assert all(torch.equal(found[key], value) for key, value in tensors.items())
 
 
