@@ -11,10 +11,9 @@ from dcpconv.core.errors import LayoutError
 from dcpconv.core.layout import Placement
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
-from dcpconv.families.sizes import Sizes, in_common
+from dcpconv.families.sizes import Sizes, in_common, solve
 from dcpconv.plan.block_scales import SCALE, factors_along, scales_of
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
-from dcpconv.sources.numbers import solve
 from dcpconv.sources.recognition import Weights
 
 
