@@ -37,6 +37,12 @@ class Sizes:
         self._shapes: dict[tuple[Row, Differing], tuple[int, ...]] = {}
         self._placements: dict[tuple[Row, int, Differing], Placement] = {}
 
+    def idle(self, table: Keymap, indices: Mapping[str, int]) -> bool:
+        """Whether nothing looks at a tensor of a table, so that files may lack it."""
+        return any(
+            indices.get(name, -1) >= self.usual.get(of, 0) for name, of in table.idle.items()
+        )
+
     def says(self, row: Row) -> bool:
         """Whether the config decides if a row exists; else the source's keys do."""
         measured = self.measured

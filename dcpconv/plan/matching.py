@@ -228,8 +228,6 @@ class _Account:
                     continue
                 if row.pattern.text in self.derivable and not self._has_all(row):
                     continue
-                if self._is_idle(self.target, indices) and not self._supplies_any(row, indices):
-                    continue
                 if kept and row.pattern.key(indices) in kept:
                     continue
                 target = self._target(row, indices)
@@ -265,21 +263,13 @@ class _Account:
         part = self.target.part_of(row.pattern.text)
         if part is not None and part.role in self.absent:
             return False  # a language model without its tower is asked for no tower
-        if self.measures.says(row):
+        is_idle = self.measures.idle(self.target, indices)
+        if self.measures.says(row) and not is_idle:
             return self.measures.has(row.when, indices)
         if ("untied" if is_tied else "tied") in row.conditions:
             return False
-        if row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
+        if not is_idle and row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
             return True
-        return self._supplies_any(row, indices)
-
-    def _is_idle(self, table: Keymap, indices: dict[str, int]) -> bool:
-        """Whether nothing looks at a tensor, so that files may lack it."""
-        return any(
-            indices.get(name, -1) >= self.sizes.get(of, 0) for name, of in table.idle.items()
-        )
-
-    def _supplies_any(self, row: Row, indices: dict[str, int]) -> bool:
         return any(self._supplies(slot, indices) for slot in row.slots)
 
     def _has_all(self, row: Row) -> bool:
@@ -365,7 +355,7 @@ class _Account:
         for values in product(*(range(self.sizes[name]) for name in free)):
             more = dict(zip(free, values, strict=True))
             key = srow.pattern.key({**indices, **more})
-            if key not in self.weights.entries and self._is_idle(self.source, more):
+            if key not in self.weights.entries and self.measures.idle(self.source, more):
                 key = srow.pattern.key({**indices, **more, **dict.fromkeys(self.source.idle, 0)})
             entry = self._entry(key, lacking)
             if entry is not None and entry.shape == placed.shape:
