@@ -139,6 +139,8 @@ def check(
     if weights.alternatives:
         names = ", ".join(table.name for table in weights.alternatives)
         notes.append(f"the keys also fit {names}; --from NAME chooses")
+    if to is not None and to != STORED:
+        notes.extend(weights.doubts)
     coverage = replace(
         coverage,
         problems=found.problems,

@@ -101,6 +101,7 @@ def decide(everything: Catalog, request: Request) -> Decided:
         side = dequantized(side, most_used(tensors))
     all_notes = (
         *source.notes,
+        *going.doubts,
         *kept_notes,
         *merge_notes,
         *(() if request.adapters else beside_note(source.catalog.source)),

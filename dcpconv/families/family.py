@@ -130,6 +130,12 @@ FAMILIES: Final = (
         "torchtitan",
     ),
     Family(
+        ("mamba_ssm",),
+        "mamba_ssm",
+        CONFIG,
+        lambda fields: "d_model" in fields and "n_layer" in fields and "ssm_cfg" in fields,
+    ),
+    Family(
         ("hf", "hf-"),
         "hf_writing",
         CONFIG,

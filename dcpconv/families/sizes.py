@@ -37,6 +37,12 @@ class Sizes:
         self._shapes: dict[tuple[Row, Differing], tuple[int, ...]] = {}
         self._placements: dict[tuple[Row, int, Differing], Placement] = {}
 
+    def idle(self, table: Keymap, indices: Mapping[str, int]) -> bool:
+        """Whether nothing looks at a tensor of a table, so that files may lack it."""
+        return any(
+            indices.get(name, -1) >= self.usual.get(of, 0) for name, of in table.idle.items()
+        )
+
     def says(self, row: Row) -> bool:
         """Whether the config decides if a row exists; else the source's keys do."""
         measured = self.measured
@@ -125,3 +131,36 @@ def in_common(source: Keymap, target: Keymap) -> dict[str, str]:
 
 def _counts_within(table: Keymap) -> bool:
     return any("r" in row.axes(term) for row in table.rows for term in range(len(row.slots)))
+
+
+def solve(row: Row, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Adds to ``sizes`` what a stored shape reveals: dims with exactly one axis of unknown size.
+
+    A fused dim such as ``(h e)`` reveals nothing by itself: 512 rows may be 8 heads of 64 or 16
+    of 32.
+    """
+    if row.layout.terms > 1 or len(row.layout.nodes) != len(shape):
+        return
+    for node, length in zip(row.layout.nodes, shape, strict=True):
+        names = axis_names(node)
+        unknown = [name for name in names if name not in sizes]
+        if len(unknown) != 1 or names.count(unknown[0]) != 1:
+            continue
+        known = 1
+        for name in names:
+            known *= sizes.get(name, 1)
+        if known and length % known == 0:
+            sizes[unknown[0]] = length // known
+    if "p" in sizes:
+        sizes.setdefault("e", 2 * sizes["p"])
+    elif sizes.get("e", 1) % 2 == 0:
+        sizes["p"] = sizes["e"] // 2
+
+
+def axis_names(node: object) -> list[str]:
+    """Axes of one dim of a layout; none for a fixed length, and for slots laid end to end."""
+    nodes = getattr(node, "nodes", None)
+    if nodes is not None:
+        return [name for child in nodes for name in axis_names(child)]
+    name = getattr(node, "name", "1")
+    return [] if name.isdigit() else [name]

@@ -153,13 +153,14 @@ def supply_of(
     ):
         return _in_memory(understood, adapters, live, wanted)
     going = aim(understood, to=options.to, form="dcp", wanted=wanted)
+    doubts = going.doubts
     going, merged = merged_into(going, adapters, undone="nothing was loaded")
     spec, apart = trained_apart(going.weights, going.spec)
     going = replace(going, spec=spec)
     going.require_expressible(undone="nothing was loaded", allow_by="allow=[NAME]")
     coverage = going.stored(product=PRODUCT, whole=True) if whole else going.cover(product=PRODUCT)
     left_out = (f"{key} is left out ({why})" for key, why in going.allowed)
-    notes = (*going.source.notes, *merged, *apart, *left_out)
+    notes = (*going.source.notes, *doubts, *merged, *apart, *left_out)
     return Supply(going.source.catalog, going.weights, widened(coverage), going.root, notes)
 
 

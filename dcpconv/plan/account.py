@@ -64,6 +64,11 @@ class Aim:
         return self.form == "hf" if self.form is not None else self.table.family == "hf"
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What only a parameter file tells, where the naming is changed or such a file written."""
+        return self.weights.doubts if self.renames or self.form == "hf" else ()
+
+    @property
     def allowed(self) -> tuple[tuple[str, str], ...]:
         """What the target leaves out because the user said so, and why."""
         allow = self.source.said.allow
@@ -205,7 +210,7 @@ def aim(
     """
     model = _as_catalog(wanted) if wanted is not None else None
     table = _table(source, to, form, model)
-    if table is not None:
+    if table is not None and table is not source.keymap:
         source.weights.require_keymap()
     parameters = source.parameters
     is_renamed = table is not None and table is not source.keymap

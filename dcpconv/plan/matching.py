@@ -11,10 +11,9 @@ from dcpconv.core.errors import LayoutError
 from dcpconv.core.layout import Placement
 from dcpconv.core.spec import ModelSpec
 from dcpconv.families.keymaps import Keymap, Row
-from dcpconv.families.sizes import Sizes, in_common
+from dcpconv.families.sizes import Sizes, in_common, solve
 from dcpconv.plan.block_scales import SCALE, factors_along, scales_of
 from dcpconv.plan.coverage import Coverage, Fault, Piece, Target, as_stored
-from dcpconv.sources.numbers import solve
 from dcpconv.sources.recognition import Weights
 
 
@@ -264,11 +263,12 @@ class _Account:
         part = self.target.part_of(row.pattern.text)
         if part is not None and part.role in self.absent:
             return False  # a language model without its tower is asked for no tower
-        if self.measures.says(row):
+        is_idle = self.measures.idle(self.target, indices)
+        if self.measures.says(row) and not is_idle:
             return self.measures.has(row.when, indices)
         if ("untied" if is_tied else "tied") in row.conditions:
             return False
-        if row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
+        if not is_idle and row.conditions <= {"tied", "untied"} and not self.measures.lacks(row):
             return True
         return any(self._supplies(slot, indices) for slot in row.slots)
 
@@ -354,7 +354,10 @@ class _Account:
         }
         for values in product(*(range(self.sizes[name]) for name in free)):
             more = dict(zip(free, values, strict=True))
-            entry = self._entry(srow.pattern.key({**indices, **more}), lacking)
+            key = srow.pattern.key({**indices, **more})
+            if key not in self.weights.entries and self.measures.idle(self.source, more):
+                key = srow.pattern.key({**indices, **more, **dict.fromkeys(self.source.idle, 0)})
+            entry = self._entry(key, lacking)
             if entry is not None and entry.shape == placed.shape:
                 limit = {**fixed, **{name: (v, v + 1) for name, v in more.items()}}
                 yield Piece(entry, placed, wanted, limit)

@@ -164,7 +164,7 @@ def _in_some_layers(
             said.condition(has, count, block)  # the rest of a kind may come before it
     for guess in guesses:
         layout = guess.layout if guess.slot else said.layout(guess.shape)
-        when, remark = "", guess.remark
+        when, remark = "untied" if guess.slot == "head" else "", guess.remark
         if guess.key in kinds and said.fields:
             kind = said.condition(kinds[guess.key][0], count, kinds[guess.key][1])
             when, remark = kind or "", "in some layers only" if kind is None else remark
@@ -192,8 +192,11 @@ def _guesses(entries: Mapping[str, TensorEntry], said: Explanations) -> Iterator
         for count in range(min(5, len(parts)), 1, -1):
             fitting = [
                 (times, slots, layout)
-                for (slots, layout), times in endings.get(tuple(parts[-count:]), {}).items()
-                if len(Layout(layout).nodes) == len(shape) and said.can_say(layout)
+                for (slots, layout, is_layer), times in endings.get(
+                    tuple(parts[-count:]), {}
+                ).items()
+                if is_layer == ("{L}" in key) and said.can_say(layout)
+                if said.fits(Layout(layout), shape)
             ]
             if not fitting:
                 continue
@@ -211,15 +214,16 @@ def _guesses(entries: Mapping[str, TensorEntry], said: Explanations) -> Iterator
 
 def _endings(
     patterns: Mapping[str, tuple[int, ...]],
-) -> dict[tuple[str, ...], dict[tuple[str, str], tuple[int, int]]]:
+) -> dict[tuple[str, ...], dict[tuple[str, str, bool], tuple[int, int]]]:
     """What our tables say about the last components of keys, with the most of the checkpoint's keys
-    that a table which says so spells the same way, and how many tables say so."""
-    found: dict[tuple[str, ...], dict[tuple[str, str], tuple[int, int]]] = {}
+    that a table which says so spells the same way, and how many tables say so: slots, layout, and
+    whether the key is of a layer."""
+    found: dict[tuple[str, ...], dict[tuple[str, str, bool], tuple[int, int]]] = {}
     for table in keymaps().values():
         weight = sum(row.pattern.text in patterns for row in table.rows)
         for row in table.rows:
             parts = row.pattern.text.split(".")
-            said = (" | ".join(row.slots), row.layout.text)
+            said = (" | ".join(row.slots), row.layout.text, "L" in row.pattern.names)
             for count in range(2, min(5, len(parts)) + 1):
                 tally = found.setdefault(tuple(parts[-count:]), {})
                 most, times = tally.get(said, (0, 0))

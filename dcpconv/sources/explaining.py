@@ -9,12 +9,16 @@ from functools import lru_cache
 from itertools import combinations
 
 from dcpconv.core.declared import Measured, size_of
+from dcpconv.core.layout import Axis, Layout, Node, Summed
 from dcpconv.core.spec import Declared, ModelSpec
 from dcpconv.families.keymaps import keymaps
 from dcpconv.families.keymaps.words import AXES
 
 _SMALLEST = 2
 """A dim of length 1 is written as the number."""
+
+_LATENT = frozenset({"a", "c", "n", "v"})
+"""Axes that only low-rank attention has."""
 
 
 @dataclass
@@ -53,6 +57,23 @@ class Explanations:
         return all(
             size_of(_rules_of_ours().get(axis, ""), self.fields) is not None
             for axis in _own_axes(layout)
+        )
+
+    def fits(self, layout: Layout, shape: Sequence[int]) -> bool:
+        """Whether a layout has this shape, as far as the file says how long its axes are."""
+        if len(layout.nodes) != len(shape):
+            return False
+        is_latent = self.spec is None or self.spec.latent is not None
+        if not is_latent and _LATENT & frozenset().union(*map(_axes_of, layout.nodes)):
+            return False
+        sizes = dict(self.spec.axes()) if self.spec is not None else {}
+        for axis in _own_axes(layout.text):
+            size = size_of(_rules_of_ours().get(axis, ""), self.fields)
+            sizes |= {} if size is None else {axis: size}
+        return all(
+            node.length(sizes) == length
+            for node, length in zip(layout.nodes, shape, strict=True)
+            if _axes_of(node) <= sizes.keys()
         )
 
     def declare(self, layout: str) -> None:
@@ -154,6 +175,13 @@ def _rules_of_ours() -> Mapping[str, str]:
 
 def _own_axes(layout: str) -> frozenset[str]:
     return frozenset(re.findall(r"[A-Za-z]\w*", layout)) - AXES.keys()
+
+
+def _axes_of(node: Node) -> frozenset[str]:
+    if isinstance(node, Axis):
+        return frozenset() if node.name.isdigit() else frozenset({node.name})
+    inner = node.alternatives if isinstance(node, Summed) else node.nodes
+    return frozenset[str]().union(*map(_axes_of, inner))
 
 
 def _belong(one: str, other: str) -> bool:

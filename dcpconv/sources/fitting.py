@@ -59,9 +59,13 @@ def bare(key: str) -> str:
 
 
 def misfit(fit: Fit) -> tuple[float, ...]:
-    """The better a table fits, the less; in a tie the order of the candidates decides."""
+    """The better a table fits, the less; in a tie the order of the candidates decides.
+
+    What has every key and no other is not put behind the table that the parameter file is of.
+    """
+    is_whole = fit.unmatched == fit.absent == 0 and fit.hinted > RULED_OUT
     return (
-        fit.hinted < _STATED or fit.unmatched > fit.matched,
+        not is_whole and (fit.hinted < _STATED or fit.unmatched > fit.matched),
         fit.unmatched > 0,
         fit.unmatched / fit.matched,
         fit.absent,

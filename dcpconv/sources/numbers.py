@@ -14,6 +14,7 @@ from dcpconv.core.spec import ModelSpec
 from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.configs.patching import built_spec
 from dcpconv.families.keymaps import Keymap, Row
+from dcpconv.families.sizes import solve
 from dcpconv.sources.recognition import Weights
 
 
@@ -137,7 +138,20 @@ def require_said(spec: ModelSpec, weights: Weights) -> None:
     Raises:
         SpecError: Lists them, and what the families that fit would say.
     """
-    if not spec.unsaid or weights.keymap is None:
+    if weights.keymap is None:
+        return
+    known = MODEL_TYPES.get(spec.architecture)
+    if known is not None and known.is_copied and not spec.stated:
+        raise SpecError(
+            "the result's config.json has fields that neither shapes nor numbers say; nothing was"
+            " written",
+            [
+                ("source", weights.catalog.source),
+                ("lacks", f"the config.json of a {known.class_name}"),
+            ],
+            hint="--assets DIR names a directory with it",
+        )
+    if not spec.unsaid:
         return
     facts: list[tuple[str, object]] = [("source", weights.catalog.source)]
     facts += [("lacks", name) for name in spec.unsaid]
@@ -281,35 +295,3 @@ def _whole(pairs: Mapping[str, str], name: str, otherwise: int = 0) -> int:
     if not text.isdigit() or int(text) == 0:
         raise SpecError("not a count", [(name, text)])
     return int(text)
-
-
-def solve(row: Row, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Adds to ``sizes`` what a stored shape reveals: dims with exactly one axis of unknown size.
-
-    A fused dim such as ``(h e)`` reveals nothing by itself: 512 rows may be 8 heads of 64 or 16
-    of 32.
-    """
-    if row.layout.terms > 1 or len(row.layout.nodes) != len(shape):
-        return
-    for node, length in zip(row.layout.nodes, shape, strict=True):
-        names = _axis_names(node)
-        unknown = [name for name in names if name not in sizes]
-        if len(unknown) != 1 or names.count(unknown[0]) != 1:
-            continue
-        known = 1
-        for name in names:
-            known *= sizes.get(name, 1)
-        if known and length % known == 0:
-            sizes[unknown[0]] = length // known
-    if "p" in sizes:
-        sizes.setdefault("e", 2 * sizes["p"])
-    elif sizes.get("e", 1) % 2 == 0:
-        sizes["p"] = sizes["e"] // 2
-
-
-def _axis_names(node: object) -> list[str]:
-    nodes = getattr(node, "nodes", None)
-    if nodes is not None:
-        return [name for child in nodes for name in _axis_names(child)]
-    name = getattr(node, "name", "1")
-    return [] if name.isdigit() else [name]

@@ -44,6 +44,8 @@ class Weights:
         evidence: Why, one sentence each.
         same: Other tables that make the same bytes of every key, and may differ in what no file
             says, such as the RoPE theta.
+        rivals: Tables of rarer classes that have the same keys and compute otherwise, where no
+            parameter file and no one says that it is another.
         is_hinted: Whether sizes or config speak for the family before those.
         idle: Keys that can be left out without a difference -> why.
         architecture: What the parameter file names; empty where nothing is named.
@@ -58,9 +60,20 @@ class Weights:
     alternatives: tuple[Keymap, ...] = ()
     evidence: tuple[str, ...] = ()
     same: tuple[Keymap, ...] = ()
+    rivals: tuple[Keymap, ...] = ()
     is_hinted: bool = False
     idle: Mapping[str, str] = field(default_factory=dict)
     architecture: str = ""
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Which rarer classes the keys may be of, in a sentence; empty where none has them."""
+        if self.keymap is None or not self.rivals:
+            return ()
+        names = " and ".join(", ".join(table.name for table in self.rivals).rsplit(", ", 1))
+        verb = "has" if len(self.rivals) == 1 else "have"
+        taken = f"taken for {self.keymap.name}, since no file says which model this is"
+        return (f"{taken}; {names} {verb} the same keys: --from NAME chooses",)
 
     def require_keymap(self) -> Keymap:
         """The naming, for work that needs one.
@@ -153,7 +166,8 @@ def recognise(
     fits = fits_of(lambda _: candidates)
     if not any(fit.unmatched == fit.absent == 0 for fit in fits):
         fits += fits_of(lambda at: _variants(candidates, at, catalog, spec))
-    fits.sort(key=misfit)
+    is_told = architecture is not None or keymap is not None
+    fits.sort(key=lambda fit: (misfit(fit), not is_told and fit.keymap.by_name))
     sure = [
         fit
         for fit in fits
@@ -171,19 +185,15 @@ def recognise(
         evidence = (*_why_not(architecture, fits), *found)
         weights = _weights(catalog, chosen, keymap, (), evidence)
         return replace(weights, architecture=architecture or "")
-    best = sure[0]
-    same_root = [
-        fit
-        for fit in sure
-        if (fit.root, fit.unmatched, fit.absent) == (best.root, best.unmatched, best.absent)
-    ]
-    rows = rows_used(best, counts)
-    others = tuple(
-        fit.keymap
-        for fit in same_root[1:]
-        if rows_used(fit, counts) != rows and (fit.hinted > RULED_OUT or best.hinted < 0)
-    )
-    equal = tuple(fit.keymap for fit in same_root[1:] if rows_used(fit, counts) == rows)
+    alike = [fit for fit in sure if _misses(fit) == _misses(sure[0])]
+    if len(alike) > 1 and not is_told:
+        from dcpconv.sources.contradictions import (  # noqa: PLC0415 - most have a config
+            possible,
+        )
+
+        alike = possible(alike, catalog)
+    best, *rest = alike
+    equal, others, rivals = _told_apart(best, rest, counts, is_told=is_told)
     under = f" under {best.root!r}" if best.root else ""
     reasons = [
         f"{best.matched} of {best.matched + best.unmatched} keys{under} match {best.keymap.name}"
@@ -191,12 +201,42 @@ def recognise(
     reasons.extend(clues(best, spec))
     if equal:
         reasons.append(f"the same bytes as {', '.join(table.name for table in equal)}")
+    if rivals:
+        reasons.append(f"the same keys as {', '.join(table.name for table in rivals)}")
     if others and spec is not None and spec.architecture in best.keymap.architectures:
         others = tuple(table for table in others if spec.architecture in table.architectures)
     if others and spec is not None and spec.origin == best.keymap.config:
         others = ()
     weights = _weights(catalog, best.root, best.keymap, others, tuple(reasons), beside=best.beside)
-    return replace(weights, same=equal, is_hinted=best.hinted > 0, architecture=architecture or "")
+    return replace(
+        weights,
+        same=equal,
+        rivals=rivals,
+        is_hinted=best.hinted > 0,
+        architecture=architecture or "",
+    )
+
+
+def _told_apart(
+    best: Fit, rest: Iterable[Fit], counts: Mapping[tuple[str, ...], int], *, is_told: bool
+) -> tuple[tuple[Keymap, ...], tuple[Keymap, ...], tuple[Keymap, ...]]:
+    """Tables that make the same bytes, tables that make others, and those of rarer classes."""
+    equal, others, rivals = [], [], []
+    rows = rows_used(best, counts)
+    for fit in rest:
+        is_equal = rows_used(fit, counts) == rows
+        is_rarer = not is_told and fit.keymap.by_name
+        if is_rarer and (fit.hinted < best.hinted or (is_equal and not best.keymap.by_name)):
+            rivals.append(fit.keymap)
+        elif is_equal and not (is_rarer and best.keymap.by_name):
+            equal.append(fit.keymap)
+        elif fit.hinted > RULED_OUT or best.hinted < 0:
+            others.append(fit.keymap)
+    return tuple(equal), tuple(others), tuple(rivals)
+
+
+def _misses(fit: Fit) -> tuple[str, int, int]:
+    return fit.root, fit.unmatched, fit.absent
 
 
 def _is_sure(fit: Fit, architecture: str | None, spec: ModelSpec | None) -> bool:

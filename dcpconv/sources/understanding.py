@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from dcpconv.sources.live_models import LiveModel
     from dcpconv.sources.scales import Scaled
 
+_FIELDS = frozenset(ModelSpec.model_fields)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -168,7 +170,7 @@ def measured(
     Args:
         weights: The weights and their naming.
         spec: What the parameter file says.
-        said: What the user says goes over it.
+        said: What the user says goes over it; so does what a table of theirs fixes.
 
     Raises:
         SpecError: A number does not fit, or contradicts the shapes.
@@ -179,7 +181,10 @@ def measured(
         spec = spec.model_copy(update={"tied": True})  # params.json has no word for it
     if weights.keymap is not None and weights.keymap.is_headless and not spec.tied:
         spec = spec.model_copy(update={"head": "none"})  # config.json names no class
-    return (patched_spec(spec, said.sizes) if said.sizes else spec), ()
+    own = weights.keymap if weights.keymap is said.keymap else None
+    facts = {n: str(v).lower() for n, v in own.facts.items() if n in _FIELDS} if own else {}
+    pairs = {**facts, **(said.sizes or {})}
+    return (patched_spec(spec, pairs) if pairs else spec), ()
 
 
 def _config(file: Path, said: Said) -> Source:

@@ -15,9 +15,11 @@ from dcpconv.core.errors import NotExpressibleError
 from dcpconv.families.configs import read_spec
 from dcpconv.families.configs.by_kind import BY_KIND
 from support.checkpoints.families import (
+    RIGHT,
     assert_config_says_every_key,
     assert_every_form_holds,
     assert_same,
+    difference,
     hf_tensors,
     load_hf,
     logits,
@@ -181,23 +183,44 @@ def test_layers_that_predict_ahead_are_kept_beside(tmp_path: Path) -> None:
     assert_same(hf_tensors(tmp_path / "back"), hf_tensors(source))
 
 
-def test_longcat_wants_projections_of_idle_experts_as_its_class_does(tmp_path: Path) -> None:
-    """Nothing looks at them, but transformers stacks them with the others."""
-    source = save_hf(tiny("longcat_flash"), tmp_path / "hf")
+def test_longcat_is_published_without_projections_of_idle_experts(tmp_path: Path) -> None:
+    """Nothing looks at them, but transformers stacks them with the others and loads no file that
+    lacks them; here the first expert's stand in for them."""
+    model = tiny("longcat_flash")
+    source = save_hf(model, tmp_path / "hf")
     tensors = hf_tensors(source)
     idle = {key for key in tensors if ".experts.5." in key or ".experts.6." in key}
     assert len(idle) == 12
-    save_file(
-        {key: tensor for key, tensor in tensors.items() if key not in idle},
-        source / "model.safetensors",
-        {"format": "pt"},
-    )
+    few = {key: tensor for key, tensor in tensors.items() if key not in idle}
+    save_file(few, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load_hf(source)
-    missing = check(source, to="hf-memory").missing
-    assert {fault.key for fault in missing} == {
-        f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(3)
-    }
+
+    assert check(source)
+    convert(source, tmp_path / "dcp", form="dcp")
+    convert(tmp_path / "dcp", tmp_path / "back", form="hf")
+    assert_same(hf_tensors(tmp_path / "back"), few)
+    assert check(source, to="hf-memory")
+    convert(source, tmp_path / "live.pth", to="hf-memory")
+    live = torch.load(tmp_path / "live.pth", weights_only=True)
+    assert live.keys() == dict(model.state_dict()).keys()
+    fresh = tiny("longcat_flash", seed=1)
+    load_init_weights(fresh, source, to="hf-memory")
+    assert_same(dict(fresh.state_dict()), live)
+    assert difference(fresh, model) < RIGHT
+    convert(tmp_path / "live.pth", tmp_path / "whole", form="hf", to="hf", assets=source)
+    assert hf_tensors(tmp_path / "whole").keys() == tensors.keys()
+    assert difference(load_hf(tmp_path / "whole"), model) < RIGHT
+
+
+def test_longcat_lacks_no_projection_of_an_expert_that_computes(tmp_path: Path) -> None:
+    source = save_hf(tiny("longcat_flash"), tmp_path / "hf")
+    gone = "model.layers.1.mlp.experts.4.up_proj.weight"
+    few = {key: tensor for key, tensor in hf_tensors(source).items() if key != gone}
+    save_file(few, source / "model.safetensors", {"format": "pt"})
+    assert [fault.key for fault in check(source).missing] == [gone]
+    (missing,) = check(source, to="hf-memory").missing
+    assert gone in missing.why
 
 
 def test_keys_that_borrowing_layers_do_not_use_are_dropped_with_a_reason(tmp_path: Path) -> None:

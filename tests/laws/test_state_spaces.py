@@ -127,12 +127,10 @@ def test_the_words_of_the_first_files_mean_the_same(tmp_path: Path, model_type: 
     assert difference(load_hf(tmp_path / "back"), model) < RIGHT
 
 
-SAME_KEYS = {"bamba", "falcon_h1"}
-"""Classes that only a parameter file tells apart."""
 KEYS_ALONE = [
-    *(pytest.param(name, {}, name not in SAME_KEYS, id=name) for name in STATE_SPACES),
-    *(pytest.param(name, LONG[name], name not in SAME_KEYS, id=f"{name}-long") for name in LONG),
-    pytest.param("falcon_h1", {"mamba_rms_norm": True}, False, id="falcon_h1-normed"),
+    *(pytest.param(name, {}, True, id=name) for name in STATE_SPACES),
+    *(pytest.param(name, LONG[name], True, id=f"{name}-long") for name in LONG),
+    pytest.param("falcon_h1", {"mamba_rms_norm": True}, True, id="falcon_h1-normed"),
     pytest.param("granitemoehybrid", {"num_local_experts": 0}, True, id="granite-dense"),
     pytest.param(
         "granitemoehybrid",

@@ -11,6 +11,14 @@ from dcpconv.families.configs.parameters import Refusal
 Fields = dict[str, object]
 
 
+_POSITIONS: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("learned",),
+    "bloom": ("alibi",),
+    "falcon": ("rope", "alibi"),
+}
+"""What tells positions apart in a class, where it is not RoPE alone."""
+
+
 def rules(model_type: str, spec: ModelSpec, name: str) -> Iterator[Refusal]:
     """What a class cannot hold of ``spec`` that is no feature.
 
@@ -29,6 +37,10 @@ def rules(model_type: str, spec: ModelSpec, name: str) -> Iterator[Refusal]:
     if "intermediate_size" in known.silent and spec.ffn_size != 4 * spec.hidden_size:
         reason = f"{name} has four times the hidden size {spec.hidden_size}"
         yield Refusal("ffn_size", f"{spec.ffn_size}: {reason}")
+    tells = _POSITIONS.get(model_type, ("rope",))
+    if spec.positions not in tells and "positions" in (known.expresses or ()):
+        reason = f"{name} has {' or '.join(tells)} for positions"
+        yield Refusal("positions", f"{spec.positions}: {reason}")
     if model_type == "gpt_neox" and spec.parallel_residual and not spec.parallel_norms:
         yield Refusal("parallel_residual", f"one norm for both: {name} has a norm for each")
     if model_type == "falcon" and has_groups and not spec.parallel_residual:

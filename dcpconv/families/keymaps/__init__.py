@@ -38,9 +38,8 @@ def tables_for(
 ) -> list[Keymap]:
     """The tables that may be the naming of a checkpoint; the others are not read.
 
-    Tables that are ``by_name`` need an architecture.
-
     Where some tables know all keys of a reading, those that know only some are none of them.
+    Without an architecture, tables that are ``by_name`` have to know all.
 
     Args:
         architecture: Of the model, or ``None`` for any.
@@ -50,14 +49,16 @@ def tables_for(
     heads = [
         head
         for head in tables().heads.values()
-        if (not head.by_name if architecture is None else architecture in head.architectures)
+        if architecture is None or architecture in head.architectures
         if any(head.knows_some(keys) for keys in readings)
     ]
     whole = {head.name for head in heads if any(head.knows_all(keys) for keys in readings if keys)}
     return [
         tables()[head.name]
         for head in heads
-        if not whole or head.name in whole or (config and head.config == config)
+        if head.name in whole
+        or (not whole and not (head.by_name and architecture is None))
+        or (config and head.config == config)
     ]
 
 

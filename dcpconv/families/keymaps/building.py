@@ -20,7 +20,7 @@ else:
 
 TABLES = Path(__file__).parent / "tables"
 
-_OTHERS = ("tied", "ignore", "aside", "derived", "beyond", "axes", "kinds", "kept")
+_OTHERS = ("tied", "ignore", "aside", "derived", "beyond", "idle", "axes", "kinds", "kept")
 """Sections beside the keys that a table takes over where it does not state them."""
 
 _WITH_KEYS = ("keys", "ignore", "aside", "derived")
@@ -123,6 +123,7 @@ def keymap_of(table: Mapping[str, Any], file: Path) -> Keymap:
         always=tuple(table.get("always", ())),
         derived=table.get("derived", {}),
         beyond=table.get("beyond", {}),
+        idle=table.get("idle", {}),
         same_sizes=table.get("same_sizes", {}),
         by_name=table.get("by_name", False),
         hints=table.get("hints", {}),

@@ -67,6 +67,7 @@ class _Table(pydantic.BaseModel):
     always: tuple[str, ...] = ()
     derived: dict[str, Literal["zeros", "inv_freq"]] = {}
     beyond: dict[str, str] = {}
+    idle: dict[str, str] = {}
     axes: dict[str, str | dict[str, str]] = {}
     kinds: dict[str, str | tuple[str, ...]] = {}
     kept: dict[str, str] = {}
@@ -162,6 +163,8 @@ class _Builder:
             self._problem("same_sizes", f"there is no axis {axis}")
         for name in self.table.beyond.keys() - self.indices - self.declared.kinds.keys():
             self._problem(name, "is neither an index nor a kind of layer")
+        for name in {*self.table.idle, *self.table.idle.values()} - self.indices:
+            self._problem(name, "is no index of a key")
         for name in self.table.spec.keys() - _FACTS:
             self._problem(name, "a model has no such field")
         for name in self.table.hints.keys() - _HINTS:

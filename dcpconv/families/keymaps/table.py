@@ -188,9 +188,11 @@ class Keymap:
         derived: Key -> what it is computed from where the source has no such tensor.
         beyond: Index -> why keys whose index exceeds the config are dropped; kind of layer -> why
             its rows are dropped where a layer is of another.
+        idle: Index -> index; nothing looks at tensors from as many on as there are of the second,
+            so that files may lack them.
         same_sizes: Axis -> axis of the same size that layouts name in its place.
-        by_name: Whether only a parameter file or the user makes it a candidate: keys alone would
-            be taken for those of a class that is more common.
+        by_name: Whether keys that another table has too are taken for that one's, unless a
+            parameter file or the user names this one: its class is the less common.
         hints: What tells the family from others with the same keys: ``vocab_size``, ``q_per_kv``
             (query heads per kv head), or a field of ``ModelSpec``.
         facts: Fields of ``ModelSpec`` that no file of the family states.
@@ -219,6 +221,7 @@ class Keymap:
     always: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     beyond: Mapping[str, str] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
     same_sizes: Mapping[str, str] = field(default_factory=dict)
     by_name: bool = False
     hints: Mapping[str, int | bool] = field(default_factory=dict)
