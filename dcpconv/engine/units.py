@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from dcpconv.core.outline import Fill, OutFile
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.grids import ROWS
 
 LONG_RUN = 128 << 10
 """Bytes from which a run is left to the kernel; shorter ones are cheaper to gather in a buffer."""
@@ -192,6 +191,8 @@ def _tiles(offset: int, box: Box, start: int, stop: int, *, tile: int) -> Iterat
         return
     itemsize = widest = box.fill.target_dtype.itemsize
     if box.fill.changes:
+        from dcpconv.engine.grids import ROWS  # noqa: PLC0415 - few are worked out
+
         widest = max(itemsize, box.fill.computed_dtype.itemsize)
         row = widest * max(changed.entry.shape[-1] for changed in box.fill.changes)
         tile = min(tile, max(CACHED, ROWS * row))  # no less than a product computes at a time
