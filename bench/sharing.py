@@ -123,6 +123,7 @@ def _world(name: str, hf: Path) -> dict[str, float]:
     ranks = run_world("bench.sharing", name, ranks=case.ranks, places={"hf": hf})
     return {
         "seconds": max(rank["seconds"] for rank in ranks),
+        "cpu": sum(rank["cpu"] for rank in ranks),
         "read": sum(rank["read"] for rank in ranks) / file.stat().st_size,
         "above": max(rank["above"] for rank in ranks),
     }
@@ -144,8 +145,9 @@ def _rank(options: argparse.Namespace) -> NoReturn:
 
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-    before, started = status("VmRSS"), time.perf_counter()
+    before, started, busy = status("VmRSS"), time.perf_counter(), time.process_time()
     read = load(case, model, options.hf, options.rank)
+    cpu = time.process_time() - busy
     dist.barrier()
     seconds, peak = time.perf_counter() - started, status("VmHWM") - before
     held = (
@@ -157,7 +159,7 @@ def _rank(options: argparse.Namespace) -> NoReturn:
             if not _local(p).is_meta
         )
     )
-    leave({"seconds": seconds, "read": read, "above": peak - held / (1 << 20)})
+    leave({"seconds": seconds, "cpu": cpu, "read": read, "above": peak - held / (1 << 20)})
 
 
 def _local(parameter: Any) -> Any:
