@@ -6,6 +6,7 @@ into files (``OutTensor`` in, ``Outline`` out).  All of it is data: nothing here
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dcpconv.core.catalog import Chunk, KeyPath, TensorEntry
@@ -13,6 +14,41 @@ from dcpconv.core.dtypes import BY_NAME, DType
 
 Loop = tuple[int, int, int]
 """``(count, source_step, target_step)``: how often, and how many elements apart on both sides."""
+
+
+def run_of(loops: Iterable[Loop]) -> int:
+    """Elements of a nest that follow each other on both sides.
+
+    >>> run_of(((4, 10, 3), (3, 1, 1)))
+    3
+    """
+    return next((count for count, *steps in loops if steps == [1, 1]), 1)
+
+
+def starts_of(loops: Iterable[Loop], itemsize: int) -> list[tuple[int, int]]:
+    """``(source, target)`` byte offsets of every iteration, first loop outermost.
+
+    >>> starts_of(((2, 10, 3), (2, 1, 6)), 2)
+    [(0, 0), (2, 12), (20, 6), (22, 18)]
+    """
+    starts = [(0, 0)]
+    for count, source_step, step in loops:
+        a, b = source_step * itemsize, step * itemsize
+        starts = [(s + i * a, t + i * b) for s, t in starts for i in range(count)]
+    return starts
+
+
+def longest_gap(loops: Sequence[Loop], itemsize: int) -> int:
+    """Bytes at most between two neighbours of a nest in the source.
+
+    >>> longest_gap(((4, 10, 3), (3, 1, 1)), 2)
+    14
+    """
+    longest, reach = 0, itemsize
+    for count, step, _ in sorted(loops, key=lambda loop: loop[1]):
+        longest = max(longest, step * itemsize - reach)
+        reach += (count - 1) * step * itemsize
+    return longest
 
 
 @dataclass(frozen=True, slots=True)

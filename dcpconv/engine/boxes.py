@@ -12,10 +12,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING
 
-from dcpconv.core.outline import Fill, Loop, Part
+from dcpconv.core.outline import Fill, Loop, Part, longest_gap, run_of, starts_of
 from dcpconv.stores.local import SourceFile, Sources
+
+if TYPE_CHECKING:
+    from dcpconv.engine.spans import Assign
 
 MAX_GAP = 8 << 10
 """Bytes between two wanted runs that are cheaper to read and drop than to skip: about as long as a
@@ -28,10 +31,13 @@ SHORT_RUN = 256
 """Runs below this many bytes are spread by strided assignment: as iovecs they would cost more in
 bookkeeping than in bytes."""
 
+LONG_RUN = 8 << 10
+"""The same where one call assigns a whole nest: from so many bytes on, copying them a second time
+costs more than a buffer of their own."""
+
 MAX_SLICES = 1 << 14
 """Slices kept per buffer, 200 bytes each."""
 
-_CODES: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 JUNK = memoryview(bytearray(MAX_GAP))  # gaps are read into it by every thread and by nobody out
 
 ByteRun = tuple[int, int, int]
@@ -155,7 +161,7 @@ class Box:
         self.itemsize = fill.source_dtype.itemsize
         self.is_relabelled = not all(part.is_contiguous for part in fill.parts)
         self.is_fragmented = any(
-            not part.is_contiguous and _run(part.loops) * self.itemsize < SHORT_RUN
+            not part.is_contiguous and run_of(part.loops) * self.itemsize < SHORT_RUN
             for part in fill.parts
         )
         self._targets = [part.target for part in fill.parts]
@@ -181,14 +187,14 @@ class Box:
         """Every contiguous run of at least ``nbytes`` as a part of its own, by target."""
         found: list[Part] = []
         for part in self.fill.parts:
-            run = _run(part.loops)
+            run = run_of(part.loops)
             if run * self.itemsize < nbytes:
                 continue
             outer = tuple(loop for loop in part.loops if loop[1:] != (1, 1))
             found.extend(
                 Part(part.file, part.offset + source, part.target + target // self.itemsize, loops)
                 for loops in [((run, 1, 1),) if run > 1 else ()]
-                for source, target in _starts(outer, self.itemsize)
+                for source, target in starts_of(outer, self.itemsize)
             )
         return tuple(sorted(found, key=lambda part: part.target))
 
@@ -209,6 +215,7 @@ class Box:
         scratch: Callable[[], memoryview] = lambda: memoryview(bytearray(1 << 20)),
         slices: Slices | None = None,
         at: int = 0,
+        assign: Assign | None = None,
     ) -> None:
         """Put elements ``start`` to ``stop``, in the source dtype, into ``into``.
 
@@ -220,6 +227,8 @@ class Box:
             scratch: Gives room, 4 KiB or more, for runs too short to read one by one.
             slices: Of the buffer that ``into`` is part of, where many intervals are read into it.
             at: Where ``into`` begins in that buffer.
+            assign: How to copy a whole nest at once, for memory that is read into but once: rows
+                are then read with what lies between them, and not each to its place.
         """
         runs: dict[str, list[ByteRun]] = {}
         for part in self.parts_in(start, stop):
@@ -227,7 +236,7 @@ class Box:
             if part.is_contiguous:
                 found = (part.offset, base, part.numel * self.itemsize)
                 runs.setdefault(part.file, []).append(found)
-            elif _run(part.loops) * self.itemsize >= SHORT_RUN:
+            elif not _is_spread(part.loops, self.itemsize, at_once=assign is not None):
                 with sources.open(part.file) as source:
                     nest = _nest_reads(part.loops, self.itemsize)
                     if slices is None:
@@ -237,8 +246,18 @@ class Box:
                             views = slices.of(at + base, pieces)
                             source.read(part.offset + begin, views, nbytes)
             else:
+                from dcpconv.engine.spans import spread  # noqa: PLC0415 - few runs are short
+
                 with sources.open(part.file) as source:
-                    _spread(source, part, self.itemsize, into=into[base:], scratch=scratch())
+                    spread(
+                        source,
+                        part,
+                        self.itemsize,
+                        into[base:],
+                        scratch=scratch(),
+                        gap=MAX_GAP,
+                        assign=assign,
+                    )
         read_runs(runs, sources=sources, into=into)
 
 
@@ -256,26 +275,20 @@ def _end(part: Part) -> int:
     return part.target + 1 + sum((count - 1) * step for count, _, step in part.loops)
 
 
-def _run(loops: tuple[Loop, ...]) -> int:
-    """Elements that are contiguous on both sides."""
-    return next((count for count, *steps in loops if steps == [1, 1]), 1)
-
-
-def _starts(loops: Iterable[Loop], itemsize: int) -> list[tuple[int, int]]:
-    """``(source, target)`` byte offsets of every iteration, first loop outermost."""
-    starts = [(0, 0)]
-    for count, source_step, step in loops:
-        a, b = source_step * itemsize, step * itemsize
-        starts = [(s + i * a, t + i * b) for s, t in starts for i in range(count)]
-    return starts
+def _is_spread(loops: tuple[Loop, ...], itemsize: int, *, at_once: bool) -> bool:
+    """Whether runs go through scratch memory."""
+    run = run_of(loops) * itemsize
+    return run < SHORT_RUN or (
+        at_once and run < LONG_RUN and longest_gap(loops, itemsize) <= MAX_GAP
+    )
 
 
 @lru_cache(maxsize=16)
 def _nest_reads(loops: tuple[Loop, ...], itemsize: int) -> tuple[Pread, ...]:
     """Reads for a nest, relative to its first element: the same for all heads of all layers."""
-    nbytes = _run(loops) * itemsize
+    nbytes = run_of(loops) * itemsize
     outer = sorted((loop for loop in loops if loop[1:] != (1, 1)), key=lambda loop: -loop[1])
-    starts = _starts(outer, itemsize)
+    starts = starts_of(outer, itemsize)
     starts.sort()
     return tuple(_reads((source, target, nbytes) for source, target in starts))
 
@@ -315,81 +328,3 @@ def _slices(into: memoryview, base: int, pieces: Pieces) -> list[memoryview]:
         into[base + target : base + target + length] if target >= 0 else JUNK[:length]
         for target, length in pieces
     ]
-
-
-def _spread(
-    source: SourceFile, part: Part, itemsize: int, *, into: memoryview, scratch: memoryview
-) -> None:
-    """Read source spans whole and move the elements of each with strided assignments."""
-    loops = tuple(sorted(part.loops, key=lambda loop: -loop[1]))
-    for at, target, nest in _spans(0, 0, loops, itemsize, len(scratch)):
-        span = itemsize * (1 + sum((count - 1) * step for count, step, _ in nest))
-        view = scratch[:span]
-        source.read(part.offset + at, [view], span)
-        assign(nest, itemsize, view, into[target:])
-
-
-def _spans(
-    offset: int, target: int, loops: tuple[Loop, ...], itemsize: int, room: int
-) -> Iterator[tuple[int, int, tuple[Loop, ...]]]:
-    """Cut a nest, ordered by source, into nests whose source span fits and has no long gap."""
-    reaches = [itemsize]  # bytes spanned by the innermost 0, 1, ... loops
-    for count, step, _ in reversed(loops):
-        reaches.append(reaches[-1] + (count - 1) * step * itemsize)
-    gaps = [
-        step * itemsize - reach
-        for (_, step, _), reach in zip(reversed(loops), reaches, strict=False)
-    ]
-    dense = all(gap <= MAX_GAP for gap in gaps)
-    if reaches[-1] <= room and dense:
-        yield offset, target, loops
-        return
-    (count, source_step, step), inner = loops[0], loops[1:]
-    together = 1
-    if dense and reaches[-2] <= room:
-        together += (room - reaches[-2]) // (source_step * itemsize)
-    for index in range(0, count, together):
-        some = min(together, count - index)
-        nest = ((some, source_step, step), *inner) if some > 1 else inner
-        a, b = index * source_step * itemsize, index * step * itemsize
-        if some > 1:
-            yield offset + a, target + b, nest
-        else:
-            yield from _spans(offset + a, target + b, nest, itemsize, room)
-
-
-def assign(loops: tuple[Loop, ...], itemsize: int, source: memoryview, into: memoryview) -> None:
-    """Copy a nest between two buffers that start at its first element."""
-    width, vector, starts = _strides(loops, itemsize)
-    code = _CODES[width]
-    reach = itemsize * (1 + sum((count - 1) * step for count, _, step in loops))
-    read, write = source.cast(code), into[:reach].cast(code)
-    count, source_step, step = vector
-    read_reach, write_reach = (count - 1) * source_step + 1, (count - 1) * step + 1
-    for a, b in starts:
-        if source_step:
-            write[b : b + write_reach : step] = read[a : a + read_reach : source_step]
-        else:  # one element many times over, as Tensor.expand() leaves it
-            write[b : b + write_reach : step] = memoryview(bytes(read[a : a + 1]) * count).cast(
-                code
-            )
-
-
-@lru_cache(maxsize=16)
-def _strides(
-    loops: tuple[Loop, ...], itemsize: int
-) -> tuple[int, Loop, tuple[tuple[int, int], ...]]:
-    """``(bytes per unit, the loop to vectorise, where it starts)``, steps and starts in units."""
-    run = _run(loops) * itemsize
-    outer = [(c, s * itemsize, t * itemsize) for c, s, t in loops if (s, t) != (1, 1)]
-    width = next(
-        width
-        for width in (8, 4, 2, 1)
-        if run % width == 0 and all(s % width == 0 and t % width == 0 for _, s, t in outer)
-    )
-    units = [(count, s // width, t // width) for count, s, t in outer]
-    if run > width or not units:
-        units.append((run // width, 1, 1))
-    vector = max(units, key=lambda loop: (loop[0], loop[1:] == (1, 1)))
-    units.remove(vector)
-    return width, vector, tuple(_starts(units, 1))

@@ -14,6 +14,7 @@ from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import BlockScale, Fill, Part
 from dcpconv.engine import cast
 from dcpconv.engine.boxes import Box
+from dcpconv.engine.spans import Assign
 from dcpconv.stores.local import Sources
 
 _SPARE = 4
@@ -148,6 +149,7 @@ class Computed:
         sources: Sources,
         into: memoryview,
         scratch: Callable[[], memoryview] = lambda: memoryview(bytearray(1 << 20)),
+        assign: Assign | None = None,
     ) -> None:
         """Put elements ``start`` to ``stop``, as they are computed, into ``into``.
 
@@ -158,6 +160,7 @@ class Computed:
             into: Memory of exactly the interval.
             scratch: Gives room, 16 KiB or more; what is allocated beside it is small, or what
                 ``merging`` says.
+            assign: As ``Box.read`` takes it.
         """
         room = scratch()
         spare, stored = room[: len(room) // _SPARE], room[len(room) // _SPARE :]
@@ -166,7 +169,9 @@ class Computed:
         for at in range(start, stop, step):
             end = min(at + step, stop)
             source = stored[: (end - at) * self._box.itemsize]
-            self._box.read(at, end, sources=sources, into=source, scratch=lambda: spare)
+            self._box.read(
+                at, end, sources=sources, into=source, scratch=lambda: spare, assign=assign
+            )
             make(
                 self._box,
                 at,

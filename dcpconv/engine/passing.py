@@ -19,8 +19,9 @@ from itertools import accumulate
 from blake3 import blake3
 
 from dcpconv.core.outline import Fill, Part
-from dcpconv.engine.boxes import assign, restrict
+from dcpconv.engine.boxes import restrict
 from dcpconv.engine.chunks import CHUNK, chunk_digest, joined
+from dcpconv.engine.spans import assign_runs
 from dcpconv.stores.local import SourceFile
 
 ROOM = 32 << 20
@@ -189,7 +190,7 @@ class PassingDigests:
                     if piece.is_contiguous:
                         place[:reach] = view
                     else:
-                        assign(piece.loops, itemsize, view, place)
+                        assign_runs(piece.loops, itemsize, view, place)
                 chunk.placed += itemsize * sum(piece.numel for piece in pieces)
                 self._look_at(number, at, chunk)
 

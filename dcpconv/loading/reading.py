@@ -24,8 +24,10 @@ from dcpconv.engine.apart import read_apart
 from dcpconv.engine.boxes import MAX_IOVECS, Box, ByteRun, read_runs
 from dcpconv.engine.cast import cast
 from dcpconv.engine.dequantise import Computed, plain_box
+from dcpconv.engine.strided import assign
 from dcpconv.engine.tensors import dtype_of, memory
 from dcpconv.engine.wanting import of_box
+from dcpconv.loading.pages import populate
 from dcpconv.loading.staging import BUFFER, Desk, device_of, is_beyond
 from dcpconv.stores.ahead import WINDOW, Ahead, Wanted
 from dcpconv.stores.local import Sources
@@ -163,7 +165,7 @@ def read_pieces(
                 runs.setdefault(part.file, []).append(run)
         else:
             end = at + (stop - start) * box.itemsize
-            box.read(start, stop, sources=sources, into=into[at:end])
+            box.read(start, stop, sources=sources, into=into[at:end], assign=assign)
     read_runs(runs, sources=sources, into=into)
 
 
@@ -306,6 +308,8 @@ def _perform(some: _Units, sources: Sources, desk: Desk) -> list[tuple[int, int]
         for unit, is_aside in zip(some, aside, strict=True)
     ]
     tiles = desk.tiles("read", sizes)
+    for unit in some:
+        populate(unit.into)
     rooms = [
         memory(tile if is_aside else unit.into)
         for unit, tile, is_aside in zip(some, tiles, aside, strict=True)
@@ -313,7 +317,14 @@ def _perform(some: _Units, sources: Sources, desk: Desk) -> list[tuple[int, int]
     if len(some) == 1:
         (unit,), (room,) = some, rooms
         box = unit.landing.box
-        box.read(unit.start, unit.stop, sources=sources, into=room, scratch=desk.scratch)
+        box.read(
+            unit.start,
+            unit.stop,
+            sources=sources,
+            into=room,
+            scratch=desk.scratch,
+            assign=assign,
+        )
     else:
         runs = [(unit.run or ("", 0), room) for unit, room in zip(some, rooms, strict=True)]
         file = runs[0][0][0]

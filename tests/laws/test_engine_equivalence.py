@@ -13,9 +13,11 @@ import pytest
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, OutFile, Outline, Part
+from dcpconv.engine import strided
 from dcpconv.engine.boxes import Box, restrict
 from dcpconv.engine.copying import shares_blocks
 from dcpconv.engine.execute import Moved, execute, fill
+from dcpconv.engine.spans import Assign
 from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM, System
 from support.checkpoints.engine_cases import (
@@ -85,7 +87,10 @@ def test_restrict_keeps_exactly_the_elements_of_the_interval(seed: int, itemsize
 
 @pytest.mark.parametrize("itemsize", INTEGERS)
 @pytest.mark.parametrize("seed", range(60))
-def test_a_box_read_in_tiles_is_the_box(tmp_path: Path, seed: int, itemsize: int) -> None:
+@pytest.mark.parametrize("assign", [None, strided.assign], ids=["each-run", "at-once"])
+def test_a_box_read_in_tiles_is_the_box(
+    tmp_path: Path, seed: int, itemsize: int, assign: Assign | None
+) -> None:
     rng = random.Random(seed)
     box, files = random_fill(rng, dtype=INTEGERS[itemsize], widest=rng.choice([6, 6, 150]))
     into = bytearray(rng.randbytes(box.nbytes))
@@ -97,7 +102,9 @@ def test_a_box_read_in_tiles_is_the_box(tmp_path: Path, seed: int, itemsize: int
         for start in range(0, box.numel, step):
             stop = min(start + step, box.numel)
             tile = view[start * itemsize : stop * itemsize]
-            prepared.read(start, stop, sources=sources, into=tile, scratch=lambda: room)
+            prepared.read(
+                start, stop, sources=sources, into=tile, scratch=lambda: room, assign=assign
+            )
 
     assert into == slow_fill(box, files)
 

@@ -12,10 +12,12 @@ import pytest
 
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.outline import Fill, Part
-from dcpconv.engine.boxes import Box, restrict
+from dcpconv.engine import strided
+from dcpconv.engine.boxes import LONG_RUN, MAX_GAP, Box, restrict
+from dcpconv.engine.spans import Assign, assign_runs
 from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM
-from support.checkpoints.engine_cases import INTEGERS, contiguous, slow_fill, store
+from support.checkpoints.engine_cases import INTEGERS, contiguous, random_fill, slow_fill, store
 
 BF16 = BY_NAME["bfloat16"]
 ROPE = ((3, 8 * 300, 8 * 300), (4, 300, 2 * 300), (2, 4 * 300, 300), (300, 1, 1))
@@ -23,7 +25,7 @@ ROPE = ((3, 8 * 300, 8 * 300), (4, 300, 2 * 300), (2, 4 * 300, 300), (300, 1, 1)
 
 
 def read(
-    directory: Path, box: Box, start: int, stop: int
+    directory: Path, box: Box, start: int, stop: int, *, assign: Assign | None = None
 ) -> tuple[bytearray, list[tuple[int, int, int]]]:
     """The interval, and ``(offset, nbytes, buffers)`` of every read."""
     calls = []
@@ -34,7 +36,7 @@ def read(
 
     into = bytearray((stop - start) * box.itemsize)
     with Sources(directory, system=replace(SYSTEM, preadv=preadv)) as sources:
-        box.read(start, stop, sources=sources, into=memoryview(into))
+        box.read(start, stop, sources=sources, into=memoryview(into), assign=assign)
     return into, calls
 
 
@@ -70,6 +72,49 @@ def test_more_rows_than_one_call_takes_are_read_in_several(tmp_path: Path) -> No
     assert max(buffers for *_, buffers in calls) <= 1024
     assert len(calls) <= 4
     assert into == slow_fill(fill, files)
+
+
+@pytest.mark.parametrize(
+    ("row", "run", "calls_of_a_span"),
+    [
+        pytest.param(1024, 512, 1, id="half-of-every-row"),
+        pytest.param(LONG_RUN, LONG_RUN // 2, 4, id="spans-of-a-mebibyte"),
+        pytest.param(LONG_RUN + MAX_GAP, LONG_RUN, 1, id="rows-worth-a-buffer"),
+        pytest.param(512 + MAX_GAP + 2, 512, 500, id="gaps-worth-skipping"),
+    ],
+)
+def test_columns_are_read_with_what_lies_between_them(
+    tmp_path: Path, row: int, run: int, calls_of_a_span: int
+) -> None:
+    rows = 500
+    files = {"a": random.Random(0).randbytes(rows * row)}
+    loops = ((rows, row // 2, run // 2), (run // 2, 1, 1))
+    fill = Fill(BF16, BF16, rows * run // 2, (Part("a", 64, 0, loops),))
+    files["a"] += files["a"][:64]
+    into, calls = read(store(tmp_path, files), Box(fill), 0, fill.numel, assign=strided.assign)
+
+    assert len(calls) == calls_of_a_span
+    assert into == slow_fill(fill, files)
+
+
+@pytest.mark.parametrize("itemsize", INTEGERS)
+@pytest.mark.parametrize("seed", range(40))
+def test_a_nest_is_assigned_at_once_as_run_by_run(seed: int, itemsize: int) -> None:
+    rng = random.Random(seed)
+    fill, files = random_fill(rng, dtype=INTEGERS[itemsize], widest=rng.choice([6, 200]))
+    for part in fill.parts:
+        if part.is_contiguous:
+            continue
+        loops = part.loops
+        if seed % 3 == 0:  # as Tensor.expand() leaves it
+            (count, _, target), *inner = loops
+            loops = ((count, 0, target), *inner)
+        source = memoryview(files[part.file])[part.offset :]
+        one, other = (memoryview(bytearray(fill.nbytes)) for _ in range(2))
+        reach = itemsize * (1 + sum((count - 1) * step for count, step, _ in loops))
+        assign_runs(loops, itemsize, source[:reach], one)
+        strided.assign(loops, itemsize, source[:reach], other)
+        assert one == other
 
 
 def test_a_transpose_reads_each_span_once(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ TORCH = frozenset(
 )
 """What works on tensors, and so may import torch when it is imported."""
 
-NUMPY = frozenset({"engine/measuring.py", "engine/values.py"})
-"""What computes with values of stored elements, and is only imported when there are some."""
+NUMPY = frozenset({"engine/measuring.py", "engine/strided.py", "engine/values.py"})
+"""What works on many stored elements at once, and is only imported when there are some."""
 
 MOST_PAIRS = 60
 """Pairs of rooms of which one imports the other."""

@@ -1,18 +1,20 @@
-"""Storages that loading allocates are in huge pages, where whole ones fit."""
+"""Storages that loading allocates are in huge pages, where whole ones fit; and pages at once."""
 
 from __future__ import annotations
 
 import mmap
+import platform
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dcpconv.loading import materialise, pages
+from dcpconv.loading import materialise, pages, reading
 from dcpconv.loading.init_weights import load_init_weights
-from dcpconv.loading.pages import SIZE, use_huge_pages
+from dcpconv.loading.pages import SIZE, populate, use_huge_pages
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
@@ -86,3 +88,64 @@ def test_the_system_says_that_it_was_asked() -> None:
         elif inside and line.startswith("VmFlags"):
             flags = line
     assert " hg" in flags
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Pages that a tensor's memory has."""
+    page = mmap.PAGESIZE
+    begin = tensor.data_ptr() // page
+    count = -(-(tensor.data_ptr() + tensor.nbytes) // page) - begin
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(8 * begin)
+        words = memoryview(file.read(8 * count)).cast("Q")
+    return sum(word >> 63 for word in words)
+
+
+@pytest.fixture
+def has_populate() -> None:
+    """Skips where the kernel does not have it."""
+    release = re.match(r"(\d+)\.(\d+)", platform.release())
+    if sys.platform != "linux" or not release or (int(release[1]), int(release[2])) < (5, 14):
+        pytest.skip("Linux 5.14 and later give pages at once")
+
+
+@pytest.mark.usefixtures("has_populate")
+def test_new_memory_gets_its_pages_at_once_and_other_memory_is_left_alone() -> None:
+    fresh = mmap.mmap(-1, 4 * SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(fresh, dtype=torch.uint8)[1:-1]
+    assert resident(tensor) == 0
+    assert populate(tensor)
+    assert resident(tensor) >= 4 * SIZE // mmap.PAGESIZE
+    tensor.fill_(7)
+    assert not populate(tensor)
+    assert int(tensor.sum(dtype=torch.int64)) == 7 * (4 * SIZE - 2)
+
+
+def test_loading_asks_for_the_pages_of_what_it_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"weight": torch.randn(2048, 1024), "bias": torch.randn(2048)}
+    torch.save(weights, tmp_path / "weights.pt")
+    asked: list[int] = []
+    monkeypatch.setattr(reading, "populate", lambda t: asked.append(t.nbytes))
+    with torch.device("meta"):
+        empty = nn.Linear(1024, 2048)
+    load_init_weights(empty, tmp_path / "weights.pt")
+    assert sum(asked) == 2048 * 1025 * 4
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.empty(4 * SIZE, device="meta"), id="no-memory"),
+        pytest.param(torch.empty(64, dtype=torch.uint8), id="small"),
+        pytest.param(torch.empty(2048, 4096).t(), id="strided"),
+    ],
+)
+def test_pages_are_not_asked_for_where_they_gain_nothing(tensor: torch.Tensor) -> None:
+    assert not populate(tensor)
+
+
+def test_pages_at_once_on_another_system_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_libc", lambda: None)
+    assert not populate(torch.empty(4 * SIZE))
