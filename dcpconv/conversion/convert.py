@@ -110,7 +110,8 @@ def convert(
             for files that ours declines, and for comparison.
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
-        fingerprint: Report the fingerprint of the result; a directory gets its manifest.  Bytes are
+        fingerprint: Report the fingerprint of the result, and leave its manifest in the directory,
+            or beside the file as ``NAME.dcpconv_fingerprint.json``.  Bytes are
             hashed on their way through our buffers, by which all but blocks shared with the source
             then go; those are read for it.  Several processes read their result back
             instead, to compare it with what they wrote.

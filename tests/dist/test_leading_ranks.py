@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dcpconv import convert, fingerprint
+from dcpconv.engine.manifests import MANIFEST
 from dcpconv.engine.worlds.meeting import read_beat
-from dcpconv.plan.fingerprints import MANIFEST
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import (
     ends,

@@ -68,7 +68,8 @@ class CheckpointWriter(StorageWriter):
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         overwrite: Replace an existing target, in one step once the result is complete.
         fingerprint: Report the fingerprint of the result, which rank 0 reads for it, and leave its
-            manifest in it: ``runs verify --deep`` compares the contents with that later.
+            manifest in it, or beside one file: ``runs verify --deep`` compares the contents with
+            that later.
         whole_files: Have every file written by one rank, from its first byte to its last, which
             the other ranks send what they hold of it; by default only in stores, and on file
             systems that take no bytes in any order.

@@ -132,7 +132,7 @@ class Lead:
                     decided.outline, pieces, by_rank, stage.path, jobs=jobs, taking=taking
                 )
             if self._digests is not None:
-                beside += self._digests.finish(stage.path, jobs=jobs)
+                beside.append(self._digests.finish(stage.path, jobs=jobs))
             # What lies in the staging directory after the exchange is the old target.
             stage.publish(
                 [*beside, *decided.outline.commit], exchanging=(meeting.path / "plan").unlink

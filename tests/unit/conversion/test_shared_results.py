@@ -16,11 +16,11 @@ from dcpconv import convert, fingerprint
 from dcpconv.conversion.convert import Progress
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.core.errors import DcpconvError, NoSpaceError, SourceChangedError, TargetExistsError
+from dcpconv.engine.manifests import MANIFEST
 from dcpconv.engine.publish import RESULT, Staging
 from dcpconv.engine.worlds.faults import GoneRankError
 from dcpconv.engine.worlds.meeting import Meeting, State
 from dcpconv.engine.worlds.seats import RankError, host
-from dcpconv.plan.fingerprints import MANIFEST
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import in_threads, make_small, tree
 
