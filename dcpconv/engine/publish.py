@@ -25,7 +25,6 @@ from pathlib import Path
 
 from dcpconv.core.errors import DcpconvError, NoSpaceError, TargetExistsError
 from dcpconv.engine.copying import write_error
-from dcpconv.engine.manifests import put_file
 from dcpconv.engine.targets import TargetError, check_target, holds_something
 from dcpconv.stores.schemes import refuse_scheme
 
@@ -87,6 +86,8 @@ class Staging:
 
     def _rename(self, exchanging: Callable[[], None]) -> None:
         if self.is_file:
+            from dcpconv.engine.manifests import put_file  # noqa: PLC0415 - most are directories
+
             put_file(self.path / self.target.name, self.target)
             return
         if not holds_something(self.target):
@@ -328,9 +329,8 @@ def _sync_files(directory: Path) -> None:
 
 def _sync_directories(directory: Path) -> None:
     """Sync every directory below, the innermost first."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        if path.is_dir():
-            _sync(path)
+    for path in filter(Path.is_dir, sorted(directory.rglob("*"), reverse=True)):
+        _sync(path)
     _sync(directory)
 
 

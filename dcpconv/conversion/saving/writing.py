@@ -20,7 +20,7 @@ from dcpconv.engine.copying import write_back, write_error
 from dcpconv.engine.execute import CastLoss
 
 if TYPE_CHECKING:
-    from dcpconv.engine.passing import FileDigests, PassingDigests
+    from dcpconv.engine.passing import PassingDigests
 
 STRIDE = 8 << 20
 """Bytes per write.  A file takes one write at a time (ext4, XFS), so the others wait for as long as
@@ -63,7 +63,9 @@ def write_share(
             taking = None if digests is None else digests.file(write.file)
             try:
                 for run in runs_of(write, write.parts, item(write.item), losses):
-                    _put(fds[write.file], run, taking)
+                    _put(fds[write.file], run)
+                    if taking is not None:
+                        taking.take(run.offset, run.data)
             except OSError as error:
                 raise write_error(error, share.directory / write.file) from error
             progress(write.nbytes)
@@ -95,14 +97,12 @@ def _open(path: Path, stack: ExitStack) -> int:
     return fd
 
 
-def _put(fd: int, run: Run, taking: FileDigests | None) -> None:
+def _put(fd: int, run: Run) -> None:
     data, offset = run.data, run.offset
     while data:
         piece = data[: STRIDE - offset % STRIDE]
         write_all(fd, piece, offset)
         write_back(fd, offset, len(piece))
-        if taking is not None:
-            taking.take(offset, piece)
         data, offset = data[len(piece) :], offset + len(piece)
 
 
