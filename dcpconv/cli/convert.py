@@ -146,8 +146,9 @@ def convert(
         bool,
         typer.Option(
             "--fingerprint",
-            help="Take the fingerprint of DST while it is written and report it; a directory gets"
-            " its manifest, dcpconv_fingerprint.json.",
+            help="Take the fingerprint of DST while it is written and report it; its manifest is"
+            " dcpconv_fingerprint.json in a directory, and NAME.dcpconv_fingerprint.json beside a"
+            " file.",
         ),
     ] = False,
     overwrite: Annotated[

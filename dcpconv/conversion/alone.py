@@ -64,9 +64,9 @@ def write_alone(
     def commit(place: Path | None) -> list[tuple[str, bytes]]:
         """What is written last; of what nobody can read yet there is a manifest only if no byte of
         it has to be read."""
-        manifest: tuple[tuple[str, bytes], ...] = ()
+        manifest: list[tuple[str, bytes]] = []
         if digests is not None and (place is not None or digests.passing.is_whole):
-            manifest = digests.finish(place or job.target, jobs=jobs)
+            manifest = [digests.finish(place or job.target, jobs=jobs)]
         return [*manifest, *((file.name, file.read()) for file in side.files), *outline.commit]
 
     if ground is not None:
@@ -76,7 +76,7 @@ def write_alone(
             ground,
             outline,
             is_file=job.is_one_file,
-            beside=[*(file.name for file in side.files), *(digests.beside if digests else ())],
+            beside=[*(file.name for file in side.files), *([digests.beside] if digests else ())],
         ) as placed:
             moved = carry_out(placed.path, placed.uploads)
             placed.publish(commit(None))

@@ -110,9 +110,11 @@ def convert(
             for files that ours declines, and for comparison.
         trust: With ``engine="torch"``: unpickle without restrictions what the restricted unpickler
             refuses, which runs code that the file names.
-        fingerprint: Report the fingerprint of the result; a directory gets its manifest.  Bytes are
+        fingerprint: Report the fingerprint of the result, and leave its manifest in the directory,
+            or beside the file as ``NAME.dcpconv_fingerprint.json``.  Bytes are
             hashed on their way through our buffers, by which all but blocks shared with the source
-            then go; those are read for it.  Several processes read their result back instead.
+            then go; those are read for it.  Several processes read their result back
+            instead, to compare it with what they wrote.
         overwrite: Replace an existing target, in one step once the result is complete.
         cache: Download a hub id into the hub's own cache first, and read it from there.
         dry_run: Do everything but write.
@@ -232,8 +234,7 @@ def _converted(
         if fingerprint:
             from dcpconv.conversion import printing  # noqa: PLC0415 - few ask
 
-            if seat is None:  # several processes read back what they have written, and compare it
-                digests = printing.planned_digests(decided.job, decided.tensors, decided.outline)
+            digests = printing.planned_digests(decided.job, decided.tensors, decided.outline)
         with _overflow_refused():
             if seat is None:
                 moved = write_alone(decided, ground, jobs=jobs, progress=advance, digests=digests)
@@ -243,7 +244,7 @@ def _converted(
                 write = (
                     afar.write
                     if afar
-                    else partial(working.write_shared, seat=seat, reads_back=fingerprint)
+                    else partial(working.write_shared, seat=seat, digests=digests)
                 )
                 written = write(decided, jobs=jobs, progress=advance)
                 moved = written.moved

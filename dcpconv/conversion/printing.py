@@ -11,10 +11,10 @@ from dcpconv.conversion.report import ConversionReport
 from dcpconv.core.catalog import Catalog, Chunk, Extent, TensorEntry
 from dcpconv.core.outline import Outline, OutTensor
 from dcpconv.engine.hashing import finished
+from dcpconv.engine.manifests import MANIFEST, manifest_beside, manifest_of_file
 from dcpconv.engine.passing import PassingDigests
 from dcpconv.plan.canonical import Canonical, canonical
-from dcpconv.plan.fingerprints import MANIFEST, Fingerprint, fills_of, fingerprint_of, made_of
-from dcpconv.plan.manifests import manifest_beside
+from dcpconv.plan.fingerprints import Fingerprint, fills_of, fingerprint_of, made_of
 from dcpconv.sources.opening import End
 from dcpconv.sources.recognition import Weights, recognise
 from dcpconv.sources.said import Said
@@ -38,7 +38,7 @@ class ResultDigests:
     passing: PassingDigests
     fingerprint: Fingerprint | None = None
 
-    def finish(self, place: Path, *, jobs: int | None) -> tuple[tuple[str, bytes], ...]:
+    def finish(self, place: Path, *, jobs: int | None) -> tuple[str, bytes]:
         """Make the fingerprint, once all is written; what passed through no buffer is read.
 
         Args:
@@ -46,7 +46,7 @@ class ResultDigests:
             jobs: Threads.
 
         Returns:
-            The manifest, as a file to stand beside the weights; none of a result that is one file.
+            The manifest, as a file to stand beside the weights.
 
         Raises:
             FormatError: A file is missing, unreadable or too short.
@@ -69,13 +69,14 @@ class ResultDigests:
         found = [by_name[target.key] for target in known.targets]
         self.fingerprint = made_of(self.source, known, found)
         lines = "".join(f"{line}\n" for line in self.fingerprint.manifest())
-        return tuple((name, lines.encode()) for name in self.beside)
+        return self.beside, lines.encode()
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """Names of the files that stand beside the weights: of one file, none do."""
+    def beside(self) -> str:
+        """Name of the manifest, as a file to stand beside the weights."""
         catalog = self.source.catalog
-        return (MANIFEST,) if catalog.path == catalog.source else ()
+        is_directory = catalog.path == catalog.source
+        return MANIFEST if is_directory else manifest_of_file(catalog.source).name
 
 
 def planned_digests(
@@ -121,14 +122,13 @@ def with_print(
     Args:
         report: What else there is to say.
         job: What was converted into what.
-        digests: What took its digests; where nothing did, the result is read, and a directory gets
-            its manifest.
+        digests: What took its digests; where nothing did, the result is read, and gets its
+            manifest.
         jobs: Threads.
     """
     if digests is None:
         found = _read(job, jobs=jobs)
-        if not job.is_one_file:
-            found.write(manifest_beside(job.target))
+        found.write(manifest_beside(job.target))
         return replace(report, fingerprint=found.digest, fingerprint_nbytes=found.nbytes)
     notes = report.notes
     if digests.fingerprint is None:

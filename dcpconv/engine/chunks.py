@@ -6,7 +6,7 @@ Source: docs/fingerprints.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
@@ -34,11 +34,22 @@ def digest_of(data: bytes) -> bytes:
     return joined(chunk_digest(data[start : start + CHUNK]) for start in chunks)
 
 
-def digest_of_range(fd: int, start: int, stop: int) -> str:
-    """The digest of bytes of an open file, in hexadecimal; of as many as there are."""
+def digest_of_range(
+    fd: int, start: int, stop: int, *, take: Callable[[int, bytes], None] | None = None
+) -> str:
+    """The digest of bytes of an open file, in hexadecimal; of as many as there are.
+
+    Args:
+        fd: The file.
+        start: First byte.
+        stop: End.
+        take: Called with all bytes, too, in order, and with where they lie.
+    """
     hasher = blake3()
     while start < stop and (data := os.pread(fd, min(CHUNK, stop - start), start)):
         hasher.update(data)
+        if take is not None:
+            take(start, data)
         start += len(data)
     return str(hasher.hexdigest())
 

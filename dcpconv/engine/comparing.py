@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from dcpconv.core.dtypes import DType
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
+from dcpconv.engine.desks import Desk
 from dcpconv.engine.sharing import Stretch, share, stretches
-from dcpconv.engine.threads import Desk
 from dcpconv.stores.local import Sources
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from dcpconv.stores.system import SYSTEM, System
 
 if TYPE_CHECKING:
     from dcpconv.core.outline import OutFile
+    from dcpconv.engine.desks import Tally
     from dcpconv.engine.passing import FileDigests, PassingDigests
     from dcpconv.engine.units import Unit
 
@@ -50,24 +51,6 @@ _CACHED = 1 << 20
 
 _WORTH_STARTING = 256 << 10
 """Bytes from which a unit is worth a system call to start writing it to disk."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """Bytes moved so far, by how; one per thread, so that counting needs no lock."""
-
-    reflinked: int = 0
-    copied: int = 0
-    buffered: int = 0
-    relabelled: int = 0
-    cast: int = 0
-    merged: int = 0
-    holes: int = 0
-
-    def add(self, other: Tally) -> None:
-        """Add another thread's counts."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 @dataclass(slots=True)

@@ -16,8 +16,9 @@ from dcpconv.core.catalog import Identity
 from dcpconv.core.errors import LossyCastError
 from dcpconv.core.outline import Fill, Outline
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.copying import Ladder, OutDirectory, Tally
-from dcpconv.engine.threads import Crew, Desk, Pool, Stint
+from dcpconv.engine.copying import Ladder, OutDirectory
+from dcpconv.engine.desks import Desk, Pool, Tally
+from dcpconv.engine.threads import Crew, Stint
 from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM, System
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
 from dcpconv.engine.chunks import CHUNK, chunk_digest, joined
-from dcpconv.engine.passing import PassingDigests
+from dcpconv.engine.desks import Desk
 from dcpconv.engine.sharing import STRETCH, Stretch, share, stretches
-from dcpconv.engine.threads import Desk
 from dcpconv.stores.local import Sources
+
+if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
 
 _TILE = 4 << 20
 """Bytes put together at a time where runs are short, for fewer and longer reads."""

@@ -16,8 +16,8 @@ from dcpconv.core.dtypes import DType
 from dcpconv.engine.values import put_values, wide
 
 _BLOCK = 128 << 10
-"""Elements per call: those of both sides and their difference stay in a core's cache, and a call
-costs little beside what it does."""
+"""Elements per call: those of both sides stay in a core's cache, and a call costs little beside
+what it does."""
 
 _ROW = 8 << 10
 """Elements that are added up in their own type before the sums are in fp64: BLAS starts threads for
@@ -88,7 +88,7 @@ def joined(parts: Iterable[Measured]) -> Measured:
 
 
 class Measure:
-    """What one thread measures with: room for a block of either side and for their difference."""
+    """What one thread measures with: room for a block of either side."""
 
     def __init__(self) -> None:
         self._rooms: dict[str, _Room] = {}
@@ -104,62 +104,80 @@ class Measure:
             dtypes: Their types.
             first: Index of their first element in the tensor.
         """
-        numel = len(one) // dtypes[0].itemsize
-        if not numel:
+        if not len(one):
             return Measured(0, 0, 0.0, -1, 0.0, (0.0, 0.0, 0.0))
         kind = wide(dtypes)
         room = self._rooms.get(kind) or self._rooms.setdefault(kind, _Room(kind))
-        width = 2 if any(dtype.name.startswith("complex") for dtype in dtypes) else 1
-        step = _BLOCK // width
-        return joined(
-            room.measured(
-                [
-                    memoryview(view)[start * dtype.itemsize : (start + step) * dtype.itemsize]
-                    for view, dtype in zip((one, other), dtypes, strict=True)
-                ],
-                dtypes,
-                first + start,
-                width,
-            )
-            for start in range(0, numel, step)
-        )
+        return room.measured((one, other), dtypes, first)
 
 
 class _Room:
     def __init__(self, kind: str) -> None:
-        self.a, self.b, self.apart = np.zeros((3, _BLOCK), kind)
+        self.a, self.b = np.zeros((2, _BLOCK), kind)
         self.ones = np.ones((_ROW, 1), kind)
-        self.sums = np.empty((4, _BLOCK // _ROW, 1, 1), kind)
 
     def measured(
-        self, views: list[memoryview], dtypes: tuple[DType, DType], first: int, width: int
+        self, views: tuple[memoryview, memoryview], dtypes: tuple[DType, DType], first: int
     ) -> Measured:
-        """A block of either side, in as few passes as will do: each takes as long as reading it."""
-        a, b, apart = self.a, self.b, self.apart
+        """Both sides, block by block, in as few passes as will do: each takes as long as reading
+        them."""
+        width = 2 if any(dtype.name.startswith("complex") for dtype in dtypes) else 1
+        numel = len(views[0]) // dtypes[0].itemsize
+        step = _BLOCK // width
+        sums = np.empty((4, -(-numel * width // _ROW), 1, 1), self.a.dtype)
+        largest, at, count = 0.0, -1, 0
+        for start in range(0, numel, step):
+            stop = min(start + step, numel)
+            both = [
+                view[start * dtype.itemsize : stop * dtype.itemsize]
+                for view, dtype in zip(views, dtypes, strict=True)
+            ]
+            apart = self._apart(both, dtypes, sums[:, start * width // _ROW :], width)
+            place = int(apart.argmax())
+            if apart[place] > largest:
+                largest, at = float(apart[place]), first + start + place // width
+            # Without their signs, numbers are zero where their bits are; integers are counted
+            # faster.
+            unequal = apart.view(f"i{apart.itemsize}")
+            some = unequal.reshape(-1, 2).any(axis=1) if width == 2 else unequal
+            count += int(np.count_nonzero(some))
+        one, other, squares, total = map(float, sums.sum(axis=1, dtype=np.float64).flat)
+        return Measured(numel, count, largest, at, total, (one, other, squares))
+
+    def _apart(
+        self, views: list[memoryview], dtypes: tuple[DType, DType], sums: _Values, width: int
+    ) -> _Values:
+        """The distances of a block, and zeros up to the end of its last row.
+
+        Args:
+            views: At most a block of either side.
+            dtypes: Their types.
+            sums: Takes those of the squares of both and of their difference, and of the distances,
+                a row each.
+            width: Numbers per element.
+        """
         numel = len(views[0]) // dtypes[0].itemsize * width
+        rows = -(-numel // _ROW)
+        a, b = self.a[: rows * _ROW], self.b[: rows * _ROW]
         for view, dtype, values in zip(views, dtypes, (a, b), strict=True):
             put_values(view, dtype, values[:numel], width=width)
             values[numel:] = 0
         with np.errstate(all="ignore"):
-            np.subtract(a, b, out=apart)
-            for values, rows in zip((a, b, apart), self.sums, strict=False):
-                _multiply(values, values.reshape(-1, _ROW, 1), into=rows)
-            if not np.isfinite(self.sums[2]).all():
-                apart[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+            for values, into in zip((a, b), sums, strict=False):
+                _multiply(values, values.reshape(-1, _ROW, 1), into=into[:rows])
+            apart = np.subtract(a, b, out=a)  # two arrays stay in a core's cache, three do not
+            _multiply(apart, apart.reshape(-1, _ROW, 1), into=sums[2][:rows])
+            if not np.isfinite(sums[2][:rows]).all():
+                again = np.empty_like(apart[:numel])
+                put_values(views[0], dtypes[0], again, width=width)
+                other = b[:numel]
+                apart[:numel][(again == other) | (np.isnan(again) & np.isnan(other))] = 0
                 np.nan_to_num(apart, copy=False, nan=np.inf, posinf=np.inf, neginf=-np.inf)
             np.abs(apart, out=apart)
             if dtypes[0] is dtypes[1] and dtypes[0].name in {"int64", "uint64"}:
                 apart[:numel] = _distances(*(np.frombuffer(view, dtypes[0].name) for view in views))
-            _multiply(apart, self.ones, into=self.sums[3])
-            *squares, total = self.sums.sum(axis=1, dtype=np.float64).flat
-        at = int(apart.argmax())
-        largest = float(apart[at])
-        # Without their signs, numbers are zero where their bits are; integers are counted faster.
-        unequal = apart[:numel].view(f"i{apart.itemsize}").reshape(-1, width)
-        count = int(np.count_nonzero(unequal.any(axis=1) if width > 1 else unequal))
-        place = first + at // width if largest > 0 else -1
-        one, other, moved = map(float, squares)
-        return Measured(numel // width, count, largest, place, float(total), (one, other, moved))
+            _multiply(apart, self.ones, into=sums[3][:rows])
+        return apart
 
 
 def _multiply(values: _Values, by: _Values, *, into: _Values) -> None:

@@ -22,6 +22,7 @@ from typing import Final
 
 from dcpconv.core.errors import DcpconvError, TargetExistsError
 from dcpconv.core.outline import Outline
+from dcpconv.engine.manifests import manifest_of_file
 from dcpconv.engine.uploading import Uploads, finished_first
 from dcpconv.stores.fetching import fetch
 from dcpconv.stores.objects import BESIDE
@@ -82,10 +83,11 @@ def survey(target: RemotePath, *, overwrite: bool, is_file: bool, source: Path) 
                 "the target is the source, or one is in the other", target, "choose another"
             )
     if is_file:
-        info = store.look_at(target.key)
-        if info is not None and not overwrite:
+        keys = target.key, manifest_of_file(target).key
+        objects = {key: info for key in keys if (info := store.look_at(key)) is not None}
+        if target.key in objects and not overwrite:
             raise _exists(target)
-        return Ground(target, {} if info is None else {target.key: info})
+        return Ground(target, objects if target.key in objects else {})
     found = store.walk(target.key)
     if store.commits:
         found = {key: info for key, info in found.items() if _is_ours(key, target.key)}
@@ -145,6 +147,7 @@ class Placing:
         replaced: Small objects that were replaced, as they were.
         marks: Keys of the marks of this conversion.
         commits: How many of the last files make the data a checkpoint; none of one file.
+        is_file: Whether the result is one object.
         attempted: The commit object that may be there, and may not, and what it holds.
         is_shared: Whether other processes may be making objects of the result.
         is_published: Whether it is a checkpoint by now.
@@ -154,6 +157,7 @@ class Placing:
     uploads: Uploads
     ground: Ground
     commits: int
+    is_file: bool = False
     made: set[str] = field(default_factory=set)
     replaced: dict[str, bytes] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
@@ -205,7 +209,7 @@ class Placing:
             )
 
     def _key(self, name: str) -> str:
-        return (self.path / name).key
+        return (self.path.with_name(name) if self.is_file else self.path / name).key
 
     def publish(self, commit: Sequence[tuple[str, bytes]] = ()) -> None:
         """Write what stands beside the data, then the commit object, and remove what is replaced.
@@ -303,7 +307,7 @@ def placing(
     """
     target = ground.target
     uploads = Uploads(target, is_file=is_file, is_held=not outline.commit, known=ground.objects)
-    placed = Placing(target, uploads, ground, len(outline.commit))
+    placed = Placing(target, uploads, ground, len(outline.commit), is_file)
     try:
         if not is_file and not target.origin.store.commits:
             names = [*beside, *(file.name for file in reversed(outline.files))]

@@ -74,10 +74,8 @@ class Staging:
             _write_synced(self.path / name, data)
         _sync_directories(self.path)
         check_target(self.target, overwrite=self.overwrite, is_file=self.is_file)
-        result = self.path / self.target.name if self.is_file else self.path
-        previous = self.path.parent / _PREVIOUS
         try:
-            self._rename(result, previous, exchanging)
+            self._rename(exchanging)
         except OSError as error:
             raise TargetError(
                 "the result cannot be renamed into place",
@@ -86,23 +84,27 @@ class Staging:
             ) from error
         _sync(self.target.parent)
 
-    def _rename(self, result: Path, previous: Path, exchanging: Callable[[], None]) -> None:
-        if self.is_file or not holds_something(self.target):
-            result.replace(self.target)
+    def _rename(self, exchanging: Callable[[], None]) -> None:
+        if self.is_file:
+            from dcpconv.engine.manifests import put_file  # noqa: PLC0415 - most are directories
+
+            put_file(self.path / self.target.name, self.target)
+            return
+        if not holds_something(self.target):
+            self.path.replace(self.target)
             return
         exchanging()
         from dcpconv.engine.exchanging import exchange  # noqa: PLC0415 - only --overwrite does
 
-        if exchange(result, self.target):
-            # What lies in the staging directory now is the old target.
-            _sync(self.target.parent)
-        else:
-            self.target.rename(previous)
-            try:
-                result.rename(self.target)
-            except BaseException:
-                previous.rename(self.target)
-                raise
+        if exchange(self.path, self.target):
+            return  # what lies in the staging directory now is the old target
+        previous = self.path.parent / _PREVIOUS
+        self.target.rename(previous)
+        try:
+            self.path.rename(self.target)
+        except BaseException:
+            previous.rename(self.target)
+            raise
 
 
 def staging_directory(target: Path) -> Path:
@@ -321,16 +323,14 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 
 def _sync_files(directory: Path) -> None:
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            _sync(path)
+    for path in filter(Path.is_file, sorted(directory.rglob("*"))):
+        _sync(path)
 
 
 def _sync_directories(directory: Path) -> None:
     """Sync every directory below, the innermost first."""
-    for path in sorted(directory.rglob("*"), reverse=True):
-        if path.is_dir():
-            _sync(path)
+    for path in filter(Path.is_dir, sorted(directory.rglob("*"), reverse=True)):
+        _sync(path)
     _sync(directory)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dcpconv.core.outline import Fill
 from dcpconv.engine.boxes import Box
-from dcpconv.engine.threads import Desk, Pool, at_desks
+from dcpconv.engine.desks import Desk, Pool, at_desks
 
 STRETCH = 8 << 20  # whole chunks of a digest
 """Bytes of a tensor that a thread takes at a time: no thread is left alone with a huge one, and a

@@ -18,7 +18,7 @@ _WEIGHTS = (
 )
 _INDEXES = (
     *("*.index.json", ".metadata", "metadata.pkl", "dcpconv_keys*.json"),
-    "dcpconv_fingerprint*.json",
+    *("dcpconv_fingerprint*.json", "*.dcpconv_fingerprint.json"),
     "safetensors_metadata.json",
 )
 _CACHES = (".*", "__pycache__", "*.lock", "*.tmp", "*.incomplete", "*.pyc", "runs", "wandb")

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 SCHEME = "dcpconv1"
 """Version of the definition; a digest of another version says nothing about one of this."""
 
-MANIFEST = "dcpconv_fingerprint.json"
-"""What a manifest beside the weights is called."""
-
 _LARGEST = 1 << 28
 """Bytes of a manifest that is read: a million tensors have 150 MB."""
 

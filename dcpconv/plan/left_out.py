@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dcpconv.core.spec import ModelSpec
-from dcpconv.engine.execute import fill
 from dcpconv.families import configs
 from dcpconv.families.keymaps import Keymap, Row
 from dcpconv.plan.coverage import as_stored
@@ -145,6 +144,8 @@ def _are_zero(weights: Weights, keys: list[str]) -> Iterator[bool]:
     if not at_hand or not all(entry.chunks for entry in entries):
         yield False
         return
+    from dcpconv.engine.execute import fill  # noqa: PLC0415 - few models store such biases
+
     with Sources.of(weights.catalog) as sources:
         for entry in entries:
             box = fill_of(as_stored(entry.key, entry), (0,) * len(entry.shape), entry.shape)

@@ -12,7 +12,6 @@ from dcpconv.core.catalog import TensorEntry
 from dcpconv.plan.canonical import IDLE_AS_ZEROS, Canonical, canonical
 from dcpconv.plan.coverage import Coverage, Fault, Target
 from dcpconv.plan.fingerprints import (
-    MANIFEST,
     Fingerprint,
     TensorPrint,
     fingerprint_of,
@@ -34,13 +33,6 @@ def manifest_in(against: Openable | None) -> Path | None:
         return None
     path = Path(against)
     return path if path.suffix == ".json" and path.is_file() and is_manifest(path) else None
-
-
-def manifest_beside(weights: Path) -> Path:
-    """Where the manifest of weights is kept: in their directory, or beside their file."""
-    if weights.is_dir():
-        return weights / MANIFEST
-    return weights.with_name(f"{weights.name}.{MANIFEST}")
 
 
 def cover_manifest(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcpconv.core.catalog import Catalog
+from dcpconv.engine.manifests import MANIFEST, manifest_beside
 from dcpconv.engine.worlds.seats import RankError
 from dcpconv.formats import dcp
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.fingerprints import MANIFEST
-from dcpconv.plan.manifests import cover_manifest, manifest_beside
+from dcpconv.plan.manifests import cover_manifest
 from dcpconv.runs.entries import as_place
 from dcpconv.runs.errors import in_one_line
 from dcpconv.runs.finding import FoundStep, find_checkpoints

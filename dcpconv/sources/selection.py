@@ -8,8 +8,6 @@ from dataclasses import replace
 
 from dcpconv.core.catalog import Catalog
 from dcpconv.core.errors import FormatError
-from dcpconv.formats.dcp.objects import OpaqueObject
-from dcpconv.formats.torchfile.stand_ins import is_array
 
 
 def select(catalog: Catalog, only: str | None) -> Catalog:
@@ -88,6 +86,9 @@ def require_tensors(catalog: Catalog, chosen: Collection[object]) -> None:
     reason = why_no_weights(catalog, chosen)
     if reason is None:
         return
+    from dcpconv.formats.dcp.objects import OpaqueObject  # noqa: PLC0415 - rarely asked
+    from dcpconv.formats.torchfile.stand_ins import is_array  # noqa: PLC0415 - likewise
+
     arrays = [key for key, value in catalog.objects.items() if is_array(value)]
     hint = None
     if arrays:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dcpconv import convert
+from dcpconv import convert, fingerprint
+from dcpconv.engine.manifests import MANIFEST
 from dcpconv.engine.worlds.meeting import read_beat
 from support.checkpoints.check_cases import llama_shapes, write_hf
 from support.worlds.conversions import (
@@ -111,11 +112,16 @@ def test_whoever_publishes_is_killed(
     """Another one goes on, and finds out what has been done."""
     leaves = script(before=LEAVES.format(signal="SIGKILL", come=3))
     dies = script(before=DIES.format(after=0) + STEPS[step])
-    found = ends(ranks(source, tmp_path / "out", [leaves, dies, dies]))
+    found = ends(ranks(source, tmp_path / "out", [leaves, dies, dies], "--fingerprint"))
     codes = [code for code, _, _ in found]
     assert codes[0] == -signal.SIGKILL
     assert sorted(codes[1:]) == [-signal.SIGKILL, 0], found
-    assert tree(tmp_path / "out") == whole
+    made = tree(tmp_path / "out")
+    stated = json.loads(made.pop(MANIFEST))["fingerprint"]
+    assert stated == fingerprint(source).digest
+    said = [json.loads(out)["fingerprint"] for _, out, _ in found if out]
+    assert said == ([] if step == "told" else [stated])
+    assert made == whole
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dcpconv import fingerprint
 from dcpconv.cli.app import app
-from dcpconv.plan.fingerprints import MANIFEST
+from dcpconv.engine.manifests import MANIFEST
 from support.models.hf_models import save_hf, tiny
 from support.worlds.conversions import agent, ends, script, start, torchrun
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dcpconv import open_checkpoint, save_weights
+from dcpconv import fingerprint, open_checkpoint, save_weights
 from support.checkpoints.stock import assert_same_bits, flat, nested_of_dcp
 from support.worlds import load_scenes, lost_savers, saving_scenes
 from support.worlds.dist_worlds import Outcome, launch
@@ -238,6 +238,19 @@ def test_files_written_by_one_rank_each_are_the_same(
             }
         # An element on the border of two windows is sent for both.
         assert sum(one[form] for one in heard) >= open_checkpoint(whole).nbytes
+
+
+def test_rank_0_reads_what_others_wrote_for_the_fingerprint(worlds: Worlds, sources: Path) -> None:
+    """The chunk of a tensor that two ranks write is read as a whole."""
+    heard, other = values(worlds, "fingerprint")
+    read = {}
+    for name, (found, nbytes, total) in heard.items():
+        assert found == fingerprint(sources / f"fingerprint-{name}-2/hf").digest
+        read[name] = nbytes / total
+    assert read["boxes"] == 1
+    assert read["one"] == 0
+    assert 0 < read["some"] < 0.8
+    assert not any(found for found, _, _ in other.values())
 
 
 def test_a_file_system_that_wants_whole_files_gets_them(worlds: Worlds, sources: Path) -> None:

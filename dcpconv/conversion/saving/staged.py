@@ -102,7 +102,7 @@ class Stage:
         if not isinstance(self.place, Staging):
             self.place.require_lengths(decided.outline)
         if self.digests is not None:
-            beside += self.digests.finish(self.place.path, jobs=None)
+            beside.append(self.digests.finish(self.place.path, jobs=None))
             report = with_print(report, decided.job, self.digests, jobs=None)
         self.place.publish([*beside, *decided.outline.commit])
         return replace(

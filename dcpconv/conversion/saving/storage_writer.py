@@ -36,6 +36,7 @@ from dcpconv.conversion.saving.whole_files import InStore, OnDisk, WholeFiles
 from dcpconv.conversion.saving.writing import write_share
 from dcpconv.core.catalog import Form
 from dcpconv.engine.execute import CastLoss
+from dcpconv.engine.passing import PassingDigests
 from dcpconv.sources.said import Said
 from dcpconv.stores.remote import RemotePath
 from dcpconv.stores.schemes import target_of
@@ -67,8 +68,9 @@ class CheckpointWriter(StorageWriter):
             ``overflow`` allows a cast to produce infinities.
         max_file_size: Bytes of tensors per file at most, for hf and dcp results.
         overwrite: Replace an existing target, in one step once the result is complete.
-        fingerprint: Report the fingerprint of the result, which rank 0 reads for it, and leave its
-            manifest in it: ``runs verify --deep`` compares the contents with that later.
+        fingerprint: Report the fingerprint of the result, for which rank 0 reads what others have
+            written, and leave its manifest in it, or beside one file: ``runs verify --deep``
+            compares the contents with that later.
         whole_files: Have every file written by one rank, from its first byte to its last, which
             the other ranks send what they hold of it; by default only in stores, and on file
             systems that take no bytes in any order.
@@ -200,7 +202,9 @@ class CheckpointWriter(StorageWriter):
             losses = self._gather(share, item, check, progress)
         else:
             check()
-            losses = write_share(share, item=item, jobs=self._jobs, progress=progress)
+            losses = write_share(
+                share, item=item, jobs=self._jobs, progress=progress, digests=self._digests
+            )
         seconds = time.perf_counter() - self._started
         self.report = replace(share.report, is_dry_run=False, seconds=seconds)
         written = Counter[int]()
@@ -239,10 +243,16 @@ class CheckpointWriter(StorageWriter):
             raise gathered.failure
         return gathered.losses
 
+    @property
+    def _digests(self) -> PassingDigests | None:
+        """What takes the bytes that rank 0 writes, where a fingerprint is asked for."""
+        digests = self._stage.digests if self._stage is not None else None
+        return digests.passing if digests is not None else None
+
     def _files(self, share: Share) -> WholeFiles:
         """Where this rank's files go."""
         if not isinstance(share.directory, RemotePath):
-            return OnDisk(share.directory)
+            return OnDisk(share.directory, self._digests)
         uploads = self._stage.uploads if self._stage is not None else None
         if uploads is None:
             from dcpconv.engine.uploading import Uploads  # noqa: PLC0415 - most targets are paths

@@ -12,6 +12,7 @@ from dcpconv.core.outline import OutFile
 from dcpconv.engine.copying import write_error
 
 if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
     from dcpconv.engine.uploading import Upload, Uploads
 
 
@@ -38,14 +39,23 @@ class WholeFiles(Protocol):
 
 @dataclass(slots=True)
 class OnDisk:
-    """Files of a directory; whoever made that removes what is in it."""
+    """Files of a directory; whoever made that removes what is in it.
+
+    Attributes:
+        directory: Where they go.
+        digests: Take what is written.
+        fd: The file that is being written.
+    """
 
     directory: Path
+    digests: PassingDigests | None = None
     fd: int = -1
 
     def append(self, file: Owned, start: int, data: memoryview) -> None:
         path = self.directory / file.name
         nbytes = len(data)
+        if self.digests is not None:
+            self.digests.file(file.name).take(start, data)
         try:
             if start == 0:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from dcpconv.core.errors import FormatError
 from dcpconv.engine.copying import write as write_all
 from dcpconv.engine.copying import write_back, write_error
 from dcpconv.engine.execute import CastLoss
+
+if TYPE_CHECKING:
+    from dcpconv.engine.passing import PassingDigests
 
 STRIDE = 8 << 20
 """Bytes per write.  A file takes one write at a time (ext4, XFS), so the others wait for as long as
@@ -29,6 +33,7 @@ def write_share(
     item: Callable[[int], Tensor],
     jobs: int | None,
     progress: Callable[[int], None],
+    digests: PassingDigests | None = None,
 ) -> tuple[CastLoss, ...]:
     """Write, sync and close everything that this rank holds.
 
@@ -37,6 +42,7 @@ def write_share(
         item: The tensor of an item of the rank's plan; its memory may be on any device.
         jobs: Threads; by default as many as there are CPUs, 4 at most.
         progress: Called from the threads with bytes written since its last call.
+        digests: Take what is written.
 
     Returns:
         What casts changed by more than rounding.
@@ -54,9 +60,12 @@ def write_share(
         stack.callback(pool.shutdown, cancel_futures=True)
 
         def perform(write: Write) -> None:
+            taking = None if digests is None else digests.file(write.file)
             try:
                 for run in runs_of(write, write.parts, item(write.item), losses):
                     _put(fds[write.file], run)
+                    if taking is not None:
+                        taking.take(run.offset, run.data)
             except OSError as error:
                 raise write_error(error, share.directory / write.file) from error
             progress(write.nbytes)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.worlds.planning import Plan, length_of, read_plan
@@ -26,6 +26,9 @@ from dcpconv.engine.worlds.faults import GoneRankError, is_told, to_record
 from dcpconv.engine.worlds.meeting import Meeting, State
 from dcpconv.engine.worlds.seats import host
 
+if TYPE_CHECKING:
+    from dcpconv.conversion.printing import ResultDigests
+
 
 class Lead:
     """The staging directory, and what is done with it, by the rank that leads.
@@ -35,7 +38,7 @@ class Lead:
         plan: What rank 0 decided.
         meeting: Where the ranks meet.
         stage: The staging directory, where this rank leads from the beginning.
-        reads_back: Whether what was written is read and compared before it is published.
+        digests: Take what is read to be compared before it is published.
 
     Attributes:
         may_pass: Whether another rank may go on where the one that leads has ended.
@@ -48,10 +51,10 @@ class Lead:
         meeting: Meeting,
         *,
         stage: Staging | None,
-        reads_back: bool,
+        digests: ResultDigests | None,
     ) -> None:
         self.decided, self.plan, self.meeting, self.stage = decided, plan, meeting, stage
-        self.reads_back = reads_back
+        self._digests = digests
         self.may_pass = not plan.run
         self._has_claimed = False
         self._stack = ExitStack()
@@ -119,18 +122,23 @@ class Lead:
             )
         if not _is_published(decided.outline, stage):
             _require_sizes(decided.outline, stage.path)
-            if self.reads_back:
+            beside = [(file.name, file.read()) for file in decided.side.files]
+            if decided.job.wanted.fingerprint:
                 from dcpconv.conversion.worlds import reading_back  # noqa: PLC0415 - few ask
 
                 by_rank = [self.plan.digests, *(end["digests"] for end in ends)]
+                taking = self._digests.passing if self._digests is not None else None
                 reading_back.require_digests(
-                    decided.outline, pieces, by_rank, stage.path, jobs=jobs
+                    decided.outline, pieces, by_rank, stage.path, jobs=jobs, taking=taking
                 )
-            beside = [(file.name, file.read()) for file in decided.side.files]
+            if self._digests is not None:
+                beside.append(self._digests.finish(stage.path, jobs=jobs))
             # What lies in the staging directory after the exchange is the old target.
             stage.publish(
                 [*beside, *decided.outline.commit], exchanging=(meeting.path / "plan").unlink
             )
+        elif self._digests is not None:
+            self._digests.finish(self._digests.source.catalog.path, jobs=jobs)
         verdict = {
             "moved": asdict(written),
             "shares": [end["share"] for end in ends],

@@ -15,6 +15,7 @@ from dcpconv.core.errors import DcpconvError
 from dcpconv.core.outline import Outline
 from dcpconv.engine.chunks import digest_of_range
 from dcpconv.engine.cutting import OutPiece
+from dcpconv.engine.passing import PassingDigests
 
 
 def digests_of(
@@ -38,6 +39,7 @@ def require_digests(
     result: Path,
     *,
     jobs: int | None,
+    taking: PassingDigests | None = None,
 ) -> None:
     """Refuse a result of which a piece is not what the rank that wrote it has read.
 
@@ -47,6 +49,7 @@ def require_digests(
         by_rank: Digests by index, first of an earlier run, then of every rank.
         result: Where it lies.
         jobs: Threads.
+        taking: Take what is read for digests of tensors too.
 
     Raises:
         DcpconvError: Some differ; all are listed.
@@ -56,7 +59,9 @@ def require_digests(
     directory = os.open(result, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with ThreadPoolExecutor(max(1, jobs or min(4, os.cpu_count() or 1))) as pool:
-            found = pool.map(lambda index: _digest(outline, pieces[index], directory), expected)
+            found = pool.map(
+                lambda index: _digest(outline, pieces[index], directory, taking), expected
+            )
             wrong = [
                 index
                 for index, digest in zip(expected, found, strict=True)
@@ -72,11 +77,16 @@ def require_digests(
         )
 
 
-def _digest(outline: Outline, piece: OutPiece, directory: int) -> str:
+def _digest(
+    outline: Outline, piece: OutPiece, directory: int, taking: PassingDigests | None = None
+) -> str:
     name = outline.files[piece.file].name
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        return digest_of_range(fd, piece.start, piece.stop)
+        if taking is None:
+            return digest_of_range(fd, piece.start, piece.stop)
+        taking.count(piece.payload)
+        return digest_of_range(fd, piece.start, piece.stop, take=taking.file(name).take)
     finally:
         os.close(fd)
 

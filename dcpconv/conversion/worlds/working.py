@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcpconv.conversion.deciding import Decided
 from dcpconv.conversion.report import RankShare
@@ -36,23 +36,29 @@ from dcpconv.engine.worlds.meeting import Meeting, forget_others, set_up, write_
 from dcpconv.engine.worlds.seats import RankError, Seat, host
 from dcpconv.engine.worlds.watching import Watch
 
+if TYPE_CHECKING:
+    from dcpconv.conversion.printing import ResultDigests
+
 
 def write_shared(
     decided: Decided,
     seat: Seat,
     *,
     jobs: int | None,
-    reads_back: bool,
     progress: Callable[[int, int], None],
+    digests: ResultDigests | None = None,
 ) -> SharedResult:
     """Write this rank's share of a result; all ranks return, or raise, when all of it has ended.
+
+    Where a fingerprint is asked for, what was written is read back, and compared before it is
+    published.
 
     Args:
         decided: The conversion, decided by this rank as by every other.
         seat: Which rank this is.
         jobs: Threads of this rank.
-        reads_back: Take digests of what was written, and compare them before it is published.
         progress: Called on rank 0 with payload bytes done, and all there are.
+        digests: Take what the rank that publishes reads; a manifest of them is published with it.
 
     Raises:
         RankError: The ranks do not agree, or one of them is gone.
@@ -61,8 +67,8 @@ def write_shared(
     """
     path = staging_directory(decided.job.target) / SHARES
     if seat.rank or is_led_by_another(path, seat):
-        return _follow(decided, seat, jobs=jobs, reads_back=reads_back)
-    return _lead(decided, seat, jobs=jobs, reads_back=reads_back, progress=progress)
+        return _follow(decided, seat, jobs=jobs, digests=digests)
+    return _lead(decided, seat, jobs=jobs, progress=progress, digests=digests)
 
 
 def _lead(
@@ -70,8 +76,8 @@ def _lead(
     seat: Seat,
     *,
     jobs: int | None,
-    reads_back: bool,
     progress: Callable[[int, int], None],
+    digests: ResultDigests | None,
 ) -> SharedResult:
     job = decided.job
     look = look_of(decided)
@@ -90,11 +96,13 @@ def _lead(
             meeting.take_seat()
             write_record(path / "plan", asdict(plan))
             forget_others(path, plan.token)
-        lead = Lead(decided, plan, meeting, stage=stage, reads_back=reads_back)
+        lead = Lead(decided, plan, meeting, stage=stage, digests=digests)
         return _take_part(lead, jobs=jobs, progress=progress)
 
 
-def _follow(decided: Decided, seat: Seat, *, jobs: int | None, reads_back: bool) -> SharedResult:
+def _follow(
+    decided: Decided, seat: Seat, *, jobs: int | None, digests: ResultDigests | None
+) -> SharedResult:
     path = staging_directory(decided.job.target) / SHARES
     plan = wait_for_plan(path, seat)
     meeting = Meeting(path, seat, plan.token)
@@ -110,7 +118,7 @@ def _follow(decided: Decided, seat: Seat, *, jobs: int | None, reads_back: bool)
         raise
     finally:
         this_start().has_met = True
-    lead = Lead(decided, plan, meeting, stage=None, reads_back=reads_back)
+    lead = Lead(decided, plan, meeting, stage=None, digests=digests)
     try:
         return _take_part(lead, jobs=jobs, progress=lambda *_: None, is_done=is_done)
     finally:
@@ -140,8 +148,8 @@ def _take_part(
                 source, rank = decided.job.catalog.source, meeting.seat.rank
                 compare(plan.look, look_of(decided), source=source, rank=rank, host=host())
             if not is_done:
-                result, reads_back = meeting.path.parent / RESULT, lead.reads_back
-                mine = _work(decided, plan, pieces, result, watch, jobs=jobs, reads_back=reads_back)
+                result = meeting.path.parent / RESULT
+                mine = _work(decided, plan, pieces, result, watch, jobs=jobs)
                 with writing(meeting.path):
                     meeting.end("done", mine)
             is_done = True
@@ -170,10 +178,9 @@ def _work(
     watch: Watch,
     *,
     jobs: int | None,
-    reads_back: bool,
 ) -> dict[str, Any]:
     """Write this rank's pieces; returns what it moved, its row of the report, and digests."""
-    outline, catalog, seat = decided.outline, decided.job.catalog, watch.meeting.seat
+    outline, job, seat = decided.outline, decided.job, watch.meeting.seat
     begun = time.perf_counter()
     some: list[Moved] = []
     taken: dict[str, str] = {}
@@ -186,9 +193,9 @@ def _work(
                     (result / file.name).unlink(missing_ok=True)
             moved = execute(
                 outline,
-                source=catalog.path,
+                source=job.catalog.path,
                 target=result,
-                identities=catalog.identities,
+                identities=job.catalog.identities,
                 jobs=jobs,
                 progress=watch.advance,
                 allow_overflow=True,
@@ -196,7 +203,7 @@ def _work(
                 made=None if plan.whole else fd,
             )
             digests: dict[str, str] = {}
-            if reads_back:
+            if job.wanted.fingerprint:
                 from dcpconv.conversion.worlds import reading_back  # noqa: PLC0415 - few ask
 
                 digests = reading_back.digests_of(outline, pieces, indices, fd)

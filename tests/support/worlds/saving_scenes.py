@@ -276,6 +276,24 @@ def _wants_whole_files(directory: Path) -> Any:
         return save_weights(model, target, to="hf", assets=config).notes
 
 
+def _with_fingerprint(directory: Path) -> Any:
+    """Fingerprints by who writes what, and the bytes that were read for each."""
+    model = fsdp2()(expected(directory))
+    found = {}
+    for name, whole, most in (("boxes", False, None), ("one", True, None), ("some", True, 50_000)):
+        report = save_weights(
+            model,
+            place(directory, f"fingerprint-{name}", "hf"),
+            to="hf",
+            assets=directory / "hf-untied",
+            whole_files=whole,
+            max_file_size=most,
+            fingerprint=True,
+        )
+        found[name] = report.fingerprint, report.fingerprint_nbytes, report.target.nbytes
+    return found
+
+
 SCENES: dict[int, dict[str, Scene]] = {
     ranks: {f"saves/{name}": _saves(name, wrap) for name, (wrap, _) in wraps.items()}
     for ranks, wraps in WRAPS.items()
@@ -296,6 +314,7 @@ SCENES[2] |= {
     "cached": _cached,
     "whole-files": _whole_files,
     "wants-whole-files": _wants_whole_files,
+    "fingerprint": _with_fingerprint,
 }
 SCENES[4] |= {"whole-files": _whole_files, "halves": _half_of_the_ranks, "bytes": _bytes_written}
 

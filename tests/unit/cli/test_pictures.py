@@ -227,6 +227,17 @@ def test_keys_move_through_the_cells_and_a_link_leads_to_one(pages: Path, browse
     page.close()
 
 
+def test_what_was_selected_is_told_in_view_of_a_long_grid(pages: Path, browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 900, "height": 420})
+    page.goto((pages / "diff.html").as_uri())
+    page.get_by_role("button", name="layer.0.q: equal").click()
+    told = page.locator(".detail", has_text="layer.0.q")
+    box = told.bounding_box()
+    assert box["y"] >= 0
+    assert box["y"] + box["height"] <= 420
+    page.close()
+
+
 def test_it_prints_on_white(pages: Path, browser: Any) -> None:
     page = browser.new_page(color_scheme="dark")
     page.goto((pages / "diff.html").as_uri())

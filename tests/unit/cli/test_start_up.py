@@ -61,6 +61,16 @@ def test_a_small_conversion_imports_what_it_needs(tmp_path: Path, to: str) -> No
     assert set(tables) <= {"hf-llama", "minimind3", to}
 
 
+@pytest.mark.parametrize("command", ["fingerprint", "diff"])
+def test_what_only_reads_imports_nothing_that_writes(tmp_path: Path, command: str) -> None:
+    source = str(save_hf(tiny("llama"), tmp_path / "hf"))
+    modules, _ = after(command, source, *([source] if command == "diff" else []))
+
+    assert not modules & {*HEAVY, "typer.rich_utils"} - {"tomllib"}
+    writing = {"cast", "copying", "execute", "passing", "publish", "threads", "units"}
+    assert not modules & {f"dcpconv.engine.{name}" for name in writing}
+
+
 def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
     for name, entry in COMMANDS.items():
         text = " ".join(CliRunner().invoke(app, [name, "--help"]).stdout.split())

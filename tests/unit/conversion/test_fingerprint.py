@@ -13,7 +13,8 @@ from dcpconv import check, convert, fingerprint
 from dcpconv.cli.app import app
 from dcpconv.core.catalog import Form
 from dcpconv.core.errors import DcpconvError
-from dcpconv.plan.fingerprints import MANIFEST, read_manifest
+from dcpconv.engine.manifests import MANIFEST, manifest_beside
+from dcpconv.plan.fingerprints import read_manifest
 from support.models.hf_models import save_hf, tiny
 
 FORMS: tuple[Form, ...] = ("hf", "dcp", "torch")
@@ -31,9 +32,48 @@ def test_it_is_the_fingerprint_of_the_result(tmp_path: Path, form: Form, to: str
     assert report.fingerprint == expected.digest
     assert report.fingerprint_nbytes == report.moved.get("reflinked", 0)
     assert report.to_json()["fingerprint"] == expected.digest
-    if form != "torch":
-        assert read_manifest(target / MANIFEST).digest == expected.digest
-        assert check(target, against=target / MANIFEST, data=True)
+    manifest = manifest_beside(target)
+    assert read_manifest(manifest).digest == expected.digest
+    assert check(target, against=manifest, data=True, assets=source)
+    names = {path.name for path in tmp_path.iterdir()} - {"hf"}
+    assert names == ({"out.pth", manifest.name} if form == "torch" else {"out"})
+
+
+def test_the_manifest_of_a_file_is_exchanged_with_it(tmp_path: Path) -> None:
+    source, target = save_hf(tiny("llama"), tmp_path / "hf"), tmp_path / "out.pth"
+    manifest = tmp_path / f"out.pth.{MANIFEST}"
+    manifest.write_text("of a file that is not there\n")
+    convert(source, target)
+    assert manifest.read_text() == "of a file that is not there\n"
+    for dtype in ("bf16", "fp32"):
+        report = convert(source, target, dtype=dtype, fingerprint=True, overwrite=True)
+        assert read_manifest(manifest).digest == report.fingerprint
+    convert(source, target, dtype="fp16", overwrite=True)
+    assert not manifest.exists()
+
+
+@pytest.mark.parametrize("step", ["first", "second"])
+def test_no_crash_leaves_a_manifest_of_other_weights(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = save_hf(tiny("llama"), tmp_path / "hf"), tmp_path / "out.pth"
+    old = convert(source, target, fingerprint=True).fingerprint
+    left = {"first": 0, "second": 1}[step]
+    replace = Path.replace
+
+    def crash(path: Path, other: Path) -> Path:
+        nonlocal left
+        if other.parent == tmp_path:
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return replace(path, other)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, dtype="bf16", fingerprint=True, overwrite=True)
+    assert (fingerprint(target).digest == old) is (step == "first")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out.pth"}
 
 
 def test_a_cast_has_the_fingerprint_of_what_was_written(tmp_path: Path) -> None:

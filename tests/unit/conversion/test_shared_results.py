@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcpconv import convert
+from dcpconv import convert, fingerprint
 from dcpconv.conversion.convert import Progress
 from dcpconv.conversion.report import ConversionReport
 from dcpconv.core.errors import DcpconvError, NoSpaceError, SourceChangedError, TargetExistsError
-from dcpconv.engine.publish import RESULT
+from dcpconv.engine.manifests import MANIFEST
+from dcpconv.engine.publish import RESULT, Staging
 from dcpconv.engine.worlds.faults import GoneRankError
 from dcpconv.engine.worlds.meeting import Meeting, State
 from dcpconv.engine.worlds.seats import RankError, host
@@ -180,12 +182,39 @@ def test_torchs_own_engine_is_for_one_process(tmp_path: Path) -> None:
     assert all(torch.equal(made[key], state[key]) for key in state)
 
 
-def test_rank_0_takes_the_fingerprint(source: Path, tmp_path: Path) -> None:
-    one = convert(source, tmp_path / "one", form="dcp", fingerprint=True)
+@pytest.mark.parametrize("to", ["stored", "lingua"])
+def test_rank_0_takes_the_fingerprint(to: str, source: Path, tmp_path: Path) -> None:
+    one = convert(source, tmp_path / "one", form="dcp", to=to, fingerprint=True)
+    found = in_threads(source, tmp_path / "out", 3, form="dcp", to=to, fingerprint=True)[0]
+    assert isinstance(found, ConversionReport)
+    assert found.fingerprint == one.fingerprint == fingerprint(source).digest
+    assert found.notes == one.notes
+    manifests = [tree(tmp_path / name)[MANIFEST] for name in ("out", "one")]
+    assert manifests[0] == manifests[1]
+
+
+def test_rank_0_reads_the_result_once_for_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare it with what was written: by then all is known, and the manifest is there when
+    the result is."""
+    names: list[str] = []
+    publish = Staging.publish
+
+    def look(stage: Staging, files: Sequence[tuple[str, bytes]], **options: Any) -> None:
+        names.extend(name for name, _ in files)
+        publish(stage, files, **options)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Staging, "publish", look)
+    monkeypatch.setattr("dcpconv.conversion.printing.fingerprint_of", refuse)
+    monkeypatch.setattr("dcpconv.engine.hashing._chunk_digests", refuse)
     found = in_threads(source, tmp_path / "out", 2, form="dcp", fingerprint=True)[0]
     assert isinstance(found, ConversionReport)
-    assert found.fingerprint == one.fingerprint
-    assert sorted(tree(tmp_path / "out")) == sorted(tree(tmp_path / "one"))
+    assert found.fingerprint_nbytes == found.target.nbytes
+    assert MANIFEST in names
 
 
 def test_a_dry_run_meets_nobody(source: Path, tmp_path: Path) -> None:

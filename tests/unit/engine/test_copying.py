@@ -13,7 +13,8 @@ from typing import NoReturn
 import pytest
 
 from dcpconv.core.errors import DcpconvError, FormatError, NoSpaceError
-from dcpconv.engine.copying import Ladder, Tally, write, write_error
+from dcpconv.engine.copying import Ladder, write, write_error
+from dcpconv.engine.desks import Tally
 from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM, System
 

@@ -20,8 +20,8 @@ import torch
 from dcpconv.core.dtypes import BY_NAME
 from dcpconv.core.errors import FormatError, LossyCastError, NoSpaceError
 from dcpconv.core.outline import BlockScale, Fill, OutFile, Outline, Part
+from dcpconv.engine.desks import Pool
 from dcpconv.engine.execute import CastLoss, execute, fill
-from dcpconv.engine.threads import Pool
 from dcpconv.stores.local import Sources
 from dcpconv.stores.system import SYSTEM
 from support.checkpoints.engine_cases import contiguous, slow_file, store

@@ -12,7 +12,8 @@ import pytest
 
 from dcpconv.core.dtypes import BY_NAME, DType
 from dcpconv.core.outline import Fill, Part
-from dcpconv.engine.copying import Ladder, Tally
+from dcpconv.engine.copying import Ladder
+from dcpconv.engine.desks import Tally
 from dcpconv.engine.hashing import digests, finished
 from dcpconv.engine.passing import PassingDigests
 from dcpconv.stores.local import Sources

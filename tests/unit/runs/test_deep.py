@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from dcpconv import CheckpointWriter, fingerprint, save_weights
 from dcpconv.cli.app import app
 from dcpconv.core.catalog import Form
-from dcpconv.plan.fingerprints import MANIFEST, read_manifest
-from dcpconv.plan.manifests import manifest_beside
+from dcpconv.engine.manifests import MANIFEST, manifest_beside
+from dcpconv.plan.fingerprints import read_manifest
 from dcpconv.runs import verify_checkpoints
 from support.models.hf_models import tiny
 from support.runs.run_dirs import example
@@ -88,11 +88,19 @@ def test_saving_writes_what_a_deep_look_compares_with(tmp_path: Path, form: Form
     assert len(bad) == 1
 
 
+def test_one_file_has_its_manifest_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "model.pth"
+    report = save_weights(tiny("llama"), target, form="torch", fingerprint=True)
+    manifest = tmp_path / f"model.pth.{MANIFEST}"
+    assert manifest == manifest_beside(target)
+    assert read_manifest(manifest).digest == report.fingerprint == fingerprint(target).digest
+
+
 def test_what_torch_saves_through_the_writer_has_its_manifest(tmp_path: Path) -> None:
     state = tiny("llama").state_dict()
     writer = CheckpointWriter(tmp_path / "out", form="dcp", fingerprint=True)
     save_alone(state, storage_writer=writer)
     assert writer.report is not None
     assert writer.report.fingerprint == fingerprint(tmp_path / "out").digest
-    assert writer.report.fingerprint_nbytes == writer.report.target.nbytes
+    assert writer.report.fingerprint_nbytes == 0
     assert (tmp_path / "out" / MANIFEST).is_file()

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from dcpconv import CheckpointReader, check, convert, fingerprint, load_init_weights
 from dcpconv.cli.app import app
 from dcpconv.core.errors import FormatError, SourceChangedError
+from dcpconv.engine.manifests import MANIFEST
 from dcpconv.formats.opening import open_checkpoint
-from dcpconv.plan.fingerprints import MANIFEST
 from dcpconv.stores.schemes import path_of
 from dcpconv.stores.store import StoreError
 from support.checkpoints.adapters import factors, peft_tensors, save_peft
@@ -65,10 +65,20 @@ def test_the_fingerprint_of_a_result_is_taken_on_its_way_into_a_bucket(
     report = convert(model, f"s3://{BUCKET}/a/{name}", fingerprint=True, **FORMS[name])
     assert report.fingerprint == fingerprint(model).digest
     assert report.fingerprint_nbytes == 0
-    stated = bucket.contents(f"a/{name}").get(MANIFEST)
-    assert (stated is None) is (name == "out.pth")
-    if stated is not None:
-        assert json.loads(stated)["fingerprint"] == report.fingerprint
+    beside = f"out.pth.{MANIFEST}"
+    manifest = "a" if name == "out.pth" else f"a/{name}"
+    stated = bucket.contents(manifest)[beside if name == "out.pth" else MANIFEST]
+    assert json.loads(stated)["fingerprint"] == report.fingerprint
+
+
+def test_the_manifest_of_a_file_goes_with_it(bucket: Bucket, model: Path) -> None:
+    target = f"s3://{BUCKET}/a/out.pth"
+    convert(model, target, fingerprint=True)
+    convert(model, target, overwrite=True, dtype="bf16")
+    assert [*bucket.contents("a")] == ["out.pth"]
+    report = convert(model, target, overwrite=True, fingerprint=True)
+    stated = json.loads(bucket.contents("a")[f"out.pth.{MANIFEST}"])
+    assert stated["fingerprint"] == report.fingerprint == fingerprint(model).digest
 
 
 def test_what_is_read_back_from_a_bucket_comes_too_late_for_a_manifest(
