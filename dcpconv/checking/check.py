@@ -192,8 +192,7 @@ def _by_table(source: Source, to: str | None) -> Coverage:
     if source.keymap is None:
         coverage = cover_as_stored(source.weights)
         return replace(coverage, notes=("no table is for this model: only the files were checked",))
-    settled = replace(source.weights, alternatives=())  # whichever it is, its keys are complete
-    return _into(replace(source, weights=settled), source.keymap)
+    return _into(source, source.keymap)
 
 
 def _into(source: Source, table: Keymap, *, numbers: ModelSpec | None = None) -> Coverage:

@@ -232,6 +232,8 @@ def aim_at(
     if table is None:
         return Aim(source, _as_wanted(weights, wanted), spec, None, form)
     is_same = table is weights.keymap
+    if is_same:
+        weights = replace(weights, alternatives=())  # whichever it is, no name changes
     if spec is not None and spec.head == "none" and spec.tied and table.holders("head"):
         spec = spec.model_copy(update={"head": "lm"})  # the embedding is the head
     refused: tuple[Fault, ...] = ()

@@ -86,6 +86,10 @@ def _agree(shapes: Mapping[Row, Shape], sizes: dict[str, int]) -> bool:
             if isinstance(node, Summed) or not names:
                 continue
             known = prod(sizes.get(name, 1) for name in names)
+            if known == 0:
+                if length:
+                    return False
+                continue
             open_ = tuple(sorted(name for name in names if name not in sizes))
             if length % known or products.setdefault(open_, length // known) != length // known:
                 return False

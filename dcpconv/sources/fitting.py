@@ -61,11 +61,18 @@ def bare(key: str) -> str:
 def misfit(fit: Fit) -> tuple[float, ...]:
     """The better a table fits, the less; in a tie the order of the candidates decides.
 
-    What has every key and no other is not put behind the table that the parameter file is of.
+    The table that the parameter file is of comes first where it knows every key, and else after one
+    that has every key and no other.
     """
-    is_whole = fit.unmatched == fit.absent == 0 and fit.hinted > RULED_OUT
+    is_stated = fit.hinted >= _STATED
+    if is_stated and not fit.unmatched:
+        place = 0
+    elif fit.unmatched == fit.absent == 0 and fit.hinted > RULED_OUT:
+        place = 1
+    else:
+        place = 2 if is_stated and fit.unmatched <= fit.matched else 3
     return (
-        not is_whole and (fit.hinted < _STATED or fit.unmatched > fit.matched),
+        place,
         fit.unmatched > 0,
         fit.unmatched / fit.matched,
         fit.absent,

@@ -172,7 +172,7 @@ def test_torchs_own_engine_is_for_one_process(tmp_path: Path) -> None:
     source, state = tmp_path / "old.pth", {"a": torch.randn(90, 70), "b": torch.randn(50)}
     torch.save(state, source, _use_new_zipfile_serialization=False)
     with pytest.raises(RankError, match="for one process") as caught:
-        convert(source, tmp_path / "out", rank=0, of=2, engine="torch")
+        convert(source, tmp_path / "refused", rank=0, of=2, engine="torch")
     assert "`dcpconv convert SRC MADE --engine torch` in one process" in str(caught.value)
     convert(source, tmp_path / "made", engine="torch")
     found = in_threads(tmp_path / "made", tmp_path / "out", 2, form="hf", to="stored")
