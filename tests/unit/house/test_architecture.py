@@ -50,7 +50,9 @@ TORCH = frozenset(
 )
 """What works on tensors, and so may import torch when it is imported."""
 
-NUMPY = frozenset({"engine/measuring.py", "engine/strided.py", "engine/values.py"})
+NUMPY = frozenset(
+    {"engine/measuring.py", "engine/strided.py", "engine/values.py", "engine/widening.py"}
+)
 """What works on many stored elements at once, and is only imported when there are some."""
 
 MOST_PAIRS = 60
