@@ -13,15 +13,12 @@ import transformers
 
 from dcpconv import convert
 from dcpconv.core.errors import NotExpressibleError
-from dcpconv.families.configs.model_type import heads_of
-from dcpconv.families.configs.model_types import MODEL_TYPES
 from dcpconv.families.keymaps import keymaps
 from dcpconv.plan.account import Aim, aim_at
 from dcpconv.sources.understanding import Source, understand
-from laws.test_heads_of_classes import HEADS, answers, headed
+from laws.test_heads_of_classes import CASES, answers, headed
 from support.checkpoints.families import RIGHT
 from support.models.hf_models import IN_TURN, ONE_KV_HEAD
-from support.models.hf_models import MODEL_TYPES as TINY
 
 PLAIN: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": IN_TURN,
@@ -30,14 +27,6 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
     "ernie4_5": {"use_bias": False},
 }
 """Switches with which other classes can hold a model."""
-
-CASES = [
-    pytest.param(model_type, head, id=f"{model_type}-{head}")
-    for model_type in TINY
-    if model_type in MODEL_TYPES and MODEL_TYPES[model_type].language is None
-    for head in HEADS
-    if head in heads_of(model_type)
-]
 
 
 def aims(source: Source) -> dict[str, Aim]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dcpconv import convert, load_init_weights
 from dcpconv.core.errors import CoverageError, FormatError
 from dcpconv.formats.opening import open_checkpoint
+from laws.test_meta_llama4 import NAMINGS
 from support.checkpoints.families import RIGHT, assert_same, hf_tensors, logits, torch_tensors
 from support.models.hf_models import save_hf, tiny
 from support.worlds import meta_ranks
@@ -22,7 +23,6 @@ from support.worlds.ranks import run_ranks
 pytest.importorskip("fairscale", reason="needs .[interop]")
 pytest.importorskip("llama_models", reason="needs .[interop]")
 
-NAMINGS = ["meta-llama4", "meta-memory-llama4"]
 TWO: dict[str, Any] = {"vocab_size": 132}
 EIGHT: dict[str, Any] = {
     "vocab_size": 136,

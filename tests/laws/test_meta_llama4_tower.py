@@ -15,7 +15,7 @@ from transformers import Llama4ForConditionalGeneration
 
 from dcpconv import check, convert, fingerprint, load_init_weights
 from dcpconv.core.errors import CoverageError, FormatError, NotExpressibleError
-from laws.test_meta_llama4 import DENSE
+from laws.test_meta_llama4 import DENSE, NAMINGS
 from support.checkpoints.families import (
     RIGHT,
     assert_same,
@@ -32,7 +32,6 @@ from support.worlds.ranks import run_ranks
 pytest.importorskip("fairscale", reason="needs .[interop]")
 pytest.importorskip("llama_models", reason="needs .[interop]")
 
-NAMINGS = ["meta-llama4", "meta-memory-llama4"]
 CASES = [
     pytest.param({}, id="usual"),
     pytest.param({"num_hidden_layers": 11}, id="eleven-layers"),
